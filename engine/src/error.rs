@@ -1,0 +1,97 @@
+//! Owns the engine's error types. They name domain facts only; the server maps them to HTTP.
+
+use std::path::PathBuf;
+
+/// Why a request was refused at the door. Nothing was queued.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum SubmitError {
+    /// A parameter is out of its range.
+    #[error("{field}: {message}")]
+    InvalidParameter {
+        /// The field's name in [`crate::SamplingParams`] or [`crate::Request`].
+        field: &'static str,
+        /// What is wrong and which values are allowed.
+        message: String,
+    },
+    /// The prompt alone, or with `max_tokens`, can never fit.
+    #[error("the request needs {num_tokens} tokens, the limit is {limit}")]
+    TooLong {
+        /// Prompt tokens plus the tokens that may be generated.
+        num_tokens: usize,
+        /// The smaller of the model's context and the KV cache.
+        limit: usize,
+    },
+    /// As many requests are running and waiting as the configuration allows.
+    #[error("{num_requests} requests are running or waiting, which is the limit")]
+    QueueFull {
+        /// How many requests are in the engine.
+        num_requests: usize,
+    },
+    /// The engine is draining or its thread has ended.
+    #[error("the engine is not accepting requests: {0}")]
+    Unavailable(&'static str),
+}
+
+/// Why an accepted sequence could not be finished.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum SequenceError {
+    /// The runner failed on a step that this sequence was part of.
+    #[error("the model failed on this step: {0}")]
+    Run(String),
+    /// The model produced logits that are not numbers, so nothing can be sampled.
+    #[error("the model produced non-finite logits at position {position}")]
+    NonFiniteLogits {
+        /// Position of the row in the sequence.
+        position: usize,
+    },
+    /// The server is shutting down and the drain time is over.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// The engine thread ended while this sequence was alive.
+    #[error("the engine thread ended unexpectedly")]
+    EngineDied,
+}
+
+/// A runner's failure on one step. Nothing advanced.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct RunError(pub String);
+
+/// Why a model folder could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A file of the folder can't be read.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+    /// The manifest is not valid JSON of the expected shape.
+    #[error("{path} is not a valid manifest: {message}")]
+    Manifest {
+        /// The manifest's path.
+        path: PathBuf,
+        /// What is wrong, naming the field.
+        message: String,
+    },
+    /// The manifest is of another version.
+    #[error(
+        "{path} has schema_version {found}; this build reads {expected}. Export the checkpoint again with the glm-export of this release"
+    )]
+    SchemaVersion {
+        /// The manifest's path.
+        path: PathBuf,
+        /// The version in the file.
+        found: u64,
+        /// The version this build reads.
+        expected: u64,
+    },
+    /// ONNX Runtime refused the library, the graph or the options.
+    #[error("ONNX Runtime: {0}")]
+    Runtime(String),
+    /// The configuration can't work with this model or machine.
+    #[error("{0}")]
+    Config(String),
+}

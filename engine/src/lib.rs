@@ -1,0 +1,25 @@
+//! Continuous batching over a paged KV cache, on ONNX Runtime.
+//!
+//! One loop, three verbs: the [`engine::Engine`] schedules a step, runs it and applies its outcome;
+//! [`thread::EngineThread`] gives it a thread, a clock and channels. Text, JSON, HTTP and
+//! Prometheus are unknown here.
+
+pub mod config;
+pub mod error;
+pub mod manifest;
+pub mod observer;
+pub mod operators;
+pub mod request;
+pub mod runner;
+pub mod sampling_params;
+pub mod step;
+pub mod thread;
+
+pub use config::EngineConfig;
+pub use error::{LoadError, RunError, SequenceError, SubmitError};
+pub use manifest::Manifest;
+pub use observer::{EngineGauges, EngineObserver, NoObserver, StepReport};
+pub use request::{FinishReason, Request, RequestId, TokenEvent};
+pub use sampling_params::SamplingParams;
+pub use step::{ScheduledSequence, StepOutput, StepPlan};
+pub use thread::{EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver};

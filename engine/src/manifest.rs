@@ -1,0 +1,328 @@
+//! Owns `manifest.json`, the only thing besides the graph through which `export` and Rust meet.
+//!
+//! Invariant: a manifest that parsed and passed [`Manifest::load`] is consistent in itself, so no
+//! later code checks its geometry again.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::LoadError;
+
+/// The schema version that this build reads and that `glm-export` of the same release writes.
+pub const SCHEMA_VERSION: u64 = 1;
+
+/// What `glm-export` says about a model folder.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Must equal [`SCHEMA_VERSION`].
+    pub schema_version: u64,
+    /// Program and version that wrote the folder.
+    pub generator: String,
+    /// Name, origin and licence of the weights.
+    pub model: Model,
+    /// Sizes of the network.
+    pub geometry: Geometry,
+    /// The graph and how it is fed.
+    pub graph: Graph,
+    /// The tokenizer file.
+    pub tokenizer: Tokenizer,
+    /// How messages become token ids.
+    pub chat: Chat,
+    /// Ids that end a reply.
+    pub stop_token_ids: Vec<u32>,
+    /// Sampling defaults of the model's authors; a request's own values win.
+    pub generation: Generation,
+    /// Every other file of the folder, by name.
+    pub files: BTreeMap<String, FileEntry>,
+    /// `sha256:` and the hash over `files`; names the model exactly.
+    pub digest: String,
+}
+
+/// Where the weights come from.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The name it is served under unless the operator chooses another.
+    pub name: String,
+    /// Member of the family, for example `chatglm3`.
+    pub architecture: String,
+    /// Licence of the weights, where known.
+    pub license: Option<String>,
+    /// A sentence on the origin, where the exporter was told one.
+    pub origin: Option<String>,
+}
+
+/// Sizes of the network. All are counts of elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Geometry {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key/value heads (groups).
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Channels of a head that rotate.
+    pub rotary_dim: usize,
+    /// Rows of the embedding and the LM head, padding included.
+    pub padded_vocab_size: usize,
+    /// Ids below this are real; the rows from here to `padded_vocab_size` are never sampled.
+    pub vocab_size: usize,
+    /// Longest sequence the rotary tables cover.
+    pub max_model_len: usize,
+}
+
+/// The graph file and its contract.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Graph {
+    /// File name of the ONNX model.
+    pub file: String,
+    /// `int4`, `int8`, `fp16` or `fp32`: the weights.
+    pub precision: String,
+    /// `cpu` or `cuda`.
+    pub provider: Provider,
+    /// Type of the activations.
+    pub activation_dtype: Dtype,
+    /// Type of the KV cache.
+    pub kv_cache_dtype: Dtype,
+    /// Tokens a KV block holds.
+    pub block_size: usize,
+    /// What the graph returns for each wanted row.
+    pub output: OutputKind,
+    /// Names of the graph's inputs and outputs.
+    pub names: TensorNames,
+}
+
+/// The execution provider a graph was made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Provider {
+    /// ONNX Runtime's CPU provider with the engine's own attention operator.
+    Cpu,
+    /// ONNX Runtime's CUDA provider.
+    Cuda,
+}
+
+/// Element types that the contract knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32-bit float.
+    Float32,
+    /// 16-bit IEEE float.
+    Float16,
+    /// 16-bit brain float.
+    Bfloat16,
+}
+
+impl Dtype {
+    /// Bytes an element takes.
+    pub fn num_bytes(self) -> usize {
+        match self {
+            Self::Float32 => 4,
+            Self::Float16 | Self::Bfloat16 => 2,
+        }
+    }
+}
+
+/// What comes out of the graph. `topk` (ids, values and the log of the sum of exponentials, so
+/// that a GPU need not copy whole rows) is reserved: a build that does not know it refuses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputKind {
+    /// Float32 rows of `padded_vocab_size` values.
+    Logits,
+}
+
+/// Names of graph inputs and outputs. Shapes: T packed tokens, B sequences, M blocks a table row,
+/// R wanted rows, N blocks of the pool.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorNames {
+    /// int32 `[T]`.
+    pub token_ids: String,
+    /// int32 `[B + 1]`.
+    pub cumulative_sequence_length: String,
+    /// int32 `[B]`.
+    pub past_seqlens: String,
+    /// int32 `[B, M]`.
+    pub block_table: String,
+    /// int32 `[T]`; -1 writes nothing.
+    pub slot_mapping: String,
+    /// int32 `[3]`, in CPU memory: bound of new tokens a sequence, upper and lower bound of KV length.
+    pub attention_metadata: String,
+    /// int32 `[R]`: indices into the T packed tokens.
+    pub logits_indices: String,
+    /// `[N, block_size, num_kv_heads, head_dim]`, one a layer; `{layer}` stands for its number.
+    pub key_cache: String,
+    /// As `key_cache`.
+    pub value_cache: String,
+    /// float32 `[R, padded_vocab_size]`.
+    pub logits: String,
+}
+
+/// The tokenizer file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenizer {
+    /// File name; special tokens are not registered in it.
+    pub file: String,
+    /// How its pieces spell bytes.
+    pub pieces: PieceKind,
+}
+
+/// How a tokenizer's pieces spell bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PieceKind {
+    /// sentencepiece: `▁` is a space, `<0xNN>` a byte, one leading space of a segment is dropped.
+    Sentencepiece,
+    /// GPT-2's table of 256 printable characters for bytes.
+    ByteLevel,
+}
+
+/// How messages become token ids.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Chat {
+    /// Name of the format, for example `chatglm3` or `chatml`.
+    pub format: String,
+    /// Ids of the format's special tokens by their text. Only the format inserts them, never the tokenizer.
+    pub special_tokens: BTreeMap<String, u32>,
+    /// Put first when a conversation has no system message.
+    pub default_system: Option<String>,
+}
+
+/// Sampling defaults.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Generation {
+    /// 0 is greedy.
+    pub temperature: Option<f32>,
+    /// Mass of the nucleus.
+    pub top_p: Option<f32>,
+    /// Number of candidates; 0 is all.
+    pub top_k: Option<u32>,
+    /// Divides the logits of tokens seen before.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// Size and hash of a file in the folder.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Hexadecimal SHA-256.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Reads and checks `dir/manifest.json`.
+    ///
+    /// # Errors
+    /// [`LoadError`] names the file, and the field where one is wrong.
+    pub fn load(dir: &Path) -> Result<Self, LoadError> {
+        let path = dir.join("manifest.json");
+        let text = std::fs::read_to_string(&path).map_err(|source| LoadError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    fn parse(text: &str, path: PathBuf) -> Result<Self, LoadError> {
+        let bad = |message: String| LoadError::Manifest {
+            path: path.clone(),
+            message,
+        };
+        // The version first: another version may have another shape.
+        let value: serde_json::Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+        let found = value["schema_version"]
+            .as_u64()
+            .ok_or_else(|| bad("schema_version is missing".into()))?;
+        if found != SCHEMA_VERSION {
+            return Err(LoadError::SchemaVersion {
+                path,
+                found,
+                expected: SCHEMA_VERSION,
+            });
+        }
+        let manifest: Self = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
+        manifest.check().map_err(bad)?;
+        Ok(manifest)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let g = &self.geometry;
+        let positive = [
+            ("num_layers", g.num_layers),
+            ("hidden_size", g.hidden_size),
+            ("num_attention_heads", g.num_attention_heads),
+            ("num_kv_heads", g.num_kv_heads),
+            ("head_dim", g.head_dim),
+            ("vocab_size", g.vocab_size),
+            ("max_model_len", g.max_model_len),
+        ];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(format!("geometry.{name} is 0"));
+        }
+        if g.num_attention_heads % g.num_kv_heads != 0 {
+            return Err(format!(
+                "geometry.num_attention_heads {} is not a multiple of num_kv_heads {}",
+                g.num_attention_heads, g.num_kv_heads
+            ));
+        }
+        if g.rotary_dim > g.head_dim || !g.rotary_dim.is_multiple_of(2) {
+            return Err(format!(
+                "geometry.rotary_dim {} must be even and at most head_dim",
+                g.rotary_dim
+            ));
+        }
+        if g.vocab_size > g.padded_vocab_size {
+            return Err("geometry.vocab_size is larger than padded_vocab_size".into());
+        }
+        let block_size = self.graph.block_size;
+        if !(16..=256).contains(&block_size) || !block_size.is_power_of_two() {
+            return Err(format!(
+                "graph.block_size {block_size} is not a power of two from 16 to 256"
+            ));
+        }
+        let ids = self.chat.special_tokens.values().chain(&self.stop_token_ids);
+        if let Some(id) = ids.into_iter().find(|id| **id as usize >= g.vocab_size) {
+            return Err(format!(
+                "token id {id} is not below geometry.vocab_size {}",
+                g.vocab_size
+            ));
+        }
+        if self.stop_token_ids.is_empty() {
+            return Err("stop_token_ids is empty: no reply would ever end by itself".into());
+        }
+        for file in [&self.graph.file, &self.tokenizer.file] {
+            if !self.files.contains_key(file) {
+                return Err(format!("files does not list {file}"));
+            }
+        }
+        for pattern in [&self.graph.names.key_cache, &self.graph.names.value_cache] {
+            if !pattern.contains("{layer}") {
+                return Err(format!("graph.names: {pattern} has no {{layer}}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Geometry {
+    /// Bytes of keys and values that one token takes over all layers.
+    pub fn kv_bytes_per_token(&self, dtype: Dtype) -> usize {
+        2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.num_bytes()
+    }
+}

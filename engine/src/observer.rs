@@ -1,0 +1,57 @@
+//! Owns the seam through which the engine reports figures. The server turns them into metrics.
+//!
+//! Must not know Prometheus. Calls come from the engine thread and must return at once.
+
+use std::time::Duration;
+
+/// Figures of one step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepReport {
+    /// Time the step took, scheduling and sampling included.
+    pub duration: Duration,
+    /// Tokens computed.
+    pub num_scheduled_tokens: usize,
+    /// Of those, tokens that were computed for the first time and belong to a prompt.
+    pub num_prompt_tokens: usize,
+    /// Tokens sampled.
+    pub num_generated_tokens: usize,
+    /// Sequences preempted in this step.
+    pub num_preemptions: usize,
+    /// Whether the runner failed.
+    pub failed: bool,
+}
+
+/// The engine's state between two steps.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct EngineGauges {
+    /// Sequences that own blocks.
+    pub num_running: usize,
+    /// Sequences in the queue.
+    pub num_waiting: usize,
+    /// Blocks in use.
+    pub num_used_blocks: usize,
+    /// Blocks of the pool.
+    pub num_blocks: usize,
+}
+
+/// Receives figures. All methods do nothing by default.
+pub trait EngineObserver: Send + Sync {
+    /// A step ended.
+    fn step(&self, report: &StepReport) {
+        let _ = report;
+    }
+    /// The state changed: after each step, and when the engine becomes idle.
+    fn gauges(&self, gauges: &EngineGauges) {
+        let _ = gauges;
+    }
+    /// A request was admitted for the first time after waiting `queue_time`.
+    fn admitted(&self, queue_time: Duration) {
+        let _ = queue_time;
+    }
+}
+
+/// An observer that ignores everything.
+#[derive(Debug, Default)]
+pub struct NoObserver;
+
+impl EngineObserver for NoObserver {}

@@ -1,0 +1,1 @@
+//! Owns the operators that this engine adds to ONNX Runtime's CPU provider.

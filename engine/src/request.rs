@@ -1,0 +1,57 @@
+//! Owns what crosses the engine's edge: a request in, token events out.
+//!
+//! Must not know text, JSON or HTTP: ids only.
+
+use crate::error::SequenceError;
+use crate::sampling_params::SamplingParams;
+
+/// Names a request inside one engine; grows with arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
+
+/// What a caller asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Ids of the whole prompt, special tokens included; at least one.
+    pub prompt_token_ids: Vec<u32>,
+    /// How to sample.
+    pub sampling: SamplingParams,
+}
+
+/// Why a sequence ended well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop id was sampled.
+    Stop {
+        /// The id, which is not among the tokens.
+        token_id: u32,
+    },
+    /// `max_tokens` were generated.
+    Length,
+}
+
+/// What a request's channel carries: any number of tokens, then exactly one `Finished` or `Failed`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TokenEvent {
+    /// One generated token.
+    Token {
+        /// Its id.
+        token_id: u32,
+    },
+    /// The sequence ended well.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Tokens generated, the stop id included.
+        num_generated_tokens: usize,
+    },
+    /// The sequence could not be finished.
+    Failed(SequenceError),
+}
+
+impl TokenEvent {
+    /// Whether nothing follows.
+    pub fn is_terminal(&self) -> bool {
+        !matches!(self, Self::Token { .. })
+    }
+}

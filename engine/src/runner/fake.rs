@@ -1,0 +1,1 @@
+//! A runner without a model, for tests.

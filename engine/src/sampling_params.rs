@@ -1,0 +1,172 @@
+//! Owns the sampling options of a request and their ranges.
+
+use crate::error::SubmitError;
+
+/// How the tokens of one request are chosen. Field names are the OpenAI or vLLM ones.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy; at most 2.
+    pub temperature: f32,
+    /// 0 keeps all candidates.
+    pub top_k: u32,
+    /// Mass of the nucleus, in (0, 1].
+    pub top_p: f32,
+    /// Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logits of tokens in the output; from -2 to 2.
+    pub presence_penalty: f32,
+    /// Subtracted from logits for each occurrence in the output; from -2 to 2.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these ids; from -100 to 100.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Keys the random draws, together with position and purpose.
+    pub seed: u64,
+    /// Most tokens to generate; at least 1.
+    pub max_tokens: usize,
+    /// Stop ids are not sampled before this many tokens.
+    pub min_tokens: usize,
+    /// Stop ids don't end the sequence.
+    pub ignore_eos: bool,
+    /// Ids that end the sequence; the id itself is not part of the output.
+    pub stop_token_ids: Vec<u32>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            max_tokens: 16,
+            min_tokens: 0,
+            ignore_eos: false,
+            stop_token_ids: Vec::new(),
+        }
+    }
+}
+
+impl SamplingParams {
+    /// Checks every range; `vocab_size` bounds the ids.
+    ///
+    /// # Errors
+    /// [`SubmitError::InvalidParameter`] names the first field out of range.
+    pub fn validate(&self, vocab_size: usize) -> Result<(), SubmitError> {
+        let range = |field, value: f32, low: f32, high: f32| {
+            if (low..=high).contains(&value) {
+                return Ok(());
+            }
+            invalid(field, format!("must be between {low} and {high}, not {value}"))
+        };
+        range("temperature", self.temperature, 0.0, 2.0)?;
+        range("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return invalid(
+                "top_p",
+                format!("must be above 0 and at most 1, not {}", self.top_p),
+            );
+        }
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0) {
+            let message = format!("must be above 0 and at most 10, not {}", self.repetition_penalty);
+            return invalid("repetition_penalty", message);
+        }
+        for (id, bias) in &self.logit_bias {
+            if *id as usize >= vocab_size {
+                return invalid("logit_bias", format!("token id {id} is not below {vocab_size}"));
+            }
+            range("logit_bias", *bias, -100.0, 100.0)?;
+        }
+        if self.max_tokens == 0 {
+            return invalid("max_tokens", "must be at least 1".into());
+        }
+        if self.min_tokens > self.max_tokens {
+            let message = format!("must not be above max_tokens ({})", self.max_tokens);
+            return invalid("min_tokens", message);
+        }
+        Ok(())
+    }
+}
+
+fn invalid(field: &'static str, message: String) -> Result<(), SubmitError> {
+    Err(SubmitError::InvalidParameter { field, message })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_field_out_of_range_is_named() {
+        let ok = SamplingParams::default();
+        assert_eq!(ok.validate(100), Ok(()));
+        let cases = [
+            (
+                SamplingParams {
+                    temperature: f32::NAN,
+                    ..ok.clone()
+                },
+                "temperature",
+            ),
+            (
+                SamplingParams {
+                    temperature: 2.1,
+                    ..ok.clone()
+                },
+                "temperature",
+            ),
+            (
+                SamplingParams {
+                    top_p: 0.0,
+                    ..ok.clone()
+                },
+                "top_p",
+            ),
+            (
+                SamplingParams {
+                    repetition_penalty: 0.0,
+                    ..ok.clone()
+                },
+                "repetition_penalty",
+            ),
+            (
+                SamplingParams {
+                    logit_bias: vec![(100, 1.0)],
+                    ..ok.clone()
+                },
+                "logit_bias",
+            ),
+            (
+                SamplingParams {
+                    logit_bias: vec![(1, 101.0)],
+                    ..ok.clone()
+                },
+                "logit_bias",
+            ),
+            (
+                SamplingParams {
+                    max_tokens: 0,
+                    ..ok.clone()
+                },
+                "max_tokens",
+            ),
+            (
+                SamplingParams {
+                    min_tokens: 17,
+                    ..ok.clone()
+                },
+                "min_tokens",
+            ),
+        ];
+        for (params, expected) in cases {
+            match params.validate(100) {
+                Err(SubmitError::InvalidParameter { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Owns the plan of one step and its outcome: plain data between scheduler, runner and sampler.
+//!
+//! Invariant: a plan says what to do and changes nothing; counters move only when it is committed.
+
+use ndarray::ArrayView2;
+
+use crate::request::RequestId;
+
+/// One sequence's share of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScheduledSequence {
+    /// Whose tokens.
+    pub id: RequestId,
+    /// Tokens whose keys and values are in the cache already.
+    pub num_computed_tokens: usize,
+    /// Tokens of this step, at least 1.
+    pub num_scheduled_tokens: usize,
+    /// Row of the step's output, if this step reaches the sequence's last token.
+    pub logits_row: Option<usize>,
+}
+
+/// What a runner is to compute, in the shape the graph takes. Buffers are reused between steps.
+#[derive(Debug, Clone, Default)]
+pub struct StepPlan {
+    /// Sequences in the order of their tokens; B of them.
+    pub sequences: Vec<ScheduledSequence>,
+    /// Packed token ids, `[T]`.
+    pub token_ids: Vec<i32>,
+    /// Start of each sequence's tokens, and T at the end: `[B + 1]`.
+    pub cumulative_sequence_length: Vec<i32>,
+    /// Cached tokens of each sequence, `[B]`.
+    pub past_seqlens: Vec<i32>,
+    /// Block ids, `[B, max_num_blocks]`, rows padded with 0.
+    pub block_table: Vec<i32>,
+    /// Width of `block_table`.
+    pub max_num_blocks: usize,
+    /// Flat cache slot of each token, `[T]`: block id times block size plus offset.
+    pub slot_mapping: Vec<i32>,
+    /// Indices into the packed tokens whose logits are wanted, `[R]`; may be empty.
+    pub logits_indices: Vec<i32>,
+    /// Most new tokens of any sequence.
+    pub max_query_len: usize,
+    /// Longest context (cached and new) of any sequence.
+    pub max_kv_len: usize,
+}
+
+impl StepPlan {
+    /// Empties the plan and keeps its buffers; tables will be `max_num_blocks` wide.
+    pub fn clear(&mut self, max_num_blocks: usize) {
+        self.sequences.clear();
+        self.token_ids.clear();
+        self.cumulative_sequence_length.clear();
+        self.cumulative_sequence_length.push(0);
+        self.past_seqlens.clear();
+        self.block_table.clear();
+        self.max_num_blocks = max_num_blocks;
+        self.slot_mapping.clear();
+        self.logits_indices.clear();
+        self.max_query_len = 0;
+        self.max_kv_len = 0;
+    }
+
+    /// Whether there is nothing to run.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// T: tokens in this step.
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Adds `tokens`, which start at position `num_computed_tokens` of a sequence that owns `blocks`.
+    pub fn push(
+        &mut self,
+        id: RequestId,
+        tokens: &[u32],
+        num_computed_tokens: usize,
+        blocks: &[u32],
+        block_size: usize,
+        wants_logits: bool,
+    ) {
+        let num_tokens = tokens.len();
+        self.token_ids.extend(tokens.iter().map(|&id| id as i32));
+        self.slot_mapping.extend(
+            (num_computed_tokens..num_computed_tokens + num_tokens).map(|position| {
+                (blocks[position / block_size] as usize * block_size + position % block_size) as i32
+            }),
+        );
+        self.cumulative_sequence_length.push(self.token_ids.len() as i32);
+        self.past_seqlens.push(num_computed_tokens as i32);
+        self.block_table.extend(blocks.iter().map(|&block| block as i32));
+        self.block_table
+            .extend(std::iter::repeat_n(0, self.max_num_blocks - blocks.len()));
+        let logits_row = wants_logits.then(|| {
+            self.logits_indices.push(self.token_ids.len() as i32 - 1);
+            self.logits_indices.len() - 1
+        });
+        self.max_query_len = self.max_query_len.max(num_tokens);
+        self.max_kv_len = self.max_kv_len.max(num_computed_tokens + num_tokens);
+        self.sequences.push(ScheduledSequence {
+            id,
+            num_computed_tokens,
+            num_scheduled_tokens: num_tokens,
+            logits_row,
+        });
+    }
+}
+
+/// What a runner computed.
+#[derive(Debug)]
+pub struct StepOutput<'a> {
+    /// Row `i` belongs to `logits_indices[i]` of the plan: `[R, padded_vocab_size]`.
+    pub logits: ArrayView2<'a, f32>,
+}

@@ -1,0 +1,1 @@
+//! The streaming client shared by the terminal chat, the bench and the tests.
