@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 
 import openai
 import pytest
@@ -150,9 +149,3 @@ def test_an_api_key_guards_v1_only(start_server, tiny_model, tmp_path):
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
     assert server.status("/readyz") == 200 and server.status("/v1/models") == 401
-
-
-def test_ready_time_is_short(start_server, tiny_model):
-    start = time.monotonic()
-    start_server(tiny_model)
-    assert time.monotonic() - start < 30
