@@ -1,23 +1,19 @@
-//! Owns the HTTP side: a request goes out, typed events come in.
+//! Owns the HTTP side: requests go out, and an answer is a stream, a body or a typed error.
 //!
-//! Invariant: a stream ends in exactly one of three ways: after `Done`, after an `Error` event, or with a
-//! [`ClientError`]. A connection that merely closes is [`ClientError::Truncated`], never a success.
+//! Invariant: every wait has an end: the connection, the headers, and each read.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::chat::{ApiError, ChatRequest, StreamEvent, read_event};
+use crate::chat::{ApiError, ChatRequest};
 use crate::error::ClientError;
-use crate::sse::{Frame, Parser};
+use crate::stream::ChatStream;
 
 /// An answer that is not a stream (an error, a list of models) is read up to here.
 const MAX_BODY_BYTES: usize = 4 << 20;
-/// After `[DONE]` the rest of the body is awaited this long, so that the connection can be used again.
-const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Where the server is, and how long to wait for it.
 #[derive(Clone, Debug)]
@@ -100,14 +96,7 @@ impl Client {
         if !content_type.starts_with("text/event-stream") {
             return Err(ClientError::NotAStream(content_type.to_owned()));
         }
-        Ok(ChatStream {
-            response,
-            parser: Parser::new(self.config.max_event_bytes),
-            idle_timeout: self.config.idle_timeout,
-            frames: VecDeque::new(),
-            events: VecDeque::new(),
-            end: End::Open,
-        })
+        Ok(ChatStream::new(response, &self.config))
     }
 
     /// The names of the models that the server lists.
@@ -122,9 +111,13 @@ impl Client {
             .collect())
     }
 
-    /// The body of any address of the server, such as `/metrics`; `url` is whole.
+    /// The body at `url`, such as the server's `/metrics`; the key goes to the server itself only.
     pub async fn get(&self, url: &str) -> Result<String, ClientError> {
-        let response = self.send(self.http.get(url)).await?;
+        let request = self.http.get(url);
+        let response = match url.starts_with(&self.config.base_url) {
+            true => self.send(request).await?,
+            false => self.send_without_key(request).await?,
+        };
         self.body(response).await
     }
 
@@ -137,6 +130,13 @@ impl Client {
         if let Some(key) = &self.config.api_key {
             request = request.bearer_auth(key);
         }
+        self.send_without_key(request).await
+    }
+
+    async fn send_without_key(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, ClientError> {
         let response = within(self.config.idle_timeout, request.send()).await?;
         let status = response.status();
         if status.is_success() {
@@ -150,7 +150,7 @@ impl Client {
         let body = self.body(response).await?;
         Err(ClientError::Status {
             status: status.as_u16(),
-            error: ApiError::parse(&body),
+            error: ApiError::parse(&body).map(Box::new),
             retry_after_s,
             body,
         })
@@ -167,8 +167,7 @@ impl Client {
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 }
-
-async fn within<T>(
+pub(crate) async fn within<T>(
     idle_timeout: Duration,
     work: impl Future<Output = Result<T, reqwest::Error>>,
 ) -> Result<T, ClientError> {
@@ -178,105 +177,10 @@ async fn within<T>(
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum End {
-    Open,
-    /// An error event was read; the server may or may not still send `[DONE]`.
-    Told,
-    /// `[DONE]` was read; the body's end was not.
-    Done,
-    /// Nothing more is read.
-    Closed,
-}
-
-/// A streamed answer. Dropping it closes the connection, which tells the server to abort.
-#[derive(Debug)]
-pub struct ChatStream {
-    response: reqwest::Response,
-    parser: Parser,
-    idle_timeout: Duration,
-    frames: VecDeque<Frame>,
-    events: VecDeque<StreamEvent>,
-    end: End,
-}
-
-impl ChatStream {
-    /// The next event; `None` once the stream has ended, and after an error.
-    pub async fn next(&mut self) -> Option<Result<StreamEvent, ClientError>> {
-        let result = self.advance().await;
-        if result.is_err() {
-            self.end = End::Closed;
-        }
-        result.transpose()
-    }
-
-    /// The id of the last event that came whole, for a request that resumes.
-    pub fn last_event_id(&self) -> Option<&str> {
-        self.parser.last_event_id()
-    }
-
-    /// A header of the answer.
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.response
-            .headers()
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-    }
-
-    async fn advance(&mut self) -> Result<Option<StreamEvent>, ClientError> {
-        loop {
-            if self.end == End::Closed {
-                return Ok(None);
-            }
-            if let Some(event) = self.events.pop_front() {
-                match event {
-                    StreamEvent::Done => self.end = End::Done,
-                    StreamEvent::Error(_) => self.end = End::Told,
-                    _ => {}
-                }
-                return Ok(Some(event));
-            }
-            if self.end == End::Done {
-                self.drain().await;
-                continue;
-            }
-            match self.frames.pop_front() {
-                Some(Frame::Comment(comment)) => return Ok(Some(StreamEvent::Comment(comment))),
-                Some(Frame::Event { event, data, .. }) => {
-                    read_event(event.as_deref(), &data, |event| self.events.push_back(event))
-                        .map_err(|error| ClientError::malformed(&error, &data))?;
-                }
-                None => self.read().await?,
-            }
-        }
-    }
-
-    async fn read(&mut self) -> Result<(), ClientError> {
-        match within(self.idle_timeout, self.response.chunk()).await {
-            Ok(Some(bytes)) => Ok(self.parser.push(&bytes, &mut self.frames)?),
-            // What was cut off after the error was told adds nothing to it.
-            Ok(None) | Err(ClientError::Transport(_)) if self.end == End::Told => {
-                self.end = End::Closed;
-                Ok(())
-            }
-            Ok(None) => Err(ClientError::Truncated { broken: None }),
-            Err(ClientError::Transport(broken)) => Err(ClientError::Truncated { broken: Some(broken) }),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Reads to the body's end, so that the connection can be used again; what comes late or is wrong here
-    /// costs the connection, not the answer.
-    async fn drain(&mut self) {
-        self.end = End::Closed;
-        let rest = async { while matches!(self.response.chunk().await, Ok(Some(_))) {} };
-        let _ = tokio::time::timeout(DRAIN_TIMEOUT, rest).await;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chat::StreamEvent;
     use crate::testing::{CannedServer, Reply};
 
     async fn client(server: &CannedServer) -> Client {
@@ -287,48 +191,6 @@ mod tests {
     }
 
     /// Everything that a stream gives, with the error in words.
-    async fn read_all(reply: Reply) -> Vec<Result<StreamEvent, String>> {
-        let server = CannedServer::start(move |_, _| reply.clone()).await;
-        let mut stream = client(&server)
-            .await
-            .chat(&ChatRequest::default())
-            .await
-            .expect("a stream");
-        let mut events = Vec::new();
-        while let Some(event) = stream.next().await {
-            events.push(event.map_err(|error| error.to_string()));
-        }
-        assert!(stream.next().await.is_none(), "an ended stream stays ended");
-        events
-    }
-
-    fn delta(text: &str) -> String {
-        format!("data: {}\n\n", json!({"choices": [{"delta": {"content": text}}]}))
-    }
-
-    #[tokio::test]
-    async fn a_whole_stream_is_typed_events_up_to_done() {
-        let text = format!(
-            ": wait\n\nid: 4\n{}{}data: [DONE]\n\ndata: late\n\n",
-            delta("a"),
-            delta("你")
-        );
-        // Cut inside a character, so that the bytes come in two reads.
-        let cut = text.find('你').expect("it is there") + 1;
-        let reply = Reply::sse()
-            .part(&text.as_bytes()[..cut])
-            .pause_ms(5)
-            .part(&text.as_bytes()[cut..]);
-        assert_eq!(
-            read_all(reply).await,
-            [
-                Ok(StreamEvent::Comment("wait".into())),
-                Ok(StreamEvent::Delta("a".into())),
-                Ok(StreamEvent::Delta("你".into())),
-                Ok(StreamEvent::Done),
-            ]
-        );
-    }
 
     #[tokio::test]
     async fn the_request_asks_for_a_stream_with_usage_and_carries_the_key() {
@@ -358,58 +220,6 @@ mod tests {
         assert!(matches!(stream.next().await, Some(Ok(StreamEvent::Done))));
         assert_eq!(stream.last_event_id(), Some("9"));
         assert_eq!(stream.header("Content-Type"), Some("text/event-stream"));
-    }
-
-    #[tokio::test]
-    async fn an_end_without_done_is_truncated() {
-        let expected = [
-            Ok(StreamEvent::Delta("a".into())),
-            Err("the stream ended without [DONE]".into()),
-        ];
-        assert_eq!(read_all(Reply::sse().part(delta("a").as_bytes())).await, expected);
-        assert_eq!(
-            read_all(Reply::sse().part(delta("a").as_bytes()).part(b"data: [DONE]\n")).await,
-            expected
-        );
-        // A chunked body that stops before its last chunk: the connection broke.
-        let broken = Reply::chunked_sse().part(b"5\r\n: x\n\n\r\n");
-        let events = read_all(broken).await;
-        assert_eq!(events[0], Ok(StreamEvent::Comment("x".into())));
-        let words = events[1].as_ref().expect_err("truncated");
-        assert!(words.starts_with("the stream ended without [DONE]: "), "{words}");
-    }
-
-    #[tokio::test]
-    async fn an_error_in_mid_stream_is_told_once_with_or_without_done() {
-        let error = b"data: {\"error\":{\"message\":\"out of blocks\"}}\n\n";
-        let told = ApiError {
-            message: "out of blocks".into(),
-            ..ApiError::default()
-        };
-        let cut = read_all(Reply::sse().part(error)).await;
-        assert_eq!(cut, [Ok(StreamEvent::Error(told.clone()))]);
-        let done = read_all(Reply::sse().part(error).part(b"data: [DONE]\n\n")).await;
-        assert_eq!(done, [Ok(StreamEvent::Error(told)), Ok(StreamEvent::Done)]);
-    }
-
-    #[tokio::test]
-    async fn silence_bad_data_and_long_events_end_the_stream() {
-        for (reply, words) in [
-            (Reply::sse().pause_ms(2_000), "the server was silent for 300ms"),
-            (
-                Reply::sse().part(b"data: {nonsense\n\n"),
-                "an event that cannot be read: ",
-            ),
-            (
-                Reply::sse().part(&[b'x'; (1 << 20) + 1]),
-                "a server-sent event is longer than 1048576 bytes",
-            ),
-        ] {
-            let events = read_all(reply).await;
-            assert_eq!(events.len(), 1, "{events:?}");
-            let error = events[0].as_ref().expect_err("an error");
-            assert!(error.starts_with(words), "{error}");
-        }
     }
 
     #[tokio::test]

@@ -23,7 +23,7 @@ pub enum ClientError {
         /// The HTTP status code.
         status: u16,
         /// The OpenAI error in the body, if it was one.
-        error: Option<ApiError>,
+        error: Option<Box<ApiError>>,
         /// The `Retry-After` header in seconds, if it was sent as a number.
         retry_after_s: Option<u64>,
         /// The body as it came.

@@ -2,14 +2,17 @@
 //!
 //! It speaks HTTP to any OpenAI-compatible server and knows nothing of the server's inside.
 
+pub mod bench;
 pub mod chat;
 pub mod client;
 mod clock;
 pub mod error;
 pub mod sse;
+pub mod stream;
 #[cfg(test)]
 mod testing;
 
 pub use chat::{ApiError, ChatRequest, Message, StreamEvent, Usage};
-pub use client::{ChatStream, Client, ClientConfig};
+pub use client::{Client, ClientConfig};
 pub use error::ClientError;
+pub use stream::ChatStream;
