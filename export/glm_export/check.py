@@ -27,11 +27,14 @@ TIMEOUT_SECONDS = 600
 
 def compare(checkpoint: Path, exported: Path, glmserve: str) -> str:
     """Runs both on the same ids; returns the findings as a line."""
-    settings = config.load(checkpoint)
-    generator = np.random.default_rng(0)
-    count = min(NUM_IDS, settings.geometry.max_model_len)
-    ids = generator.integers(0, settings.geometry.vocab_size, count).tolist()
+    ids = sample_ids(config.load(checkpoint))
     return findings(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids))
+
+
+def sample_ids(settings: Config) -> list[int]:
+    """The same random tokens each time."""
+    count = min(NUM_IDS, settings.geometry.max_model_len)
+    return np.random.default_rng(0).integers(0, settings.geometry.vocab_size, count).tolist()
 
 
 def findings(found: np.ndarray, expected: np.ndarray) -> str:
@@ -56,7 +59,9 @@ def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
         listed = ",".join(map(str, ids))
         command = [binary, "logits", "--model", str(exported), "--ids", listed, "--out", str(out)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             raise ExportError(f"glmserve logits took more than {TIMEOUT_SECONDS} s") from None
         if done.returncode:

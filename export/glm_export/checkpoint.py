@@ -1,6 +1,7 @@
 """Owns reading weights: safetensors or torch shards, mapped into memory and read a few rows at a time.
 
-Invariant: no code of the checkpoint ever runs. Torch's pickles are read by an unpickler that knows four names.
+Invariant: no code of the checkpoint ever runs. Torch's pickles are read by an unpickler that knows a handful
+of names and refuses all others.
 """
 
 from __future__ import annotations
@@ -88,9 +89,7 @@ class Checkpoint(Mapping[str, Tensor]):
             if name not in self:
                 raise ExportError(f"tensor {name} is missing, expected shape {list(shape)}")
             if self[name].shape != shape:
-                raise ExportError(
-                    f"tensor {name} has shape {list(self[name].shape)}, expected {list(shape)}"
-                )
+                raise ExportError(f"tensor {name} has shape {list(self[name].shape)}, expected {list(shape)}")
         extra = sorted(self.keys() - shapes.keys() - ignored)
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
@@ -230,7 +229,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 state = _Unpickler(file, path, storages).load()
     except zipfile.BadZipFile:
         raise ExportError(f"{path}: not a zip archive; torch before 1.6 wrote another format") from None
-    except (pickle.UnpicklingError, EOFError, struct.error, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        struct.error,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:
         raise ExportError(f"{path}: not a torch state dict: {error}") from None
     if not isinstance(state, dict):
         raise ExportError(f"{path}: not a torch state dict")

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from glm_export.config import OVERRIDES_FILE
+
 # What every member of the family says, beside its sizes.
 FAMILY_CONFIG = {
     "model_type": "chatglm",
@@ -24,16 +26,18 @@ FAMILY_CONFIG = {
 }
 
 
-def write(
-    folder: Path,
-    sizes: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-) -> None:
-    """Writes config.json, glm_export.json and the weights."""
+def write_config(folder: Path, sizes: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Writes config.json, and beside it what the exporter cannot know from the family."""
     _write_json(folder / "config.json", FAMILY_CONFIG | dict(sizes))
-    _write_json(folder / "glm_export.json", overrides)
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "np"})
+    _write_json(folder / OVERRIDES_FILE, overrides)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes all tensors into one file."""
+    path = folder / "model.safetensors"
+    save_file(dict(tensors), path, metadata={"format": "np"})
+    # The library makes it private to the user, unlike every other file here.
+    path.chmod(0o644)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

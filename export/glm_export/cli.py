@@ -20,7 +20,15 @@ PRECISIONS = {"fp32": None, "int8": 8, "int4": 4}
 DEFAULT_BLOCK_SIZE = 32
 DEFAULT_QUANT_BLOCK_SIZE = 32
 # Terms that must travel with the weights, under the names that publishers use.
-NOTICE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "MODEL_LICENSE", "MODEL_LICENSE.txt", "NOTICE", "NOTICE.txt")
+NOTICE_FILES = (
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "MODEL_LICENSE",
+    "MODEL_LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+)
 
 
 def export(
@@ -64,14 +72,17 @@ def output_folder(out: Path, force: bool) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise ExportError(f"{out}: {error}") from None
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
     try:
         yield temporary
         temporary.chmod(0o755)
-        if out.is_dir():
-            shutil.rmtree(out)
-        elif out.exists():
-            out.unlink()
+        if out.exists():
+            # Aside first: what was there is gone only when the new folder stands in its place.
+            out.rename(replaced)
         temporary.rename(out)
+        if replaced.is_dir():
+            shutil.rmtree(replaced)
+        replaced.unlink(missing_ok=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="glm-export", description="Export a ChatGLM3-family checkpoint to a folder that glmserve runs."
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and weights")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and weights"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--precision", choices=PRECISIONS, required=True, help="type of the weights")
     parser.add_argument("--name", help="name the model is served under")

@@ -15,6 +15,7 @@ from glm_export.error import ExportError
 
 ROPE_BASE = 10_000.0
 OVERRIDES_FILE = "glm_export.json"
+OVERRIDES = {"name", "license", "origin", "rope_ratio", "vocab_size", "tokenizer", "chat"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ def load(folder: Path, max_model_len: int | None = None) -> Config:
         raise ExportError(f"{folder} is not a folder")
     raw = _read_object(folder / "config.json")
     overrides = _Fields(_read_object(folder / OVERRIDES_FILE, missing_ok=True), OVERRIDES_FILE)
+    unknown = sorted(overrides.raw.keys() - OVERRIDES)
+    if unknown:
+        raise ExportError(f"{OVERRIDES_FILE}: {unknown[0]} is not known, expected one of {sorted(OVERRIDES)}")
     _refuse_unsupported(folder, raw)
     member = _member(raw)
     fields = _Fields(raw, "config.json")
@@ -157,7 +161,7 @@ def load(folder: Path, max_model_len: int | None = None) -> Config:
         name=overrides.text("name") or folder.resolve().name.lower(),
         license=overrides.text("license"),
         origin=overrides.text("origin"),
-        chat=_chat(overrides, member),
+        chat=_chat(overrides, member, geometry.vocab_size),
         tokenizer=_tokenizer(overrides, member),
         generation=member.generation | _generation(folder),
     )
@@ -210,21 +214,27 @@ def _check_geometry(geometry: Geometry) -> None:
         raise ExportError(f"config.json: kv_channels {geometry.head_dim} is not a multiple of 4")
     if geometry.vocab_size > geometry.padded_vocab_size:
         raise ExportError(
-            f"vocab_size {geometry.vocab_size} is larger than padded_vocab_size {geometry.padded_vocab_size}; "
-            f"a model with its own tokenizer says vocab_size in {OVERRIDES_FILE}"
+            f"vocab_size {geometry.vocab_size} is larger than padded_vocab_size "
+            f"{geometry.padded_vocab_size}; a model with another tokenizer needs it in {OVERRIDES_FILE}"
         )
 
 
-def _chat(overrides: _Fields, member: Member) -> Chat:
+def _chat(overrides: _Fields, member: Member, vocab_size: int) -> Chat:
     raw = overrides.raw.get("chat")
     if raw is None:
         if member.chat is None:
             raise ExportError(f"no chat format is known for {member.name}: put `chat` in {OVERRIDES_FILE}")
         return member.chat
     try:
-        return Chat(**raw)
-    except TypeError as error:
+        chat = Chat(**raw)
+        ids = [*chat.special_tokens.values(), *chat.stop_token_ids]
+        if not chat.stop_token_ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+            raise TypeError(
+                f"special and stop ids must be whole numbers below {vocab_size}, one stop at least"
+            )
+    except (TypeError, AttributeError) as error:
         raise ExportError(f"{OVERRIDES_FILE}: chat: {error}") from None
+    return chat
 
 
 def _tokenizer(overrides: _Fields, member: Member) -> TokenizerSource:

@@ -43,7 +43,8 @@ def write(out: Path, force: bool = False) -> None:
     reader = GGUFReader(_file(distribution, ".gguf"))
     model = _Source(reader)
     with output_folder(out, force) as folder:
-        checkpoint_writer.write(folder, model.sizes(), model.overrides(distribution.version), model.tensors())
+        checkpoint_writer.write_config(folder, model.sizes(), model.overrides(distribution.version))
+        checkpoint_writer.write_weights(folder, model.tensors())
         model.tokenizer_to(folder / TOKENIZER_FILE)
         # The authors' recommendation on the model's page.
         generation = json.dumps({"temperature": 0.2, "top_p": 0.9})
@@ -110,9 +111,7 @@ class _Source:
 
     def overrides(self, version: str) -> dict[str, Any]:
         """What glm-export must know beyond the family's defaults."""
-        pairs = zip(
-            self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type"), strict=True
-        )
+        pairs = zip(self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type"), strict=True)
         specials = {text: index for index, (text, kind) in enumerate(pairs) if kind == CONTROL}
         return {
             "name": NAME,

@@ -94,7 +94,7 @@ def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """
     width = config.geometry.rotary_dim
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    theta = (1 / config.rope_base**exponents.astype(np.float64)).astype(np.float32)
+    theta = (1 / config.rope_base ** exponents.astype(np.float64)).astype(np.float32)
     angles = np.outer(np.arange(config.geometry.max_model_len, dtype=np.float32), theta).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
@@ -150,7 +150,9 @@ class _Builder:
         hidden, residual = self.norm(f"{prefix}post_norm", table["post_norm"].source, residual, dense)
         gate_up = self.linear(f"{prefix}gate_up", table["gate_up"].source, None, hidden)
         gate, up = f"{prefix}gate", f"{prefix}up"
-        self.nodes.append(helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2))
+        self.nodes.append(
+            helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2)
+        )
         # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one kernel.
         silu = self.node("QuickGelu", [gate], f"{prefix}silu", MICROSOFT, alpha=1.0)
         product = self.node("Mul", [silu, up], f"{prefix}product")
@@ -188,7 +190,9 @@ class _Builder:
         scale = self.data.add(f"{name}.weight", self.checkpoint[source].rows())
         epsilon = self.config.norm_epsilon
         if update is None:
-            normed = self.node("SimplifiedLayerNormalization", [residual, scale], name, axis=-1, epsilon=epsilon)
+            normed = self.node(
+                "SimplifiedLayerNormalization", [residual, scale], name, axis=-1, epsilon=epsilon
+            )
             return normed, residual
         total = f"{name}.residual"
         self.nodes.append(
@@ -206,11 +210,8 @@ class _Builder:
     def linear(self, name: str, source: str, bias: str | None, rows: str, output: str | None = None) -> str:
         """rows @ weight.T + bias."""
         tensor = self.checkpoint[source]
-        addend = None if bias is None else self.checkpoint[bias].rows()
-        if addend is not None and addend.any():
-            bias_name = self.data.add(f"{name}.bias", addend)
-        else:
-            bias_name = ""
+        addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
+        bias_name = self.data.add(f"{name}.bias", addend) if addend.any() else ""
         output = output or name
         if self.scheme is None:
             weight = self.data.reserve(f"{name}.weight", np.float32, tensor.shape)
@@ -221,9 +222,7 @@ class _Builder:
         num_rows, width = tensor.shape
         scheme = self.scheme.fitted(source, width)
         arrays = {
-            part: self.data.reserve(
-                f"{name}.{part}", np.float32 if part == "scales" else np.uint8, shape
-            )
+            part: self.data.reserve(f"{name}.{part}", np.float32 if part == "scales" else np.uint8, shape)
             for part, shape in scheme.shapes(num_rows, width).items()
         }
         self.data.fill(_quantized(tensor, scheme, arrays))

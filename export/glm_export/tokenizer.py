@@ -46,7 +46,9 @@ def _checked_json(path: Path) -> str:
     except Exception as error:
         raise ExportError(f"{path}: not a tokenizer.json: {error}") from None
     if added:
-        raise ExportError(f"{path}: registers {added[0].get('content')!r}; a user could then write it as text")
+        raise ExportError(
+            f"{path}: registers {added[0].get('content')!r}; a user could then write it as text"
+        )
     return text
 
 
@@ -70,12 +72,8 @@ def from_sentencepiece(path: Path) -> Tokenizer:
         if text[:cut] in normal and text[cut:] in normal
     ]
     unknown = next(piece.piece for piece in model.pieces if piece.type == _UNKNOWN)
-    tokenizer = Tokenizer(
-        BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
+    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     # For people with the Python library; the server's own detokenizer is exact on broken UTF-8, this is not.
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
