@@ -1,0 +1,126 @@
+"""Owns `--check`: the exported folder, run by glmserve, against transformers' GlmForCausalLM in float32.
+
+Knows the engine only by its command line: `glmserve logits --model DIR --ids 1,2,3 --out FILE.npy`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from glm_export import config, weights
+from glm_export.checkpoint import Checkpoint
+from glm_export.config import Config
+from glm_export.error import ExportError
+
+if TYPE_CHECKING:
+    from transformers import GlmForCausalLM
+
+NUM_IDS = 64
+TIMEOUT_SECONDS = 600
+
+
+def compare(checkpoint: Path, exported: Path, glmserve: str) -> str:
+    """Runs both on the same ids; returns the findings as a line."""
+    ids = sample_ids(config.load(checkpoint))
+    return findings(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids))
+
+
+def sample_ids(settings: Config) -> list[int]:
+    """The same random tokens each time."""
+    count = min(NUM_IDS, settings.geometry.max_model_len)
+    return np.random.default_rng(0).integers(0, settings.geometry.vocab_size, count).tolist()
+
+
+def findings(found: np.ndarray, expected: np.ndarray) -> str:
+    """How far two sets of logits, one row a token, are apart."""
+    if found.shape != expected.shape:
+        raise ExportError(f"glmserve gave logits of shape {found.shape}, expected {expected.shape}")
+    largest = np.abs(found - expected).max()
+    relative = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    agreement = np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1))
+    return (
+        f"{len(found)} tokens: largest difference {largest:.3g}, relative error {relative:.3g}, "
+        f"top-1 agreement {agreement:.1%}"
+    )
+
+
+def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
+    binary = shutil.which(glmserve)
+    if binary is None:
+        raise ExportError(f"{glmserve}: no such program; --glmserve names the binary for --check")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "logits.npy"
+        listed = ",".join(map(str, ids))
+        command = [binary, "logits", "--model", str(exported), "--ids", listed, "--out", str(out)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise ExportError(f"glmserve logits took more than {TIMEOUT_SECONDS} s") from None
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ExportError(f"glmserve logits failed with {done.returncode}: {last}")
+        return np.load(out)
+
+
+def reference_logits(checkpoint: Path, ids: list[int]) -> np.ndarray:
+    """Float32 logits of transformers for one sequence, a row a token."""
+    model = reference_model(checkpoint)
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def reference_model(checkpoint: Path) -> GlmForCausalLM:
+    """The checkpoint as transformers' model: weights renamed, packed QKV rows split."""
+    try:
+        import torch
+        from transformers import GlmConfig, GlmForCausalLM
+    except ImportError as error:
+        raise ExportError(f"{error}; --check needs the extra: pip install 'glm-export[check]'") from None
+    settings = config.load(checkpoint)
+    model = GlmForCausalLM(GlmConfig(**_reference_config(settings))).eval()
+    g = settings.geometry
+    splits = np.cumsum([g.query_size, g.num_kv_heads * g.head_dim])
+    tensors = Checkpoint(checkpoint)
+    state = {}
+    for weight in weights.every(settings):
+        rows = tensors[weight.source].rows()
+        parts = np.split(rows, splits) if len(weight.reference) == 3 else [rows]
+        state |= {name: torch.from_numpy(part) for name, part in zip(weight.reference, parts, strict=True)}
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def _reference_config(settings: Config) -> dict[str, object]:
+    g = settings.geometry
+    return {
+        "vocab_size": g.padded_vocab_size,
+        "hidden_size": g.hidden_size,
+        "intermediate_size": settings.ffn_size,
+        "num_hidden_layers": g.num_layers,
+        "num_attention_heads": g.num_attention_heads,
+        "num_key_value_heads": g.num_kv_heads,
+        "head_dim": g.head_dim,
+        "attention_bias": settings.qkv_bias,
+        "rms_norm_eps": settings.norm_epsilon,
+        "max_position_embeddings": g.max_model_len,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": settings.rope_base,
+            "partial_rotary_factor": g.rotary_dim / g.head_dim,
+        },
+        # Ids that exist at any vocabulary size; they play no part in the logits.
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }

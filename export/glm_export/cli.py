@@ -1,0 +1,142 @@
+"""Owns the command line, and the order of an export: check, convert into a temporary folder, rename."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from glm_export import __version__, check, config, graph, manifest, tokenizer, weights
+from glm_export.checkpoint import Checkpoint
+from glm_export.error import ExportError
+from glm_export.quantize import Scheme
+
+PRECISIONS = {"fp32": None, "int8": 8, "int4": 4}
+DEFAULT_BLOCK_SIZE = 32
+DEFAULT_QUANT_BLOCK_SIZE = 32
+# Terms that must travel with the weights, under the names that publishers use.
+NOTICE_FILES = (
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "MODEL_LICENSE",
+    "MODEL_LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+)
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    precision: str,
+    *,
+    name: str | None = None,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    quant_block_size: int = DEFAULT_QUANT_BLOCK_SIZE,
+    max_model_len: int | None = None,
+    force: bool = False,
+) -> str:
+    """Exports a checkpoint folder; returns the digest of what was written."""
+    if not 16 <= block_size <= 256 or block_size & (block_size - 1):
+        raise ExportError(f"--block-size {block_size} is not a power of two from 16 to 256")
+    settings = config.load(checkpoint, max_model_len)
+    if name is not None:
+        settings = replace(settings, name=name)
+    bits = PRECISIONS[precision]
+    scheme = None if bits is None else Scheme(bits, quant_block_size)
+    tensors = Checkpoint(checkpoint)
+    tensors.require(weights.shapes(settings), weights.IGNORED)
+    with output_folder(out, force) as folder:
+        tokenizer.write(settings.tokenizer, checkpoint, folder)
+        graph.write(settings, tensors, scheme, block_size, folder)
+        for notice in NOTICE_FILES:
+            if (checkpoint / notice).is_file():
+                shutil.copyfile(checkpoint / notice, folder / notice)
+        return manifest.write(settings, precision, block_size, folder)
+
+
+@contextmanager
+def output_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A folder that becomes `out` on success and vanishes on failure."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise ExportError(f"{out} exists and is not empty; --force replaces it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside `out`, since a rename is atomic only within one file system.
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out}: {error}") from None
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if out.exists():
+            # Aside first: what was there is gone only when the new folder stands in its place.
+            out.rename(replaced)
+        temporary.rename(out)
+        if replaced.is_dir():
+            shutil.rmtree(replaced)
+        replaced.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `glm-export`."""
+    options = _parser().parse_args(arguments)
+    try:
+        digest = export(
+            options.checkpoint,
+            options.out,
+            options.precision,
+            name=options.name,
+            block_size=options.block_size,
+            quant_block_size=options.quant_block_size,
+            max_model_len=options.max_model_len,
+            force=options.force,
+        )
+        print(f"{options.out}: {options.precision}, {digest}")
+        if options.check:
+            print(check.compare(options.checkpoint, options.out, options.glmserve))
+    except (ExportError, OSError) as error:
+        print(f"glm-export: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glm-export", description="Export a ChatGLM3-family checkpoint to a folder that glmserve runs."
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and weights"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--precision", choices=PRECISIONS, required=True, help="type of the weights")
+    parser.add_argument("--name", help="name the model is served under")
+    parser.add_argument(
+        "--block-size", type=int, default=DEFAULT_BLOCK_SIZE, help="tokens a KV block holds (%(default)s)"
+    )
+    parser.add_argument(
+        "--quant-block-size",
+        type=int,
+        choices=(16, 32, 64, 128),
+        default=DEFAULT_QUANT_BLOCK_SIZE,
+        help="weights that share a scale (%(default)s); larger is faster and less exact",
+    )
+    parser.add_argument("--max-model-len", type=int, help="longest sequence (the checkpoint's seq_length)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--check", action="store_true", help="run the export in glmserve and compare with transformers"
+    )
+    parser.add_argument(
+        "--glmserve", default="glmserve", metavar="BINARY", help="for --check (%(default)s on PATH)"
+    )
+    parser.add_argument("--version", action="version", version=f"glm-export {__version__}")
+    return parser

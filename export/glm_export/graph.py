@@ -1,0 +1,254 @@
+"""Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
+
+Invariant: every node is one that ONNX Runtime's CPU provider has a kernel for, except PagedAttention, which
+the engine brings itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+
+from glm_export import __version__, weights
+from glm_export.checkpoint import Checkpoint, Tensor
+from glm_export.config import Config, Geometry
+from glm_export.external_data import ExternalData
+from glm_export.quantize import Scheme
+
+GRAPH_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+MICROSOFT = "com.microsoft"
+OPSET = 21
+IR_VERSION = 10
+# Activations become int8 inside the kernel: at 8 bits any other level dequantises the weights at each call.
+INT8_ACTIVATIONS = 4
+
+NAMES = {
+    "token_ids": "token_ids",
+    "cumulative_sequence_length": "cumulative_sequence_length",
+    "past_seqlens": "past_seqlens",
+    "block_table": "block_table",
+    "slot_mapping": "slot_mapping",
+    "attention_metadata": "attention_metadata",
+    "logits_indices": "logits_indices",
+    "key_cache": "key_cache.{layer}",
+    "value_cache": "value_cache.{layer}",
+    "logits": "logits",
+}
+_INDEX_SHAPES: dict[str, list[str | int]] = {
+    "token_ids": ["num_tokens"],
+    "cumulative_sequence_length": ["num_sequences_plus_1"],
+    "past_seqlens": ["num_sequences"],
+    "block_table": ["num_sequences", "max_num_blocks"],
+    "slot_mapping": ["num_tokens"],
+    "attention_metadata": [3],
+    "logits_indices": ["num_rows"],
+}
+
+
+def write(
+    config: Config, checkpoint: Checkpoint, scheme: Scheme | None, block_size: int, folder: Path
+) -> None:
+    """Writes the graph and its weights; without a scheme the weights stay float32."""
+    builder = _Builder(config, checkpoint, scheme)
+    builder.decoder()
+    graph = helper.make_graph(
+        builder.nodes,
+        config.name,
+        _inputs(config.geometry, block_size),
+        [_value(NAMES["logits"], TensorProto.FLOAT, ["num_rows", config.geometry.padded_vocab_size])],
+        builder.data.initializers,
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+        ir_version=IR_VERSION,
+        producer_name="glm-export",
+        producer_version=__version__,
+    )
+    builder.data.write(folder)
+    onnx.save(model, folder / GRAPH_FILE)
+
+
+def _value(name: str, item_type: int, shape: list[str | int]) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, item_type, shape)
+
+
+def _inputs(geometry: Geometry, block_size: int) -> list[ValueInfoProto]:
+    inputs = [_value(NAMES[role], TensorProto.INT32, shape) for role, shape in _INDEX_SHAPES.items()]
+    cache = ["num_blocks", block_size, geometry.num_kv_heads, geometry.head_dim]
+    for layer in range(geometry.num_layers):
+        for role in ("key_cache", "value_cache"):
+            inputs.append(_value(NAMES[role].format(layer=layer), TensorProto.FLOAT, cache))
+    return inputs
+
+
+def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, [max_model_len, rotary_dim / 2].
+
+    Angles are rounded to float32 as the authors' code rounds them: the weights were trained with that error.
+    """
+    width = config.geometry.rotary_dim
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    theta = (1 / config.rope_base ** exponents.astype(np.float64)).astype(np.float32)
+    angles = np.outer(np.arange(config.geometry.max_model_len, dtype=np.float32), theta).astype(np.float64)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+class _Builder:
+    """Collects nodes and initialisers; methods return the name of what they compute."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, scheme: Scheme | None) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.scheme = scheme
+        self.nodes: list[NodeProto] = []
+        self.data = ExternalData(DATA_FILE)
+
+    def decoder(self) -> None:
+        """The whole network: packed token ids in, logits of the wanted rows out."""
+        table = weights.top_level(self.config)
+        cos, sin = rotary_tables(self.config)
+        self.data.add("rotary.cos", cos)
+        self.data.add("rotary.sin", sin)
+
+        residual = self.embedding(table["embedding"].source)
+        update = None
+        for index in range(self.config.geometry.num_layers):
+            residual, update = self.layer(index, residual, update)
+        hidden, _ = self.norm("final_norm", table["final_norm"].source, residual, update)
+        self.linear("lm_head", table["lm_head"].source, None, hidden, output=NAMES["logits"])
+
+    def embedding(self, source: str) -> str:
+        tensor = self.checkpoint[source]
+        # Half precision is what the authors publish, so it is exact there and halves the largest tensor.
+        dtype = np.float32 if self.scheme is None else np.float16
+        name = self.data.reserve("embedding.weight", dtype, tensor.shape)
+        self.data.fill((name, first, rows.astype(dtype)) for first, rows in tensor.chunks())
+        rows = self.node("Gather", [name, NAMES["token_ids"]], "embedding.rows", axis=0)
+        if self.scheme is None:
+            return rows
+        return self.node("Cast", [rows], "embedding.float32", to=TensorProto.FLOAT)
+
+    def layer(self, index: int, residual: str, update: str | None) -> tuple[str, str]:
+        """One decoder layer; returns the residual stream and what the next norm adds to it."""
+        g, table, prefix = self.config.geometry, weights.layer(self.config, index), f"layers.{index}."
+        hidden, residual = self.norm(f"{prefix}input_norm", table["input_norm"].source, residual, update)
+        bias = table["qkv_bias"].source if "qkv_bias" in table else None
+        qkv = self.linear(f"{prefix}qkv", table["qkv"].source, bias, hidden)
+        attention = self.attention(index, qkv)
+        if index == g.num_layers - 1:
+            # Keys and values are in the cache now: from here on only the wanted rows matter.
+            wanted = NAMES["logits_indices"]
+            attention = self.node("Gather", [attention, wanted], "wanted.attention", axis=0)
+            residual = self.node("Gather", [residual, wanted], "wanted.residual", axis=0)
+        dense = self.linear(f"{prefix}dense", table["dense"].source, None, attention)
+        hidden, residual = self.norm(f"{prefix}post_norm", table["post_norm"].source, residual, dense)
+        gate_up = self.linear(f"{prefix}gate_up", table["gate_up"].source, None, hidden)
+        gate, up = f"{prefix}gate", f"{prefix}up"
+        self.nodes.append(
+            helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2)
+        )
+        # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one kernel.
+        silu = self.node("QuickGelu", [gate], f"{prefix}silu", MICROSOFT, alpha=1.0)
+        product = self.node("Mul", [silu, up], f"{prefix}product")
+        return residual, self.linear(f"{prefix}down", table["down"].source, None, product)
+
+    def attention(self, index: int, qkv: str) -> str:
+        g = self.config.geometry
+        packed = [qkv, "", ""]
+        caches = [NAMES[role].format(layer=index) for role in ("key_cache", "value_cache")]
+        batch = [NAMES[role] for role in ("cumulative_sequence_length", "past_seqlens", "block_table")]
+        rotary = ["rotary.cos", "rotary.sin"]
+        no_sink_norms_scales = [""] * 5
+        return self.node(
+            "PagedAttention",
+            [
+                *packed,
+                *caches,
+                *batch,
+                *rotary,
+                NAMES["slot_mapping"],
+                *no_sink_norms_scales,
+                NAMES["attention_metadata"],
+            ],
+            f"layers.{index}.attention",
+            MICROSOFT,
+            num_heads=g.num_attention_heads,
+            kv_num_heads=g.num_kv_heads,
+            scale=g.head_dim**-0.5,
+            do_rotary=1,
+            rotary_interleaved=1,
+        )
+
+    def norm(self, name: str, source: str, residual: str, update: str | None) -> tuple[str, str]:
+        """RMSNorm of residual + update; returns the normed rows and the sum."""
+        scale = self.data.add(f"{name}.weight", self.checkpoint[source].rows())
+        epsilon = self.config.norm_epsilon
+        if update is None:
+            normed = self.node(
+                "SimplifiedLayerNormalization", [residual, scale], name, axis=-1, epsilon=epsilon
+            )
+            return normed, residual
+        total = f"{name}.residual"
+        self.nodes.append(
+            helper.make_node(
+                "SkipSimplifiedLayerNormalization",
+                [update, residual, scale],
+                [name, "", "", total],
+                name,
+                domain=MICROSOFT,
+                epsilon=epsilon,
+            )
+        )
+        return name, total
+
+    def linear(self, name: str, source: str, bias: str | None, rows: str, output: str | None = None) -> str:
+        """rows @ weight.T + bias."""
+        tensor = self.checkpoint[source]
+        addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
+        bias_name = self.data.add(f"{name}.bias", addend) if addend.any() else ""
+        output = output or name
+        if self.scheme is None:
+            weight = self.data.reserve(f"{name}.weight", np.float32, tensor.shape)
+            self.data.fill((weight, first, values) for first, values in tensor.chunks())
+            inputs = [rows, weight, *([bias_name] if bias_name else [])]
+            return self.node("Gemm", inputs, output, transB=1)
+
+        num_rows, width = tensor.shape
+        scheme = self.scheme.fitted(source, width)
+        arrays = {
+            part: self.data.reserve(f"{name}.{part}", np.float32 if part == "scales" else np.uint8, shape)
+            for part, shape in scheme.shapes(num_rows, width).items()
+        }
+        self.data.fill(_quantized(tensor, scheme, arrays))
+        inputs = [rows, arrays["packed"], arrays["scales"], arrays.get("zeros", ""), "", bias_name]
+        while not inputs[-1]:
+            inputs.pop()
+        return self.node(
+            "MatMulNBits",
+            inputs,
+            output,
+            MICROSOFT,
+            K=width,
+            N=num_rows,
+            bits=scheme.bits,
+            block_size=scheme.block_size,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
+
+    def node(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))
+        return output
+
+
+def _quantized(
+    tensor: Tensor, scheme: Scheme, arrays: dict[str, str]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    for first, rows in tensor.chunks():
+        for part, array in scheme.quantize(rows).items():
+            yield arrays[part], first, array

@@ -1,0 +1,75 @@
+"""Owns manifest.json: what the Rust side reads besides the graph, field for field as engine/src/manifest.rs.
+
+Invariant: it is written last and lists every other file, so a folder with a manifest is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from glm_export import __version__, graph, tokenizer
+from glm_export.config import Config
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+
+def write(config: Config, precision: str, block_size: int, folder: Path) -> str:
+    """Writes the manifest of a folder whose other files are in place; returns its digest."""
+    files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
+    content = describe(config, precision, block_size, files)
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    return content["digest"]
+
+
+def describe(
+    config: Config, precision: str, block_size: int, files: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The manifest's content."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "generator": f"glm-export {__version__}",
+        "model": {
+            "name": config.name,
+            "architecture": config.architecture,
+            "license": config.license,
+            "origin": config.origin,
+        },
+        "geometry": asdict(config.geometry),
+        "graph": {
+            "file": graph.GRAPH_FILE,
+            "precision": precision,
+            "provider": "cpu",
+            "activation_dtype": "float32",
+            "kv_cache_dtype": "float32",
+            "block_size": block_size,
+            "output": "logits",
+            "names": graph.NAMES,
+        },
+        "tokenizer": {"file": tokenizer.TOKENIZER_FILE, "pieces": config.tokenizer.pieces},
+        "chat": {
+            "format": config.chat.format,
+            "special_tokens": config.chat.special_tokens,
+            "default_system": config.chat.default_system,
+        },
+        "stop_token_ids": config.chat.stop_token_ids,
+        "generation": config.generation,
+        "files": files,
+        "digest": digest(files),
+    }
+
+
+def digest(files: dict[str, dict[str, Any]]) -> str:
+    """Names the model exactly: a hash over the sorted lines of name and hash."""
+    lines = "".join(f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,13 @@
+"""Owns what tests share: tiny checkpoints, made once a session."""
+
+import pytest
+
+from glm_export import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A tiny random checkpoint folder; read it, never write in it."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    tiny.write(folder)
+    return folder

@@ -1,0 +1,195 @@
+"""Owns the weight readers: both formats agree, and every defect is named."""
+
+import io
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from glm_export.checkpoint import Checkpoint
+from glm_export.error import ExportError
+
+GENERATOR = np.random.default_rng(0)
+TENSORS = {
+    "a.weight": GENERATOR.standard_normal((5, 3), dtype=np.float32),
+    "b.weight": GENERATOR.standard_normal(7, dtype=np.float32).astype(np.float16),
+}
+
+
+def read(folder):
+    return {name: tensor.rows() for name, tensor in Checkpoint(folder).items()}
+
+
+def test_safetensors(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    found = read(tmp_path)
+    for name, array in TENSORS.items():
+        np.testing.assert_array_equal(found[name], array.astype(np.float32))
+        assert found[name].dtype == np.float32
+
+
+def test_chunks_cover_all_rows(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    chunks = list(Checkpoint(tmp_path)["a.weight"].chunks(max_bytes=2 * 3 * 4))
+    assert [first for first, _ in chunks] == [0, 2, 4]
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in chunks]), TENSORS["a.weight"])
+
+
+def test_torch_and_safetensors_agree(tmp_path):
+    torch = pytest.importorskip("torch", reason="a .bin to read is made with torch: pip install '.[check]'")
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "half": torch.randn(4, 6, generator=generator).half(),
+        "brain": torch.randn(3, 2, 2, generator=generator).bfloat16(),
+        "single": torch.randn(9, generator=generator),
+        # A view into a storage that it does not begin.
+        "window": torch.randn(10, 4, generator=generator)[3:7],
+        "parameter": torch.nn.Parameter(torch.randn(2, 2, generator=generator)),
+    }
+    shards = {"pytorch_model-00001.bin": ["half", "brain"], "pytorch_model-00002.bin": ["single", "window"]}
+    shards["pytorch_model-00002.bin"].append("parameter")
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    for file, names in shards.items():
+        torch.save({name: state[name] for name in names}, old / file)
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    (old / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    plain = {name: tensor.detach().clone() for name, tensor in state.items()}
+    safetensors_torch.save_file(plain, new / "model.safetensors")
+    found, expected = read(old), read(new)
+    assert found.keys() == expected.keys() == state.keys()
+    for name in state:
+        np.testing.assert_array_equal(found[name], expected[name])
+        np.testing.assert_array_equal(found[name], state[name].detach().float().numpy())
+
+
+def test_transposed_torch_tensor_is_refused(tmp_path):
+    torch = pytest.importorskip("torch", reason="a .bin to read is made with torch: pip install '.[check]'")
+    torch.save({"w": torch.zeros(2, 3).T}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ExportError, match="tensor w is stored with strides"):
+        Checkpoint(tmp_path)
+
+
+def archive(path, pickled):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickled)
+    return path
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+@pytest.mark.parametrize("state", [{"w": Evil()}, {"w": np.zeros(3)}], ids=["call", "foreign class"])
+def test_pickle_runs_no_code(tmp_path, state, capsys):
+    archive(tmp_path / "pytorch_model.bin", pickle.dumps(state))
+    with pytest.raises(ExportError, match="refused to load"):
+        Checkpoint(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (pickle.dumps([1, 2]), "not a torch state dict"),
+        (pickle.dumps({"w": 1}), "'w' is not a tensor"),
+        (b"", "not a torch state dict"),
+        (b"R.", "not a torch state dict"),
+    ],
+)
+def test_broken_pickle_is_named(tmp_path, pickled, message):
+    archive(tmp_path / "pytorch_model.bin", pickled)
+    with pytest.raises(ExportError, match=message):
+        Checkpoint(tmp_path)
+
+
+def test_storage_that_is_not_there(tmp_path):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", "F32", "0", "cpu", 4) if value is Ellipsis else None
+
+    written = io.BytesIO()
+    Pickler(written).dump({"w": ...})
+    archive(tmp_path / "pytorch_model.bin", written.getvalue())
+    with pytest.raises(ExportError, match="no storage 0"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{}x" * 9]
+)
+def test_broken_files_are_named(tmp_path, content):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        if content.endswith(b"{}x") and name == "model.safetensors":
+            assert len(Checkpoint(folder)) == 0
+        else:
+            with pytest.raises(ExportError, match=name):
+                Checkpoint(folder)
+
+
+def test_cut_off_safetensors_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ExportError, match="reaches beyond its data"):
+        Checkpoint(tmp_path)
+
+
+def test_integer_weights_are_refused(tmp_path):
+    save_file({"w": np.zeros(4, np.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match="tensor w has type I8"):
+        Checkpoint(tmp_path)
+
+
+def test_index_promises_are_kept(tmp_path):
+    save_file(TENSORS, tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"c.weight": "one.safetensors"}}))
+    with pytest.raises(ExportError, match=r"the index lists c\.weight"):
+        Checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a.weight": "two.safetensors"}}))
+    with pytest.raises(ExportError, match=r"two\.safetensors is missing"):
+        Checkpoint(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ExportError, match="not a weight index"):
+        Checkpoint(tmp_path)
+
+
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(ExportError, match="has no weights"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"a.weight": (5, 3)}, r"tensor b.weight of shape \[7\] has no place"),
+        ({"a.weight": (5, 3), "b.weight": (7,), "c": (2, 1)}, r"c is missing, expected shape \[2, 1\]"),
+        ({"a.weight": (3, 5), "b.weight": (7,)}, r"a.weight has shape \[5, 3\], expected \[3, 5\]"),
+    ],
+)
+def test_require_is_strict(tmp_path, shapes, message):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match=message):
+        Checkpoint(tmp_path).require(shapes, frozenset())
+
+
+def test_inv_freq_is_ignored(tmp_path, tiny_checkpoint):
+    from glm_export import config, weights
+
+    settings = config.load(tiny_checkpoint)
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    save_file(
+        tensors | {"transformer.rotary_pos_emb.inv_freq": np.zeros(4, np.float32)},
+        tmp_path / "model.safetensors",
+    )
+    Checkpoint(tmp_path).require(weights.shapes(settings), weights.IGNORED)
