@@ -15,10 +15,11 @@ pub const DOMAIN: &str = "com.microsoft";
 pub const SIMD_VARIABLE: &str = "GLMSERVE_SIMD";
 
 /// The operators of CPU sessions, for `SessionBuilder::with_operators`. One domain may serve many
-/// sessions; its kernels share their scratch memory.
+/// sessions; its kernels share their scratch memory. `num_threads` is how many intra-op threads the
+/// sessions have, 0 for one a core: it guides how work is cut up and never changes a result.
 ///
 /// # Errors
 /// When ONNX Runtime refuses the domain.
-pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?.add(paged_attention::PagedAttention::default())
+pub fn domain(num_threads: usize) -> ort::Result<OperatorDomain> {
+    OperatorDomain::new(DOMAIN)?.add(paged_attention::PagedAttention::new(num_threads))
 }

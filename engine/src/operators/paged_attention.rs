@@ -68,9 +68,20 @@ enum Presence {
 }
 
 /// The operator. Its kernels, one a layer, run one after the other and share a workspace.
-#[derive(Default)]
 pub(super) struct PagedAttention {
+    num_threads: usize,
     workspace: Arc<Mutex<Workspace>>,
+}
+
+impl PagedAttention {
+    /// The operator for sessions of `num_threads` threads; 0 is one a core.
+    pub(super) fn new(num_threads: usize) -> Self {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            num_threads: if num_threads == 0 { cores() } else { num_threads },
+            workspace: Arc::default(),
+        }
+    }
 }
 
 impl Operator for PagedAttention {
@@ -126,7 +137,7 @@ impl Operator for PagedAttention {
         Ok(PagedAttentionKernel {
             attributes,
             simd,
-            num_threads: std::thread::available_parallelism().map_or(1, usize::from),
+            num_threads: self.num_threads,
             workspace: Arc::clone(&self.workspace),
         })
     }

@@ -24,6 +24,7 @@ pub(crate) const INPUTS: [(usize, &str, bool, usize); 10] = [
 ];
 
 /// An attribute's value.
+#[allow(dead_code, reason = "the bench has no use for some")]
 #[derive(Clone, Copy)]
 pub(crate) enum Value {
     /// `INT`.
@@ -114,7 +115,7 @@ pub(crate) fn session(
     }
     Session::builder(environment())?
         .with_intra_threads(num_threads)?
-        .with_operators(operators::domain()?)?
+        .with_operators(operators::domain(num_threads)?)?
         .commit_from_memory(&model.0)
 }
 

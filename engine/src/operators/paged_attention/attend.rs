@@ -151,7 +151,7 @@ pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A
         let start = key_tile * TILE;
         let num_keys = (tile.num_keys - start).min(TILE);
         let all_visible = see(job, tile, &sequence, start, parts.visible);
-        let (keys, values) = job.cache.rows(&sequence, start, num_keys, tile.kv_head);
+        let (keys, values) = job.cache.rows(&sequence, start, tile.kv_head);
         let scores = parts.scores.as_mut_ptr();
         // SAFETY: the parts are made for this width; `rows` are within the cache as the batch was
         // validated; a split tile's partial results were reserved by the plan, and no other task
@@ -163,7 +163,7 @@ pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A
                 visible: parts.visible.as_ptr(),
                 all_visible,
             };
-            let top = kernels::score::<R, T, X>(lanes, queries, &keys, num_keys, scores);
+            let top = kernels::score::<R, T, X>(lanes, queries, &keys, &values, num_keys, scores);
             let sum = kernels::weights::<R, T>(lanes, scores, num_keys, top);
             let sink = match tile.partials {
                 None => {

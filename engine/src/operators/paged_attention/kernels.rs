@@ -5,7 +5,7 @@
 //! side. That is what makes a row's bits independent of the tile it is computed in.
 
 use super::exp::exp;
-use super::kv_cache::Rows;
+use super::kv_cache::{LINE, Rows, prefetch};
 use super::simd::{Lanes, Level, MASKED};
 
 /// The rows of a tile: their queries, and what they may see.
@@ -31,6 +31,7 @@ pub(super) unsafe fn score<R: Lanes, const T: usize, const X: usize>(
     lanes: R,
     queries: Queries,
     keys: &Rows,
+    values: &Rows,
     num_keys: usize,
     scores: *mut f32,
 ) -> [R::Vector; T] {
@@ -38,13 +39,21 @@ pub(super) unsafe fn score<R: Lanes, const T: usize, const X: usize>(
     let mut top = [lanes.splat(MASKED); T];
     let mut key = 0;
     while key < num_keys {
-        let row = keys.row(key);
+        let (row, next, value) = (keys.row(key), keys.row(key + X), values.row(key));
         let mut rows = [row; X];
         for (x, other) in rows.iter_mut().enumerate() {
             *other = row.wrapping_add(x * keys.stride());
         }
         let mut s = [[lanes.splat(0.0); T]; X];
         for c in 0..queries.head_dim {
+            if T == 1 && c % LINE == 0 {
+                // With few rows the caches' memory is the limit. Ask for the next keys, and for the
+                // values of these, which are read in narrow columns that no CPU foresees.
+                for x in 0..X {
+                    prefetch(next.wrapping_add(x * keys.stride() + c));
+                    prefetch(value.wrapping_add(x * keys.stride() + c));
+                }
+            }
             let mut q = [lanes.splat(0.0); T];
             for (t, q) in q.iter_mut().enumerate() {
                 // SAFETY: c < head_dim and t < T, so this is within the queries.

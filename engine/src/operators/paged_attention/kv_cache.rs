@@ -9,6 +9,22 @@ use super::batch::{Batch, Geometry, Sequence};
 /// Keys of a tile. Tiles start at multiples of it in every sequence.
 pub(super) const TILE: usize = 128;
 
+/// Cache elements in a line of the CPU's caches.
+pub(super) const LINE: usize = 16;
+
+/// Asks for the line of `at` ahead of its use; any address will do.
+#[inline(always)]
+pub(super) fn prefetch(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: prefetching is part of the baseline and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// The two caches of a layer, `[num_blocks, block_size, kv_num_heads, head_dim]`.
 #[derive(Clone, Copy)]
 pub(super) struct KvCache {
@@ -24,8 +40,9 @@ unsafe impl Sync for KvCache {}
 /// Where the keys (or values) of a tile lie.
 pub(super) struct Rows {
     base: *const f32,
-    /// Offsets of the tile's runs of neighbouring slots; smallest blocks make the most runs.
-    runs: [usize; TILE / 16],
+    /// Offsets of the tile's runs of neighbouring slots, and of the next tile's first run, to prefetch
+    /// it; the smallest blocks make the most runs.
+    runs: [usize; TILE / 16 + 1],
     run_len: usize,
     stride: usize,
 }
@@ -73,14 +90,8 @@ impl KvCache {
         }
     }
 
-    /// Keys and values of `kv_head` from position `start`, a multiple of [`TILE`], on; `num_keys` of them.
-    pub(super) fn rows(
-        &self,
-        sequence: &Sequence,
-        start: usize,
-        num_keys: usize,
-        kv_head: usize,
-    ) -> (Rows, Rows) {
+    /// Keys and values of `kv_head` from position `start`, a multiple of [`TILE`], on.
+    pub(super) fn rows(&self, sequence: &Sequence, start: usize, kv_head: usize) -> (Rows, Rows) {
         let Geometry {
             block_size,
             kv_num_heads,
@@ -88,11 +99,20 @@ impl KvCache {
             ..
         } = self.geometry;
         let run_len = block_size.min(TILE);
-        let mut runs = [0; TILE / 16];
-        for (run, offset) in runs.iter_mut().enumerate().take(num_keys.div_ceil(run_len)) {
+        let mut runs = [0; TILE / 16 + 1];
+        for (run, offset) in runs.iter_mut().enumerate().take(TILE / run_len + 1) {
             let position = start + run * run_len;
-            let slot = sequence.blocks[position / block_size] as usize * block_size + position % block_size;
-            *offset = (slot * kv_num_heads + kv_head) * head_dim;
+            // Past the end there is nothing to read, and any address will do to prefetch.
+            let Some(&block) = sequence.blocks.get(position / block_size) else {
+                break;
+            };
+            let slot = (block as usize)
+                .wrapping_mul(block_size)
+                .wrapping_add(position % block_size);
+            *offset = slot
+                .wrapping_mul(kv_num_heads)
+                .wrapping_add(kv_head)
+                .wrapping_mul(head_dim);
         }
         let rows = |base: *mut f32| Rows {
             base: base.cast_const(),
