@@ -1,1 +1,5 @@
-//! The server.
+//! An OpenAI-compatible streaming server for ChatGLM3 and its family.
+
+#[cfg(test)]
+pub(crate) mod fixtures;
+pub mod text;
