@@ -5,17 +5,23 @@
 //! Prometheus are unknown here.
 
 pub mod config;
+pub mod engine;
 pub mod error;
+pub mod kv_cache;
 pub mod manifest;
 pub mod observer;
 pub mod operators;
 pub mod request;
 pub mod runner;
+pub mod sampler;
 pub mod sampling_params;
+pub mod scheduler;
+pub mod sequence;
 pub mod step;
 pub mod thread;
 
 pub use config::EngineConfig;
+pub use engine::Engine;
 pub use error::{LoadError, RunError, SequenceError, SubmitError};
 pub use manifest::Manifest;
 pub use observer::{EngineGauges, EngineObserver, NoObserver, StepReport};

@@ -275,7 +275,7 @@ impl Manifest {
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("geometry.{name} is 0"));
         }
-        if g.num_attention_heads % g.num_kv_heads != 0 {
+        if !g.num_attention_heads.is_multiple_of(g.num_kv_heads) {
             return Err(format!(
                 "geometry.num_attention_heads {} is not a multiple of num_kv_heads {}",
                 g.num_attention_heads, g.num_kv_heads

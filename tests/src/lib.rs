@@ -1,1 +1,3 @@
-//! Shared pieces of the system tests.
+//! Owns what the system tests share: a seeded generator, and later servers and clients in process.
+
+pub mod rng;

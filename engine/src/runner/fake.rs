@@ -1,1 +1,116 @@
-//! A runner without a model, for tests.
+//! Owns a runner without a model: a test double that still needs the paged cache to be right.
+//!
+//! It stores token ids by slot and derives the next token from the history that it reads back
+//! through the block table, so a wrong block, slot or length changes the text.
+
+use ndarray::{Array2, s};
+
+use super::{KvCacheLayout, ModelRunner};
+use crate::error::RunError;
+use crate::step::{StepOutput, StepPlan};
+
+/// What follows a history of token ids.
+pub type Reply = Box<dyn FnMut(&[u32]) -> Result<u32, RunError> + Send>;
+
+/// The double.
+pub struct FakeRunner {
+    layout: KvCacheLayout,
+    slots: Vec<Option<u32>>,
+    logits: Array2<f32>,
+    history: Vec<u32>,
+    reply: Reply,
+}
+
+impl std::fmt::Debug for FakeRunner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FakeRunner")
+            .field("layout", &self.layout)
+            .finish_non_exhaustive()
+    }
+}
+
+impl FakeRunner {
+    /// A runner whose next token is a hash of the whole history.
+    pub fn hashing(vocab_size: usize, num_blocks: usize, block_size: usize) -> Self {
+        let reply = move |history: &[u32]| Ok((hash(history) % vocab_size as u64) as u32);
+        Self::scripted(vocab_size, num_blocks, block_size, Box::new(reply))
+    }
+
+    /// A runner whose next token `reply` chooses; an error fails the whole step.
+    pub fn scripted(vocab_size: usize, num_blocks: usize, block_size: usize, reply: Reply) -> Self {
+        let num_slots = num_blocks * block_size;
+        Self {
+            layout: KvCacheLayout {
+                num_blocks,
+                block_size,
+                num_bytes: num_slots * size_of::<u32>(),
+            },
+            slots: vec![None; num_slots],
+            logits: Array2::zeros((0, vocab_size)),
+            history: Vec::new(),
+            reply,
+        }
+    }
+
+    /// The next token after `history`, as the runner itself would choose it.
+    ///
+    /// # Errors
+    /// Whatever the script answers.
+    pub fn reply(&mut self, history: &[u32]) -> Result<u32, RunError> {
+        (self.reply)(history)
+    }
+
+    /// Reads a sequence's first `num_tokens` tokens back through its row of the block table.
+    fn read_back(&mut self, blocks: &[i32], num_tokens: usize) -> Result<(), RunError> {
+        let block_size = self.layout.block_size;
+        self.history.clear();
+        for position in 0..num_tokens {
+            let slot = blocks[position / block_size] as usize * block_size + position % block_size;
+            let token = self.slots[slot].ok_or_else(|| RunError(format!("slot {slot} was never written")))?;
+            self.history.push(token);
+        }
+        Ok(())
+    }
+}
+
+impl ModelRunner for FakeRunner {
+    fn kv_cache(&self) -> KvCacheLayout {
+        self.layout
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
+        for (&slot, &token) in plan.slot_mapping.iter().zip(&plan.token_ids) {
+            self.slots[slot as usize] = Some(token as u32);
+        }
+        let num_rows = plan.logits_indices.len();
+        if self.logits.nrows() < num_rows {
+            self.logits = Array2::zeros((num_rows, self.logits.ncols()));
+        }
+        for (index, scheduled) in plan.sequences.iter().enumerate() {
+            let Some(row) = scheduled.logits_row else { continue };
+            let blocks = &plan.block_table[index * plan.max_num_blocks..][..plan.max_num_blocks];
+            self.read_back(
+                blocks,
+                scheduled.num_computed_tokens + scheduled.num_scheduled_tokens,
+            )?;
+            let next = (self.reply)(&self.history)?;
+            // Every token has a weight, so that sampling has something to choose from.
+            let seed = hash(&self.history);
+            for (id, logit) in self.logits.row_mut(row).iter_mut().enumerate() {
+                *logit = (hash(&[seed as u32, id as u32]) % 1024) as f32 / 512.0;
+            }
+            self.logits[(row, next as usize)] = 8.0;
+        }
+        Ok(StepOutput {
+            logits: self.logits.slice(s![..num_rows, ..]),
+        })
+    }
+}
+
+/// FNV-1a over the ids, then mixed.
+fn hash(tokens: &[u32]) -> u64 {
+    let hash = tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| {
+        (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)
+    });
+    (hash ^ (hash >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 16
+}

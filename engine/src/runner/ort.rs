@@ -1,1 +1,168 @@
-//! The runner over ONNX Runtime.
+//! Owns the ONNX Runtime session and the KV cache's memory; with `operators`, the only place that
+//! knows `ort`.
+//!
+//! Invariant: cache tensors are allocated once, bound once and never copied; the attention operator
+//! writes them in place while this runner holds them exclusively.
+
+mod inputs;
+
+use std::path::{Path, PathBuf};
+
+use ndarray::{ArrayView2, s};
+use ort::environment::Environment;
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::GraphOptimizationLevel;
+use ort::session::{IoBinding, Session};
+use ort::value::{DynValue, Tensor};
+
+use self::inputs::bind_step;
+use super::{KvCacheLayout, ModelRunner};
+use crate::error::{LoadError, RunError};
+use crate::manifest::{Dtype, Geometry, Graph, Manifest, Provider};
+use crate::operators;
+use crate::step::{StepOutput, StepPlan};
+
+/// How to run a graph.
+#[derive(Debug, Clone)]
+pub struct OrtOptions {
+    /// The ONNX Runtime shared library.
+    pub library: PathBuf,
+    /// Threads of the session, the engine's own thread included.
+    pub num_threads: usize,
+    /// Most bytes the KV cache may take.
+    pub kv_cache_bytes: usize,
+}
+
+/// Runs a model folder's graph.
+#[derive(Debug)]
+pub struct OrtRunner {
+    session: Session,
+    /// Holds the caches and the current step's inputs.
+    binding: IoBinding,
+    graph: Graph,
+    layout: KvCacheLayout,
+    logits: Option<DynValue>,
+}
+
+fn runtime(error: impl std::fmt::Display) -> LoadError {
+    LoadError::Runtime(error.to_string())
+}
+
+impl OrtRunner {
+    /// Loads the graph of the folder `dir`, described by `manifest`, and allocates the KV cache.
+    ///
+    /// # Errors
+    /// [`LoadError`]: the library, the graph or the budget doesn't fit.
+    pub fn load(dir: &Path, manifest: &Manifest, options: &OrtOptions) -> Result<Self, LoadError> {
+        let graph = manifest.graph.clone();
+        if graph.provider != Provider::Cpu || graph.kv_cache_dtype != Dtype::Float32 {
+            return Err(LoadError::Config(
+                "this graph is for the CUDA provider, which this build cannot run yet: export for the CPU"
+                    .into(),
+            ));
+        }
+        let layout = layout(&manifest.geometry, &graph, options.kv_cache_bytes)?;
+        let environment = ort::init_from(&options.library).map_err(runtime)?;
+        let environment = environment.with_name("glmserve").build().map_err(runtime)?;
+        let session = open(&environment, &dir.join(&graph.file), options.num_threads).map_err(runtime)?;
+        let mut binding = session.create_binding().map_err(runtime)?;
+        bind_caches(&mut binding, &manifest.geometry, &graph, layout).map_err(runtime)?;
+        MemoryInfo::new(
+            AllocationDevice::CPU,
+            0,
+            AllocatorType::Device,
+            MemoryType::Default,
+        )
+        .and_then(|memory| binding.bind_output_to_device(graph.names.logits.as_str(), &memory))
+        .map_err(runtime)?;
+        Ok(Self {
+            session,
+            binding,
+            graph,
+            layout,
+            logits: None,
+        })
+    }
+
+    fn run_bound(&mut self, plan: &StepPlan) -> ort::Result<DynValue> {
+        // The previous step's logits go back to the arena before the next ones are taken.
+        self.logits = None;
+        bind_step(&mut self.binding, &self.graph.names, plan)?;
+        let mut outputs = self.session.run_binding(&self.binding)?;
+        let name = self.graph.names.logits.as_str();
+        outputs
+            .remove(name)
+            .ok_or_else(|| ort::Error::new(format!("the graph has no output {name}")))
+    }
+}
+
+/// As many blocks as the budget holds.
+fn layout(geometry: &Geometry, graph: &Graph, kv_cache_bytes: usize) -> Result<KvCacheLayout, LoadError> {
+    let block_bytes = geometry.kv_bytes_per_token(graph.kv_cache_dtype) * graph.block_size;
+    // More than i32 slots can't be named in the contract.
+    let num_blocks = (kv_cache_bytes / block_bytes).min(i32::MAX as usize / graph.block_size);
+    if num_blocks == 0 {
+        return Err(LoadError::Config(format!(
+            "the KV cache budget of {kv_cache_bytes} bytes holds no block: one takes {block_bytes} bytes"
+        )));
+    }
+    Ok(KvCacheLayout {
+        num_blocks,
+        block_size: graph.block_size,
+        num_bytes: num_blocks * block_bytes,
+    })
+}
+
+fn open(environment: &Environment, path: &Path, num_threads: usize) -> ort::Result<Session> {
+    Session::builder(environment)?
+        .with_intra_threads(num_threads)?
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_operators(operators::domain()?)?
+        .commit_from_file(path)
+}
+
+/// Allocates one key and one value tensor a layer and binds them as inputs.
+fn bind_caches(
+    binding: &mut IoBinding,
+    geometry: &Geometry,
+    graph: &Graph,
+    layout: KvCacheLayout,
+) -> ort::Result<()> {
+    let shape = [
+        layout.num_blocks,
+        layout.block_size,
+        geometry.num_kv_heads,
+        geometry.head_dim,
+    ];
+    let patterns = [&graph.names.key_cache, &graph.names.value_cache];
+    for layer in 0..geometry.num_layers {
+        for pattern in patterns {
+            // Zeroed memory is mapped lazily: it becomes resident as blocks are used.
+            let cache = Tensor::from_array((shape, vec![0f32; shape.iter().product()]))?;
+            binding.bind_input(pattern.replace("{layer}", &layer.to_string()), &cache)?;
+        }
+    }
+    Ok(())
+}
+
+impl ModelRunner for OrtRunner {
+    fn kv_cache(&self) -> KvCacheLayout {
+        self.layout
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
+        let failed = |error: ort::Error| RunError(error.to_string());
+        let logits = self.run_bound(plan).map_err(failed)?;
+        let (shape, values) = self
+            .logits
+            .insert(logits)
+            .try_extract_tensor::<f32>()
+            .map_err(failed)?;
+        let shape = (shape[0] as usize, shape[1] as usize);
+        let logits = ArrayView2::from_shape(shape, values).map_err(|error| RunError(error.to_string()))?;
+        // A step without wanted rows still asked for one: see `bind_step`.
+        Ok(StepOutput {
+            logits: logits.slice_move(s![..plan.logits_indices.len(), ..]),
+        })
+    }
+}

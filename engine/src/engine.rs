@@ -1,0 +1,184 @@
+//! Owns the loop's body: schedule a step, run it, apply its outcome.
+//!
+//! Invariant: counters move only after a run succeeded. If it fails, its sequences end with an
+//! error, every other one is untouched. Must not know clocks, threads or channels.
+
+use std::time::Duration;
+
+use crate::config::EngineConfig;
+use crate::error::SequenceError;
+use crate::observer::{EngineGauges, StepReport};
+use crate::request::{FinishReason, Request, RequestId, TokenEvent};
+use crate::runner::ModelRunner;
+use crate::sampler::Sampler;
+use crate::scheduler::{ScheduleOutcome, Scheduler};
+use crate::sequence::Sequence;
+use crate::step::StepPlan;
+
+/// Scheduler, runner and sampler, and the buffers between them.
+#[derive(Debug)]
+pub struct Engine<R> {
+    scheduler: Scheduler,
+    runner: R,
+    sampler: Sampler,
+    plan: StepPlan,
+    outcome: ScheduleOutcome,
+    events: Vec<(RequestId, TokenEvent)>,
+}
+
+impl<R: ModelRunner> Engine<R> {
+    /// An idle engine. `config.max_model_len` must fit the model and the runner's cache.
+    pub fn new(runner: R, config: EngineConfig, vocab_size: usize) -> Self {
+        let cache = runner.kv_cache();
+        Self {
+            scheduler: Scheduler::new(config, cache.num_blocks, cache.block_size),
+            sampler: Sampler::new(vocab_size),
+            plan: StepPlan::default(),
+            outcome: ScheduleOutcome::default(),
+            events: Vec::new(),
+            runner,
+        }
+    }
+
+    /// Queues a request; `id` must be larger than all before it and the request must fit.
+    pub fn add(&mut self, id: RequestId, request: Request, now: Duration) {
+        self.scheduler.add(Sequence::new(id, request, now));
+    }
+
+    /// Forgets a request and frees its blocks; no event follows.
+    pub fn abort(&mut self, id: RequestId) {
+        self.scheduler.remove(id);
+    }
+
+    /// Whether a step would do nothing.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// Figures of the current state.
+    pub fn gauges(&self) -> EngineGauges {
+        self.scheduler.gauges()
+    }
+
+    /// Events of the last step, in order.
+    pub fn events(&self) -> &[(RequestId, TokenEvent)] {
+        &self.events
+    }
+
+    /// Queue times of the requests that the last step admitted.
+    pub fn queue_times(&self) -> &[Duration] {
+        &self.outcome.queue_times
+    }
+
+    /// The plan of the last step.
+    pub fn plan(&self) -> &StepPlan {
+        &self.plan
+    }
+
+    /// Checks the scheduler's invariants; for tests and simulations.
+    ///
+    /// # Errors
+    /// Says which is broken.
+    pub fn check(&self) -> Result<(), String> {
+        self.scheduler.check()
+    }
+
+    /// One step. The report's duration is left to whoever owns the clock.
+    pub fn step(&mut self, now: Duration) -> StepReport {
+        self.events.clear();
+        self.scheduler.schedule(now, &mut self.plan, &mut self.outcome);
+        let mut report = StepReport {
+            duration: Duration::ZERO,
+            num_scheduled_tokens: self.plan.num_tokens(),
+            num_prompt_tokens: 0,
+            num_generated_tokens: 0,
+            num_preemptions: self.outcome.num_preemptions,
+            failed: false,
+        };
+        if self.plan.is_empty() {
+            return report;
+        }
+        let output = match self.runner.run(&self.plan) {
+            Ok(output) => output,
+            Err(error) => {
+                report.failed = true;
+                for scheduled in &self.plan.sequences {
+                    self.scheduler.remove(scheduled.id);
+                    let failed = TokenEvent::Failed(SequenceError::Run(error.0.clone()));
+                    self.events.push((scheduled.id, failed));
+                }
+                return report;
+            }
+        };
+        for scheduled in &self.plan.sequences {
+            let Some(sequence) = self
+                .scheduler
+                .commit(scheduled.id, scheduled.num_scheduled_tokens)
+            else {
+                continue;
+            };
+            let end = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens;
+            report.num_prompt_tokens += report_prompt_tokens(sequence, end);
+            let Some(row) = scheduled.logits_row else { continue };
+            let row = output.logits.row(row);
+            let is_finished = match row.to_slice() {
+                Some(row) => apply_row(&mut self.sampler, row, sequence, &mut self.events),
+                None => fail(
+                    sequence.id,
+                    SequenceError::Run("logits are not contiguous".into()),
+                    &mut self.events,
+                ),
+            };
+            report.num_generated_tokens += 1;
+            if is_finished {
+                self.scheduler.remove(scheduled.id);
+            }
+        }
+        report
+    }
+}
+
+/// Counts the prompt tokens below `end` that were not counted before.
+fn report_prompt_tokens(sequence: &mut Sequence, end: usize) -> usize {
+    let end = end.min(sequence.num_prompt_tokens());
+    let num_new = end.saturating_sub(sequence.num_reported_prompt_tokens);
+    sequence.num_reported_prompt_tokens += num_new;
+    num_new
+}
+
+/// Samples from a row, appends and reports the token; true if that ended the sequence.
+fn apply_row(
+    sampler: &mut Sampler,
+    row: &[f32],
+    sequence: &mut Sequence,
+    events: &mut Vec<(RequestId, TokenEvent)>,
+) -> bool {
+    let token_id = match sampler.sample(row, sequence) {
+        Ok(token_id) => token_id,
+        Err(error) => return fail(sequence.id, error, events),
+    };
+    sequence.push(token_id);
+    let params = &sequence.sampling;
+    let num_generated_tokens = sequence.output().len();
+    let reason = if !params.ignore_eos && params.stop_token_ids.contains(&token_id) {
+        Some(FinishReason::Stop { token_id })
+    } else {
+        events.push((sequence.id, TokenEvent::Token { token_id }));
+        (num_generated_tokens == params.max_tokens).then_some(FinishReason::Length)
+    };
+    if let Some(reason) = reason {
+        events.push((
+            sequence.id,
+            TokenEvent::Finished {
+                reason,
+                num_generated_tokens,
+            },
+        ));
+    }
+    reason.is_some()
+}
+
+fn fail(id: RequestId, error: SequenceError, events: &mut Vec<(RequestId, TokenEvent)>) -> bool {
+    events.push((id, TokenEvent::Failed(error)));
+    true
+}

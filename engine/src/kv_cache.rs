@@ -1,0 +1,7 @@
+//! Owns which KV block belongs to whom. The memory itself belongs to the runner.
+
+pub mod block_pool;
+pub mod block_table;
+
+pub use block_pool::{BlockId, BlockPool};
+pub use block_table::BlockTable;

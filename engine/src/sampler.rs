@@ -1,0 +1,398 @@
+//! Owns the choice of the next token from a row of logits.
+//!
+//! Invariant: the choice depends on the row, the sequence and its seed only. The generator has no
+//! state: a draw is keyed by seed, position and purpose, so neither batching nor preemption can
+//! change it.
+
+use crate::error::SequenceError;
+use crate::sequence::Sequence;
+
+/// What a draw is for; part of its key.
+#[derive(Debug, Clone, Copy)]
+#[repr(u64)]
+enum Purpose {
+    NextToken = 1,
+}
+
+/// Chooses tokens. Holds buffers only.
+#[derive(Debug)]
+pub struct Sampler {
+    vocab_size: usize,
+    logits: Vec<f32>,
+    candidates: Vec<(f32, u32)>,
+}
+
+impl Sampler {
+    /// For rows whose first `vocab_size` values are real tokens; the rest is padding.
+    pub fn new(vocab_size: usize) -> Self {
+        Self {
+            vocab_size,
+            logits: Vec::with_capacity(vocab_size),
+            candidates: Vec::with_capacity(vocab_size),
+        }
+    }
+
+    /// The next token of `sequence`, whose last token produced `row`.
+    ///
+    /// # Errors
+    /// [`SequenceError::NonFiniteLogits`] if the row is unusable.
+    pub fn sample(&mut self, row: &[f32], sequence: &Sequence) -> Result<u32, SequenceError> {
+        let position = sequence.tokens().len() - 1;
+        let row = &row[..self.vocab_size];
+        // Magnitudes compare as integers; infinities and NaNs are at and above INFINITY's bits.
+        let magnitude = row
+            .iter()
+            .fold(0, |most, value| most.max(value.to_bits() & (u32::MAX >> 1)));
+        if magnitude >= f32::INFINITY.to_bits() {
+            return Err(SequenceError::NonFiniteLogits { position });
+        }
+        let params = &sequence.sampling;
+        let is_plain = params.logit_bias.is_empty()
+            && params.repetition_penalty == 1.0
+            && params.presence_penalty == 0.0
+            && params.frequency_penalty == 0.0
+            && sequence.output().len() >= params.min_tokens;
+        if is_plain && params.temperature == 0.0 {
+            return Ok(argmax(row));
+        }
+        self.logits.clear();
+        self.logits.extend_from_slice(row);
+        if !is_plain {
+            adjust(&mut self.logits, sequence);
+        }
+        if params.temperature == 0.0 {
+            return Ok(argmax(&self.logits));
+        }
+        let uniform = uniform(params.seed, position as u64, Purpose::NextToken);
+        Ok(self.draw(params.temperature, params.top_k as usize, params.top_p, uniform))
+    }
+
+    /// Draws from `self.logits`: temperature, then top-k, then the nucleus of what is left.
+    fn draw(&mut self, temperature: f32, top_k: usize, top_p: f32, uniform: f64) -> u32 {
+        let max = max(&self.logits);
+        for logit in &mut self.logits {
+            *logit = ((*logit - max) / temperature).exp();
+        }
+        let weights = &self.logits;
+        let mut total: f64 = weights.iter().map(|&weight| f64::from(weight)).sum();
+        self.candidates.clear();
+        let with_ids = weights.iter().zip(0u32..).map(|(&weight, id)| (weight, id));
+        // Heaviest first; equal weights in the order of their ids, so that the result is defined.
+        let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        if (1..weights.len()).contains(&top_k) {
+            self.candidates.extend(with_ids);
+            self.candidates.select_nth_unstable_by(top_k - 1, order);
+            self.candidates.truncate(top_k);
+            self.candidates.sort_unstable_by(order);
+            total = self.candidates.iter().map(|&(weight, _)| f64::from(weight)).sum();
+        } else if top_p < 1.0 {
+            // Everything lighter than this weighs less than 1 - top_p together, so the nucleus is
+            // among the rest: a few hundred candidates to sort instead of the vocabulary.
+            let bound = ((1.0 - f64::from(top_p)) * total / weights.len() as f64) as f32;
+            self.candidates
+                .extend(with_ids.filter(|&(weight, _)| weight >= bound));
+            self.candidates.sort_unstable_by(order);
+        } else {
+            return pick(with_ids, uniform * total);
+        }
+        if top_p < 1.0 {
+            let mass = f64::from(top_p) * total;
+            let mut sum = 0.0;
+            let mut inside = |&(weight, _): &(f32, u32)| {
+                let is_inside = sum < mass;
+                sum += f64::from(weight);
+                is_inside
+            };
+            let num_inside = self.candidates.iter().take_while(|c| inside(c)).count();
+            self.candidates.truncate(num_inside.max(1));
+            total = self.candidates.iter().map(|&(weight, _)| f64::from(weight)).sum();
+        }
+        pick(self.candidates.iter().copied(), uniform * total)
+    }
+}
+
+/// The candidate at which the running sum of weights passes `target`.
+fn pick(candidates: impl Iterator<Item = (f32, u32)>, target: f64) -> u32 {
+    let mut sum = 0.0;
+    let mut last = 0;
+    for (weight, id) in candidates {
+        if weight > 0.0 {
+            sum += f64::from(weight);
+            last = id;
+            if sum > target {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// The largest value, in lanes so that it vectorises.
+fn max(row: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, tail) = row.as_chunks::<16>();
+    let lanes = chunks.iter().fold([f32::NEG_INFINITY; 16], |mut lanes, chunk| {
+        lanes
+            .iter_mut()
+            .zip(chunk)
+            .for_each(|(lane, &value)| *lane = larger(*lane, value));
+        lanes
+    });
+    lanes
+        .into_iter()
+        .chain(tail.iter().copied())
+        .fold(f32::NEG_INFINITY, larger)
+}
+
+/// Index of the first largest value.
+fn argmax(row: &[f32]) -> u32 {
+    let max = max(row);
+    row.iter().position(|&value| value == max).unwrap_or(0) as u32
+}
+
+/// Applies penalties, bias and the ban on early stop ids.
+fn adjust(logits: &mut [f32], sequence: &Sequence) {
+    let params = &sequence.sampling;
+    if params.repetition_penalty != 1.0 {
+        let mut seen = sequence.tokens().to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for id in seen {
+            let logit = &mut logits[id as usize];
+            let penalty = params.repetition_penalty;
+            *logit = if *logit > 0.0 {
+                *logit / penalty
+            } else {
+                *logit * penalty
+            };
+        }
+    }
+    if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+        let mut output = sequence.output().to_vec();
+        output.sort_unstable();
+        for same in output.chunk_by(|a, b| a == b) {
+            logits[same[0] as usize] -=
+                params.presence_penalty + params.frequency_penalty * same.len() as f32;
+        }
+    }
+    for &(id, bias) in &params.logit_bias {
+        logits[id as usize] += bias;
+    }
+    if sequence.output().len() < params.min_tokens {
+        for &id in &params.stop_token_ids {
+            logits[id as usize] = f32::NEG_INFINITY;
+        }
+    }
+}
+
+/// A number in [0, 1) from its key (SplitMix64's finaliser, applied to each part in turn).
+fn uniform(seed: u64, position: u64, purpose: Purpose) -> f64 {
+    let mix = |value: u64| {
+        let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    };
+    let golden = 0x9e37_79b9_7f4a_7c15_u64;
+    let key = mix(seed.wrapping_add(golden));
+    let key = mix(key ^ position.wrapping_mul(golden));
+    let key = mix(key ^ (purpose as u64).wrapping_mul(golden).rotate_left(32));
+    (key >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::{Request, RequestId};
+    use crate::sampling_params::SamplingParams;
+    use std::time::Duration;
+
+    fn sequence(prompt: &[u32], output: &[u32], sampling: SamplingParams) -> Sequence {
+        let request = Request {
+            prompt_token_ids: prompt.to_vec(),
+            sampling,
+        };
+        let mut sequence = Sequence::new(RequestId(1), request, Duration::ZERO);
+        output.iter().for_each(|&id| sequence.push(id));
+        sequence
+    }
+
+    fn greedy() -> SamplingParams {
+        SamplingParams {
+            temperature: 0.0,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn greedy_takes_the_first_largest_and_never_padding() {
+        let mut sampler = Sampler::new(4);
+        let row = [0.0, 3.0, 3.0, -1.0, 99.0];
+        assert_eq!(sampler.sample(&row, &sequence(&[0], &[], greedy())), Ok(1));
+    }
+
+    #[test]
+    fn non_finite_rows_are_an_error() {
+        let mut sampler = Sampler::new(3);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let result = sampler.sample(&[0.0, bad, 1.0], &sequence(&[0, 0], &[], greedy()));
+            assert_eq!(result, Err(SequenceError::NonFiniteLogits { position: 1 }));
+        }
+        assert!(
+            sampler
+                .sample(&[3e38, 3e38, 3e38], &sequence(&[0], &[], greedy()))
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn penalties_and_bias_move_the_greedy_choice() {
+        let mut sampler = Sampler::new(3);
+        let row = [1.0, 0.9, -1.0];
+        let cases = [
+            (
+                SamplingParams {
+                    repetition_penalty: 2.0,
+                    ..greedy()
+                },
+                &[0][..],
+                &[][..],
+                1,
+            ),
+            (
+                SamplingParams {
+                    presence_penalty: 0.2,
+                    ..greedy()
+                },
+                &[2],
+                &[0],
+                1,
+            ),
+            (
+                SamplingParams {
+                    frequency_penalty: 0.06,
+                    ..greedy()
+                },
+                &[2],
+                &[0, 0],
+                1,
+            ),
+            (
+                SamplingParams {
+                    frequency_penalty: 0.06,
+                    ..greedy()
+                },
+                &[0, 0],
+                &[2],
+                0,
+            ),
+            (
+                SamplingParams {
+                    logit_bias: vec![(2, 5.0)],
+                    ..greedy()
+                },
+                &[0],
+                &[],
+                2,
+            ),
+            (
+                SamplingParams {
+                    min_tokens: 2,
+                    stop_token_ids: vec![0],
+                    ..greedy()
+                },
+                &[0],
+                &[1],
+                1,
+            ),
+            (
+                SamplingParams {
+                    min_tokens: 1,
+                    stop_token_ids: vec![0],
+                    ..greedy()
+                },
+                &[0],
+                &[1],
+                0,
+            ),
+        ];
+        for (params, prompt, output, expected) in cases {
+            let label = format!("{params:?}");
+            assert_eq!(
+                sampler.sample(&row, &sequence(prompt, output, params)),
+                Ok(expected),
+                "{label}"
+            );
+        }
+    }
+
+    /// Frequencies over many seeds against the distribution computed from the definition.
+    #[test]
+    fn draws_follow_the_distribution() {
+        let row: Vec<f32> = (0..50).map(|i| ((i * 37 % 50) as f32) / 10.0).collect();
+        let mut sampler = Sampler::new(50);
+        for (temperature, top_k, top_p) in [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.0, 0, 0.6), (1.3, 20, 0.8)] {
+            let expected = reference(&row, temperature, top_k, top_p);
+            let num_draws = 40_000;
+            let mut counts = vec![0usize; 50];
+            for seed in 0..num_draws {
+                let params = SamplingParams {
+                    temperature: temperature as f32,
+                    top_k: top_k as u32,
+                    top_p: top_p as f32,
+                    seed,
+                    ..Default::default()
+                };
+                counts[sampler.sample(&row, &sequence(&[0], &[], params)).unwrap() as usize] += 1;
+            }
+            for (id, (&count, &p)) in counts.iter().zip(&expected).enumerate() {
+                let found = count as f64 / num_draws as f64;
+                // Five standard deviations of a binomial count; nothing at all outside the support.
+                let tolerance = 5.0 * (p * (1.0 - p) / num_draws as f64).sqrt();
+                assert!(
+                    (found - p).abs() <= tolerance,
+                    "t {temperature} k {top_k} p {top_p}: id {id} {found} against {p}"
+                );
+            }
+        }
+    }
+
+    fn reference(row: &[f32], temperature: f64, top_k: usize, top_p: f64) -> Vec<f64> {
+        let mut weights: Vec<(f64, usize)> = row
+            .iter()
+            .enumerate()
+            .map(|(id, &x)| ((f64::from(x) / temperature).exp(), id))
+            .collect();
+        weights.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        if top_k > 0 {
+            weights.truncate(top_k);
+        }
+        let total: f64 = weights.iter().map(|w| w.0).sum();
+        let mut sum = 0.0;
+        weights.retain(|w| {
+            let is_inside = sum < top_p * total;
+            sum += w.0;
+            is_inside
+        });
+        let total: f64 = weights.iter().map(|w| w.0).sum();
+        let mut p = vec![0.0; row.len()];
+        weights.iter().for_each(|w| p[w.1] = w.0 / total);
+        p
+    }
+
+    #[test]
+    fn a_draw_is_keyed_by_seed_and_position() {
+        let draws: Vec<f64> = (0..1000)
+            .map(|i| uniform(i / 10, i % 10, Purpose::NextToken))
+            .collect();
+        let mean = draws.iter().sum::<f64>() / 1000.0;
+        assert!((mean - 0.5).abs() < 0.05, "{mean}");
+        assert_eq!(
+            uniform(7, 3, Purpose::NextToken),
+            uniform(7, 3, Purpose::NextToken)
+        );
+        assert_ne!(
+            uniform(7, 3, Purpose::NextToken),
+            uniform(3, 7, Purpose::NextToken)
+        );
+    }
+}

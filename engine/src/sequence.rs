@@ -1,0 +1,109 @@
+//! Owns a request's life inside the engine.
+//!
+//! Invariant: ownership is state. A [`WaitingSequence`] has no blocks, a [`RunningSequence`] owns a
+//! block table, and the transitions consume the one to make the other. There are no phases:
+//! `num_computed_tokens` catches up with the number of tokens, then one more is sampled.
+
+use std::time::Duration;
+
+use crate::kv_cache::{BlockPool, BlockTable};
+use crate::request::{Request, RequestId};
+use crate::sampling_params::SamplingParams;
+
+/// Tokens and options of one request.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Its name; older requests have smaller ones.
+    pub id: RequestId,
+    /// Prompt and output.
+    tokens: Vec<u32>,
+    num_prompt_tokens: usize,
+    /// How to sample.
+    pub sampling: SamplingParams,
+    /// Engine time of arrival.
+    pub arrival: Duration,
+    /// Whether it has run before: a preempted sequence is admitted again, but queued only once.
+    pub was_admitted: bool,
+    /// Prompt tokens computed at least once: recomputation does not count again.
+    pub num_reported_prompt_tokens: usize,
+}
+
+impl Sequence {
+    /// Takes over a request that arrived at `arrival`.
+    pub fn new(id: RequestId, request: Request, arrival: Duration) -> Self {
+        let Request {
+            prompt_token_ids: mut tokens,
+            sampling,
+        } = request;
+        let num_prompt_tokens = tokens.len();
+        tokens.reserve_exact(sampling.max_tokens);
+        Self {
+            id,
+            tokens,
+            num_prompt_tokens,
+            sampling,
+            arrival,
+            was_admitted: false,
+            num_reported_prompt_tokens: 0,
+        }
+    }
+
+    /// Prompt and output so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens of the prompt.
+    pub fn num_prompt_tokens(&self) -> usize {
+        self.num_prompt_tokens
+    }
+
+    /// The output so far.
+    pub fn output(&self) -> &[u32] {
+        &self.tokens[self.num_prompt_tokens..]
+    }
+
+    /// Appends a sampled token.
+    pub fn push(&mut self, token_id: u32) {
+        self.tokens.push(token_id);
+    }
+}
+
+/// A sequence in the queue.
+#[derive(Debug)]
+pub struct WaitingSequence(pub Sequence);
+
+impl WaitingSequence {
+    /// Starts it, with a table that can grow to `max_num_blocks`.
+    pub fn admit(self, max_num_blocks: usize) -> RunningSequence {
+        RunningSequence {
+            sequence: self.0,
+            num_computed_tokens: 0,
+            block_table: BlockTable::with_capacity(max_num_blocks),
+        }
+    }
+}
+
+/// A sequence that owns blocks.
+#[derive(Debug)]
+pub struct RunningSequence {
+    /// The tokens.
+    pub sequence: Sequence,
+    /// Tokens whose keys and values are in the cache.
+    pub num_computed_tokens: usize,
+    /// Where they are.
+    pub block_table: BlockTable,
+}
+
+impl RunningSequence {
+    /// Tokens that are known and not computed; at least 1 between two steps.
+    pub fn num_pending_tokens(&self) -> usize {
+        self.sequence.tokens.len() - self.num_computed_tokens
+    }
+
+    /// Gives the blocks up; everything will be computed again.
+    pub fn preempt(self, pool: &mut BlockPool) -> WaitingSequence {
+        self.block_table.release(pool);
+        WaitingSequence(self.sequence)
+    }
+}
