@@ -145,7 +145,7 @@ impl ApiError {
     /// The path exists, the method does not.
     pub fn method_not_allowed(method: &str, path: &str) -> Self {
         Self::new(
-            StatusCode::"method_not_allowed",
+            StatusCode::METHOD_NOT_ALLOWED,
             "method_not_allowed",
             format!("{path} does not take {method}"),
         )
@@ -226,7 +226,9 @@ impl From<SubmitError> for ApiError {
 impl From<StreamError> for ApiError {
     fn from(error: StreamError) -> Self {
         let (status, code) = match &error {
-            StreamError::Sequence(SequenceError::Run(_)) => (StatusCode::INTERNAL_SERVER_ERROR, "model_failed"),
+            StreamError::Sequence(SequenceError::Run(_)) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "model_failed")
+            }
             StreamError::Sequence(SequenceError::NonFiniteLogits { .. }) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "non_finite_logits")
             }

@@ -1,7 +1,7 @@
 //! Owns every metric's name and the clock that times requests.
 //!
-//! Invariants: names live here and nowhere else; each server has a registry of its own; every label
-//! value is there from the start, at 0, so that a rate over it is right from the first event.
+//! Invariants: names live here and nowhere else; each server has a registry of its own; the label
+//! values that alerts watch are there from the start, at 0, so that a rate sees the first event.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,6 +12,8 @@ use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
+
+use crate::error::LOAD_CODES;
 
 /// OpenTelemetry's buckets for the time to first token, and on to overload.
 const FIRST_TOKEN_BUCKETS: [f64; 20] = [
