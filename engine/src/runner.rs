@@ -5,7 +5,10 @@
 pub mod fake;
 pub mod ort;
 
+use ndarray::Array2;
+
 use crate::error::RunError;
+use crate::request::RequestId;
 use crate::step::{StepOutput, StepPlan};
 
 /// Size of the KV cache a runner allocated.
@@ -29,4 +32,30 @@ pub trait ModelRunner: Send {
     /// # Errors
     /// [`RunError`]: slots of the step may hold anything, no other slot changed.
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError>;
+}
+
+/// The logits of every position of one sequence, computed in one step: `[token_ids, vocabulary]`.
+///
+/// # Errors
+/// [`RunError`] if the sequence doesn't fit the cache or the run fails.
+pub fn logits(runner: &mut impl ModelRunner, token_ids: &[u32]) -> Result<Array2<f32>, RunError> {
+    let KvCacheLayout {
+        num_blocks,
+        block_size,
+        ..
+    } = runner.kv_cache();
+    let needed = token_ids.len().div_ceil(block_size);
+    if token_ids.is_empty() || needed > num_blocks {
+        return Err(RunError(format!(
+            "{} tokens need {needed} of {num_blocks} blocks",
+            token_ids.len()
+        )));
+    }
+    // The order of the blocks must not matter, so don't use the obvious one.
+    let blocks: Vec<u32> = (0..needed as u32).rev().collect();
+    let mut plan = StepPlan::default();
+    plan.clear(needed);
+    plan.push(RequestId(0), token_ids, 0, &blocks, block_size, true);
+    plan.logits_indices = (0..token_ids.len() as i32).collect();
+    runner.run(&plan).map(|output| output.logits.to_owned())
 }

