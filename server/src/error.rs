@@ -120,17 +120,20 @@ impl ApiError {
         }
     }
 
-    /// The prompt and its reply don't fit; `prompt` says how long the prompt is.
-    pub fn context_length(limit: usize, prompt: &str, max_tokens: Option<usize>) -> Self {
-        let message = match max_tokens {
-            None => format!(
-                "the context holds {limit} tokens, but the messages have {prompt} and a reply needs at least 1"
-            ),
-            Some(max) => format!(
-                "the context holds {limit} tokens, but the messages have {prompt} and the reply may have {max}"
-            ),
-        };
+    /// The prompt alone fills the context; `num_tokens` says how long it is.
+    pub fn prompt_too_long(limit: usize, num_tokens: &str) -> Self {
+        let message = format!(
+            "the context holds {limit} tokens, but the messages have {num_tokens}; a reply needs at least 1"
+        );
         Self::parameter(CONTEXT_LENGTH_EXCEEDED, "messages", message)
+    }
+
+    /// The prompt fits, the reply that `param` allows does not.
+    pub fn reply_too_long(limit: usize, num_prompt_tokens: usize, max_tokens: usize, param: &str) -> Self {
+        let message = format!(
+            "the context holds {limit} tokens, but the messages have {num_prompt_tokens} and {param} is {max_tokens}"
+        );
+        Self::parameter(CONTEXT_LENGTH_EXCEEDED, param, message)
     }
 
     /// No such path.

@@ -1,11 +1,13 @@
 //! An OpenAI-compatible streaming server for ChatGLM3 and its family.
 
 pub mod auth;
+pub mod config;
 pub mod error;
 #[cfg(test)]
 #[path = "../tests/support/model_dir.rs"]
 mod fixtures;
 pub mod metrics;
+pub mod npy;
 mod random;
 mod routes;
 pub mod shutdown;

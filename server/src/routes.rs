@@ -7,7 +7,7 @@ mod models;
 
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::header;
+use actix_web::http::ConnectionType;
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{HttpRequest, HttpResponse, Resource, Route, web};
 
@@ -68,8 +68,8 @@ pub(crate) async fn observe<B: MessageBody>(
         Ok(mut response) => {
             count(response.response().error());
             if state.as_ref().is_some_and(|state| state.is_draining()) {
-                let close = header::HeaderValue::from_static("close");
-                response.headers_mut().insert(header::CONNECTION, close);
+                let head = response.response_mut().head_mut();
+                head.set_connection_type(ConnectionType::Close);
             }
             Ok(response)
         }

@@ -1,4 +1,6 @@
-//! Owns the model folders that unit tests load: a manifest and a tokenizer of single bytes.
+//! Owns the model folders that tests load: a manifest and a tokenizer of single bytes.
+
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};

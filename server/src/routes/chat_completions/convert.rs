@@ -168,15 +168,11 @@ fn encode(messages: &[Message], state: &AppState) -> Result<Vec<u32>, ApiError> 
     // No token spells more than this, so a text can be too long beyond doubt before it is tokenised.
     let least = num_bytes / state.model.tokenizer.vocabulary().max_piece_len();
     if least >= limit {
-        return Err(ApiError::context_length(
-            limit,
-            &format!("at least {least}"),
-            None,
-        ));
+        return Err(ApiError::prompt_too_long(limit, &format!("at least {least}")));
     }
     let ids = state.model.chat.encode(messages, &state.model.tokenizer)?;
     if ids.len() >= limit {
-        return Err(ApiError::context_length(limit, &ids.len().to_string(), None));
+        return Err(ApiError::prompt_too_long(limit, &ids.len().to_string()));
     }
     Ok(ids)
 }
@@ -188,34 +184,23 @@ fn sampling(
 ) -> Result<SamplingParams, ApiError> {
     let limit = state.engine.limits().max_model_len;
     let room = limit - num_prompt_tokens;
+    let within = |max: usize, param: &'static str| match max {
+        0 => Err(ApiError::invalid_value(
+            param,
+            format!("{param} must be at least 1"),
+        )),
+        max if max > room => Err(ApiError::reply_too_long(limit, num_prompt_tokens, max, param)),
+        max => Ok(max),
+    };
     let max_tokens = match (request.max_tokens, request.max_completion_tokens) {
         (Some(old), Some(new)) if old != new => {
             let message = format!("max_completion_tokens is {new} and max_tokens is {old}; give one of them");
             return Err(ApiError::invalid_value("max_completion_tokens", message));
         }
-        (old, new) => new.or(old),
+        (_, Some(max)) => within(max, "max_completion_tokens")?,
+        (Some(max), None) => within(max, "max_tokens")?,
+        (None, None) => room,
     };
-    match max_tokens {
-        Some(0) => {
-            let name = if request.max_tokens.is_some() {
-                "max_tokens"
-            } else {
-                "max_completion_tokens"
-            };
-            return Err(ApiError::invalid_value(
-                name,
-                format!("{name} must be at least 1"),
-            ));
-        }
-        Some(max) if max > room => {
-            return Err(ApiError::context_length(
-                limit,
-                &num_prompt_tokens.to_string(),
-                Some(max),
-            ));
-        }
-        _ => {}
-    }
     let defaults = SamplingParams::default();
     let generation = &state.model.manifest.generation;
     let top_k = match request.top_k {
@@ -240,7 +225,7 @@ fn sampling(
         frequency_penalty: request.frequency_penalty.unwrap_or(defaults.frequency_penalty),
         logit_bias: logit_bias(request)?,
         seed: request.seed.map_or_else(random_u64, i64::cast_unsigned),
-        max_tokens: max_tokens.unwrap_or(room),
+        max_tokens,
         min_tokens: request.min_tokens.unwrap_or(0),
         ignore_eos: request.ignore_eos,
         stop_token_ids: state.model.manifest.stop_token_ids.clone(),

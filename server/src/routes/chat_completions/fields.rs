@@ -25,7 +25,11 @@ pub(super) fn checked(mut body: Value) -> Result<Value, ApiError> {
     let request = as_object(&mut body, "body")?;
     check(request, "", of_request)?;
     if let Some(options) = request.get_mut("stream_options") {
-        check(as_object(options, "stream_options")?, "stream_options.", of_stream_options)?;
+        check(
+            as_object(options, "stream_options")?,
+            "stream_options.",
+            of_stream_options,
+        )?;
     }
     let messages = request.get_mut("messages").and_then(Value::as_array_mut);
     for (i, message) in messages.into_iter().flatten().enumerate() {

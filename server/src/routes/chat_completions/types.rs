@@ -165,6 +165,9 @@ mod tests {
         }
         let error = ChatCompletionRequest::parse(b"{").unwrap_err();
         assert_eq!(error.code(), "invalid_json");
-        assert_eq!(ChatCompletionRequest::parse(b"[]").unwrap_err().code(), "invalid_value");
+        assert_eq!(
+            ChatCompletionRequest::parse(b"[]").unwrap_err().code(),
+            "invalid_value"
+        );
     }
 }
