@@ -1,0 +1,203 @@
+//! Owns the timings of the attention operator, through a real session: one layer, a call at a time.
+//!
+//! `cargo run --release -p glm-engine --example bench_attention [THREADS]`, with `GLMSERVE_SIMD` to
+//! force an instruction set. Figures are the median and the best of many calls; the limits at the
+//! top are what this machine does in plain loops, measured just before.
+
+#[path = "../tests/attention_graph/mod.rs"]
+mod attention_graph;
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use attention_graph::{Value, session};
+use ort::value::Tensor;
+
+const POSITIONS: usize = 8192;
+
+/// A layer's sizes.
+#[derive(Clone, Copy)]
+struct Model {
+    name: &'static str,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    /// Half the rotary width.
+    half: usize,
+}
+
+const CHATGLM3: Model = Model {
+    name: "chatglm3 32/2x128",
+    heads: 32,
+    kv_heads: 2,
+    dim: 128,
+    half: 32,
+};
+const DEFAULT: Model = Model {
+    name: "default 9/3x128",
+    heads: 9,
+    kv_heads: 3,
+    dim: 128,
+    half: 32,
+};
+
+/// The case's sequences, cached tokens of each, and new tokens of each.
+const CASES: [(usize, usize, usize); 6] = [
+    (1, 1024, 1),
+    (4, 1024, 1),
+    (16, 1024, 1),
+    (1, 8000, 1),
+    (1, 0, 512),
+    (1, 1024, 256),
+];
+
+fn main() -> ort::Result<()> {
+    let threads = std::env::args().nth(1).and_then(|threads| threads.parse().ok());
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    println!(
+        "{threads} threads; limits: {:.0} GFLOP/s, {:.0} GB/s of main memory",
+        threads as f64 * peak_flops() / 1e9,
+        bandwidth(threads) / 1e9
+    );
+    println!(
+        "{:<20} {:>3} {:>6} {:>5} {:>9} {:>9} {:>9} {:>7}",
+        "model", "B", "past", "new", "median ms", "best ms", "GFLOP/s", "GB/s"
+    );
+    for model in [CHATGLM3, DEFAULT] {
+        for (sequences, past, new) in CASES {
+            bench(model, sequences, past, new, threads)?;
+        }
+    }
+    Ok(())
+}
+
+#[allow(clippy::disallowed_methods, reason = "a bench owns its clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+fn bench(model: Model, sequences: usize, past: usize, new: usize, threads: usize) -> ort::Result<()> {
+    let Model {
+        heads,
+        kv_heads,
+        dim,
+        half,
+        ..
+    } = model;
+    let block = 16;
+    let blocks = (past + new).div_ceil(block);
+    let attributes = [
+        ("num_heads", Value::Int(heads as i64)),
+        ("kv_num_heads", Value::Int(kv_heads as i64)),
+        ("do_rotary", Value::Int(1)),
+        ("rotary_interleaved", Value::Int(1)),
+    ];
+    let mut session = session(threads, &attributes, |name| name != "attention_metadata")?;
+    let noise = |count: usize| {
+        (0..count)
+            .map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0)
+            .collect::<Vec<_>>()
+    };
+    let tokens = sequences * new;
+    let cache = [sequences * blocks, block, kv_heads, dim];
+    // Neighbouring blocks of a sequence lie far apart, as they do after a while.
+    let table: Vec<i32> = (0..sequences)
+        .flat_map(|s| (0..blocks).map(move |b| (b * sequences + s) as i32))
+        .collect();
+    let slots: Vec<i32> = (0..tokens)
+        .map(|t| {
+            let position = past + t % new;
+            table[t / new * blocks + position / block] * block as i32 + (position % block) as i32
+        })
+        .collect();
+    let query = Tensor::from_array((
+        [tokens, (heads + 2 * kv_heads) * dim],
+        noise(tokens * (heads + 2 * kv_heads) * dim),
+    ))?;
+    let key = Tensor::from_array((cache, noise(cache.iter().product())))?;
+    let value = Tensor::from_array((cache, noise(cache.iter().product())))?;
+    let bounds = (0..=sequences).map(|s| (s * new) as i32).collect::<Vec<_>>();
+    let bounds = Tensor::from_array(([sequences + 1], bounds))?;
+    let lens = Tensor::from_array(([sequences], vec![past as i32; sequences]))?;
+    let table = Tensor::from_array(([sequences, blocks], table))?;
+    let rotary = Tensor::from_array(([POSITIONS, half], noise(POSITIONS * half)))?;
+    let slots = Tensor::from_array(([tokens], slots))?;
+
+    let mut seconds = vec![];
+    let start = now();
+    while seconds.len() < 5 || (start.elapsed().as_secs_f64() < 0.7 && seconds.len() < 500) {
+        let begin = now();
+        session.run(ort::inputs![
+            "query" => &query, "key_cache" => &key, "value_cache" => &value,
+            "cumulative_sequence_length" => &bounds, "past_seqlens" => &lens, "block_table" => &table,
+            "cos_cache" => &rotary, "sin_cache" => &rotary, "slot_mapping" => &slots,
+        ])?;
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    let (best, median) = (seconds[0], seconds[seconds.len() / 2]);
+    let pairs: usize = (past + 1..=past + new).sum::<usize>() * sequences;
+    let flops = (4 * pairs * heads * dim) as f64;
+    let bytes = (2 * sequences * (past + new) * kv_heads * dim * 4) as f64;
+    println!(
+        "{:<20} {sequences:>3} {past:>6} {new:>5} {:>9.3} {:>9.3} {:>9.0} {:>7.1}",
+        model.name,
+        median * 1e3,
+        best * 1e3,
+        flops / best / 1e9,
+        bytes / best / 1e9
+    );
+    Ok(())
+}
+
+/// What one thread multiplies and adds a second, in registers.
+fn peak_flops() -> f64 {
+    const LANES: usize = 16 * 12;
+    const ROUNDS: usize = 2_000_000;
+    #[inline(always)]
+    fn rounds(x: &mut [f32; LANES], factor: f32) {
+        for _ in 0..ROUNDS {
+            for x in x.iter_mut() {
+                *x = x.mul_add(factor, 0.5);
+            }
+        }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    fn wide(x: &mut [f32; LANES], factor: f32) {
+        rounds(x, factor);
+    }
+    let mut x = [1f32; LANES];
+    let mut best = f64::MAX;
+    for _ in 0..5 {
+        let begin = now();
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the CPU has it.
+            unsafe { wide(&mut x, black_box(0.5)) };
+        } else {
+            rounds(&mut x, black_box(0.5));
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        rounds(&mut x, black_box(0.5));
+        black_box(&x);
+        best = best.min(begin.elapsed().as_secs_f64());
+    }
+    (2 * LANES * ROUNDS) as f64 / best
+}
+
+/// Bytes a second that `threads` threads read from main memory.
+fn bandwidth(threads: usize) -> f64 {
+    let data = vec![1u64; 32 << 20];
+    let mut best = f64::MAX;
+    for _ in 0..3 {
+        let begin = now();
+        std::thread::scope(|scope| {
+            for part in data.chunks(data.len().div_ceil(threads)) {
+                scope.spawn(move || black_box(part.iter().fold(0u64, |sum, x| sum ^ x)));
+            }
+        });
+        best = best.min(begin.elapsed().as_secs_f64());
+    }
+    (data.len() * 8) as f64 / best
+}

@@ -1,0 +1,275 @@
+//! Owns the operator `PagedAttention` as ONNX Runtime sees it: its inputs, attributes and threads.
+//!
+//! Invariant: a row of the output depends, to the last bit, on its own sequence's tokens only: not on
+//! the batch, the chunks a sequence came in, the blocks it lies in or the number of threads. And no
+//! panic crosses into ONNX Runtime: bad inputs are errors that name the input.
+
+mod attend;
+mod attributes;
+mod batch;
+mod exp;
+mod kernels;
+mod kv_cache;
+mod plan;
+mod rope;
+mod simd;
+#[cfg(test)]
+mod tests;
+mod workspace;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+
+use ort::operator::{
+    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
+};
+use ort::value::{
+    DynTensorValueType, PrimitiveTensorElementType, Shape, TensorElementType, ValueRef, ValueType,
+};
+
+use attend::Parallel;
+use attributes::{Attributes, Source};
+use batch::{Batch, Inputs, Tensor};
+use kv_cache::KvCache;
+use simd::Simd;
+use workspace::Workspace;
+
+/// The schema's inputs in order; those that this kernel requires, and those it refuses.
+const INPUTS: [(&str, TensorElementType, Presence); 17] = {
+    use Presence::{Optional, Refused, Required};
+    use TensorElementType::{Float32, Int32};
+    [
+        ("query", Float32, Required),
+        ("key", Float32, Refused),
+        ("value", Float32, Refused),
+        ("key_cache", Float32, Required),
+        ("value_cache", Float32, Required),
+        ("cumulative_sequence_length", Int32, Required),
+        ("past_seqlens", Int32, Required),
+        ("block_table", Int32, Required),
+        ("cos_cache", Float32, Optional),
+        ("sin_cache", Float32, Optional),
+        ("slot_mapping", Int32, Optional),
+        ("head_sink", Float32, Refused),
+        ("q_norm_weight", Float32, Refused),
+        ("k_norm_weight", Float32, Refused),
+        ("k_scale", Float32, Refused),
+        ("v_scale", Float32, Refused),
+        // Bounds that only GPU kernels need; they may be given.
+        ("attention_metadata", Int32, Optional),
+    ]
+};
+
+#[derive(Clone, Copy, PartialEq)]
+enum Presence {
+    Required,
+    Optional,
+    Refused,
+}
+
+/// The operator. Its kernels, one a layer, run one after the other and share a workspace.
+#[derive(Default)]
+pub(super) struct PagedAttention {
+    workspace: Arc<Mutex<Workspace>>,
+}
+
+impl Operator for PagedAttention {
+    type Kernel<'a> = PagedAttentionKernel;
+
+    fn name(&self) -> &str {
+        "PagedAttention"
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        INPUTS.map(|(_, ty, presence)| match presence {
+            Presence::Required => OperatorInput::required(ty),
+            Presence::Optional | Presence::Refused => OperatorInput::optional(ty),
+        })
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(TensorElementType::Float32)]
+    }
+
+    fn infer_shape(&self, ctx: &mut ShapeInferenceContext) -> ort::Result<()> {
+        let (heads, kv_heads): (i64, i64) = (ctx.attr("num_heads")?, ctx.attr("kv_num_heads")?);
+        let inputs = ctx.inputs();
+        let Some(ValueType::Tensor {
+            ty,
+            shape,
+            dimension_symbols,
+        }) = inputs.first()
+        else {
+            return Ok(());
+        };
+        let parts = heads.saturating_add(kv_heads.saturating_mul(2));
+        // An unknown shape is left to the run; a wrong one too, where it is an error with a name.
+        if let [tokens, width] = **shape
+            && width > 0
+            && parts > 0
+        {
+            let output = ValueType::Tensor {
+                ty: *ty,
+                shape: Shape::new([tokens, (width / parts).saturating_mul(heads)]),
+                dimension_symbols: dimension_symbols.clone(),
+            };
+            ctx.set_output(0, &output)?;
+        }
+        Ok(())
+    }
+
+    fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<PagedAttentionKernel> {
+        let attributes = Attributes::check(&Node(ctx)).map_err(error)?;
+        let forced = std::env::var(super::SIMD_VARIABLE).ok();
+        let simd = Simd::choose(forced.as_deref().filter(|name| !name.is_empty()))
+            .map_err(|message| error(format!("{}: {message}", super::SIMD_VARIABLE)))?;
+        Ok(PagedAttentionKernel {
+            attributes,
+            simd,
+            num_threads: std::thread::available_parallelism().map_or(1, usize::from),
+            workspace: Arc::clone(&self.workspace),
+        })
+    }
+}
+
+/// A node's attributes.
+struct Node<'a, 'b>(&'a KernelContext<'b>);
+
+impl Source for Node<'_, '_> {
+    fn int(&self, name: &str) -> Option<i64> {
+        self.0.get(name)
+    }
+    fn float(&self, name: &str) -> Option<f32> {
+        self.0.get(name)
+    }
+    fn string(&self, name: &str) -> Option<String> {
+        self.0.get(name)
+    }
+}
+
+/// ONNX Runtime's own threads.
+struct SessionThreads<'a> {
+    ctx: &'a ComputeContext,
+    num_threads: usize,
+}
+
+impl Parallel for SessionThreads<'_> {
+    fn num_threads(&self) -> usize {
+        self.num_threads
+    }
+    fn run(&self, total: usize, f: &(dyn Fn(usize) + Sync)) -> Result<(), String> {
+        // 0 lets ONNX Runtime hand out the calls one by one.
+        self.ctx.par_for(total, 0, f).map_err(|e| e.to_string())
+    }
+}
+
+/// The kernel of one node.
+pub(super) struct PagedAttentionKernel {
+    attributes: Attributes,
+    simd: Simd,
+    num_threads: usize,
+    workspace: Arc<Mutex<Workspace>>,
+}
+
+impl Kernel for PagedAttentionKernel {
+    fn compute(&mut self, ctx: &ComputeContext) -> ort::Result<()> {
+        catch_unwind(AssertUnwindSafe(|| self.attend(ctx)))
+            .unwrap_or_else(|_| Err(error("the kernel panicked".into())))
+    }
+}
+
+impl PagedAttentionKernel {
+    fn attend(&self, ctx: &ComputeContext) -> ort::Result<()> {
+        let values = Values::read(ctx)?;
+        let (key_cache, value_cache) = (values.required(3)?, values.required(4)?);
+        let inputs = Inputs {
+            query: tensor(values.required(0)?)?,
+            cumulative_sequence_length: tensor(values.required(5)?)?,
+            past_seqlens: tensor(values.required(6)?)?,
+            block_table: tensor(values.required(7)?)?,
+            cos_cache: values.optional(8).map(tensor).transpose()?,
+            sin_cache: values.optional(9).map(tensor).transpose()?,
+            slot_mapping: values.optional(10).map(tensor).transpose()?,
+        };
+        let batch =
+            Batch::check(&self.attributes, &inputs, key_cache.shape(), value_cache.shape()).map_err(error)?;
+        let geometry = batch.geometry;
+        let shape = [batch.num_tokens as i64, geometry.output_width() as i64];
+        let mut output = ctx
+            .output(0, shape)?
+            .ok_or_else(|| error("output: is not wanted".into()))?;
+        if batch.num_tokens == 0 {
+            return Ok(());
+        }
+        let (_, output) = output.try_extract_tensor_mut::<f32>()?;
+        // SAFETY: the contract of the operator is that both caches are updated in place, so the
+        // caller gives memory of this shape that nobody else uses during the run.
+        let cache = unsafe { KvCache::new(floats(key_cache)?, floats(value_cache)?, geometry) };
+        let scale = self.attributes.scale;
+        let threads = SessionThreads {
+            ctx,
+            num_threads: self.num_threads,
+        };
+        let mut own = Workspace::default();
+        let mut shared = match self.workspace.try_lock() {
+            Ok(shared) => Some(shared),
+            Err(TryLockError::Poisoned(poisoned)) => Some(PoisonError::into_inner(poisoned)),
+            // Another session of this domain is computing; rather than wait for it, allocate.
+            Err(TryLockError::WouldBlock) => None,
+        };
+        attend::run(
+            self.simd,
+            &batch,
+            cache,
+            scale.unwrap_or(1.0 / (geometry.head_dim as f32).sqrt()),
+            output,
+            shared.as_deref_mut().unwrap_or(&mut own),
+            &threads,
+        )
+        .map_err(error)
+    }
+}
+
+/// A call's inputs as ONNX Runtime holds them.
+struct Values<'a>([Option<ValueRef<'a, DynTensorValueType>>; 17]);
+
+impl<'a> Values<'a> {
+    fn read(ctx: &'a ComputeContext) -> ort::Result<Self> {
+        let mut values = [const { None }; 17];
+        let num_inputs = ctx.num_inputs()?.min(INPUTS.len());
+        for (i, value) in values.iter_mut().enumerate().take(num_inputs) {
+            *value = ctx.input(i)?.map(ValueRef::downcast).transpose()?;
+            if INPUTS[i].2 == Presence::Refused && value.is_some() {
+                return Err(error(format!("{}: is not supported by this kernel", INPUTS[i].0)));
+            }
+        }
+        Ok(Self(values))
+    }
+
+    fn optional(&self, i: usize) -> Option<&ValueRef<'a, DynTensorValueType>> {
+        self.0[i].as_ref()
+    }
+
+    fn required(&self, i: usize) -> ort::Result<&ValueRef<'a, DynTensorValueType>> {
+        self.optional(i)
+            .ok_or_else(|| error(format!("{}: is absent", INPUTS[i].0)))
+    }
+}
+
+fn tensor<'a, T: PrimitiveTensorElementType>(
+    value: &'a ValueRef<'_, DynTensorValueType>,
+) -> ort::Result<Tensor<'a, T>> {
+    let (shape, data) = value.try_extract_tensor::<T>()?;
+    Ok(Tensor { shape, data })
+}
+
+/// Where a cache starts.
+fn floats(value: &ValueRef<'_, DynTensorValueType>) -> ort::Result<*mut f32> {
+    // The type was declared with the operator; extracting checks it nonetheless.
+    value.try_extract_tensor::<f32>()?;
+    Ok(value.data_ptr().cast_mut().cast())
+}
+
+fn error(message: String) -> ort::Error {
+    ort::Error::new(format!("PagedAttention: {message}"))
+}

@@ -1,0 +1,227 @@
+//! Owns the choice of an instruction set and the vector operations that the kernels are written in.
+//!
+//! Invariant: a level's lane types round every operation alike whatever their width, so a value's
+//! bits do not depend on which width computed it. Only the choice of level may change bits.
+
+pub(super) mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+
+use super::attend::{Job, Task};
+use super::workspace::Scratch;
+
+/// Score of a key that a row must not see. Finite, so that differences of scores are never NaN.
+pub(super) const MASKED: f32 = -1e30;
+
+/// Vectors of `NUM` floats. The value stands for the proof that this CPU can compute with them, so
+/// arithmetic is safe to call. All functions are to be inlined into a function of [`Level::attend`].
+pub(super) trait Lanes: Copy {
+    /// The vector.
+    type Vector: Copy;
+    /// Floats in a vector.
+    const NUM: usize;
+
+    /// `x` in every lane.
+    fn splat(self, x: f32) -> Self::Vector;
+    /// Reads a vector, which need not be aligned.
+    ///
+    /// # Safety
+    /// `from` is valid for reading `NUM` floats.
+    unsafe fn load(self, from: *const f32) -> Self::Vector;
+    /// Writes a vector, which need not be aligned.
+    ///
+    /// # Safety
+    /// `to` is valid for writing `NUM` floats.
+    unsafe fn store(self, to: *mut f32, x: Self::Vector);
+    /// `a + b`.
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a - b`.
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b`.
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b + c`, in one rounding where the level has such an instruction.
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// The larger of each pair.
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `y`, or +0 in lanes where `x < limit`.
+    fn zero_below(self, x: Self::Vector, limit: Self::Vector, y: Self::Vector) -> Self::Vector;
+    /// `score`, or [`MASKED`] in lanes where not `position < visible`.
+    fn hide(self, score: Self::Vector, position: Self::Vector, visible: Self::Vector) -> Self::Vector;
+    /// `y` with the low bits of `z`'s pattern added to its exponent.
+    fn add_exponent(self, y: Self::Vector, z: Self::Vector) -> Self::Vector;
+}
+
+/// An instruction set and the shapes of tiles that suit its registers.
+pub(super) trait Level: Copy {
+    /// The widest vectors.
+    type Wide: Lanes;
+    /// Vectors of 4.
+    type Narrow: Lanes;
+    /// One float, for what is left.
+    type Single: Lanes;
+    /// Rows a tile may hold, ascending; multiples of 4.
+    const WIDTHS: &'static [usize];
+
+    /// The widest vectors.
+    fn wide(self) -> Self::Wide;
+    /// Vectors of 4.
+    fn narrow(self) -> Self::Narrow;
+    /// One float.
+    fn single(self) -> Self::Single;
+    /// Computes `task` in code compiled for this instruction set.
+    fn attend(self, job: &Job, task: Task, scratch: &mut Scratch);
+}
+
+/// The instruction set that a kernel uses. A value exists only if this CPU has it.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Simd {
+    Portable(portable::Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+}
+
+impl Simd {
+    /// The names that [`Self::named`] knows, best last.
+    pub(super) const NAMES: [&'static str; 3] = ["portable", "avx2", "avx512"];
+
+    /// The level called `name`.
+    ///
+    /// # Errors
+    /// Says whether the name is unknown or this CPU lacks it.
+    pub(super) fn named(name: &str) -> Result<Self, String> {
+        let level = match name {
+            "portable" => Some(Self::Portable(portable::Portable)),
+            #[cfg(target_arch = "x86_64")]
+            "avx2" => avx2::Avx2::detect().map(Self::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            "avx512" => avx512::Avx512::detect().map(Self::Avx512),
+            #[cfg(not(target_arch = "x86_64"))]
+            "avx2" | "avx512" => None,
+            _ => return Err(format!("{name:?} is none of portable, avx2 and avx512")),
+        };
+        level.ok_or_else(|| format!("this CPU does not have {name}"))
+    }
+
+    /// The level that `forced` names, or the best one of this CPU.
+    ///
+    /// # Errors
+    /// As [`Self::named`].
+    pub(super) fn choose(forced: Option<&str>) -> Result<Self, String> {
+        match forced {
+            Some(name) => Self::named(name),
+            None => Ok(Self::NAMES
+                .iter()
+                .rev()
+                .find_map(|name| Self::named(name).ok())
+                .unwrap_or(Self::Portable(portable::Portable))),
+        }
+    }
+
+    /// Rows that a tile of this level may hold, ascending.
+    pub(super) fn widths(self) -> &'static [usize] {
+        match self {
+            Self::Portable(_) => portable::Portable::WIDTHS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => avx2::Avx2::WIDTHS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => avx512::Avx512::WIDTHS,
+        }
+    }
+
+    /// Computes `task`.
+    pub(super) fn attend(self, job: &Job, task: Task, scratch: &mut Scratch) {
+        match self {
+            Self::Portable(level) => level.attend(job, task, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(level) => level.attend(job, task, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(level) => level.attend(job, task, scratch),
+        }
+    }
+}
+
+/// Implements [`Lanes`] over x86 intrinsics; the three masks differ between AVX2 and AVX-512.
+#[cfg(target_arch = "x86_64")]
+macro_rules! x86_lanes {
+    (
+        $name:ident($proof:ty), $vector:ty, $num:literal,
+        $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident, $max:ident,
+        |$x:ident, $limit:ident, $y:ident| $zero_below:expr,
+        |$score:ident, $position:ident, $visible:ident, $masked:ident| $hide:expr,
+        |$value:ident, $bits:ident| $add_exponent:expr
+    ) => {
+        #[doc = concat!("Vectors of ", stringify!($num), " floats.")]
+        #[derive(Clone, Copy)]
+        pub(in super::super) struct $name(pub(super) $proof);
+
+        // SAFETY of every block below: `self` holds the proof that the CPU has the instructions.
+        impl $crate::operators::paged_attention::simd::Lanes for $name {
+            type Vector = $vector;
+            const NUM: usize = $num;
+
+            #[inline(always)]
+            fn splat(self, x: f32) -> $vector {
+                // SAFETY: see above.
+                unsafe { $splat(x) }
+            }
+            #[inline(always)]
+            unsafe fn load(self, from: *const f32) -> $vector {
+                // SAFETY: see above; the caller vouches for `from`.
+                unsafe { $load(from) }
+            }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32, x: $vector) {
+                // SAFETY: see above; the caller vouches for `to`.
+                unsafe { $store(to, x) }
+            }
+            #[inline(always)]
+            fn add(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: see above.
+                unsafe { $add(a, b) }
+            }
+            #[inline(always)]
+            fn sub(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: see above.
+                unsafe { $sub(a, b) }
+            }
+            #[inline(always)]
+            fn mul(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: see above.
+                unsafe { $mul(a, b) }
+            }
+            #[inline(always)]
+            fn mul_add(self, a: $vector, b: $vector, c: $vector) -> $vector {
+                // SAFETY: see above.
+                unsafe { $mul_add(a, b, c) }
+            }
+            #[inline(always)]
+            fn max(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: see above.
+                unsafe { $max(a, b) }
+            }
+            #[inline(always)]
+            fn zero_below(self, $x: $vector, $limit: $vector, $y: $vector) -> $vector {
+                // SAFETY: see above.
+                unsafe { $zero_below }
+            }
+            #[inline(always)]
+            fn hide(self, $score: $vector, $position: $vector, $visible: $vector) -> $vector {
+                let $masked = self.splat($crate::operators::paged_attention::simd::MASKED);
+                // SAFETY: see above.
+                unsafe { $hide }
+            }
+            #[inline(always)]
+            fn add_exponent(self, $value: $vector, $bits: $vector) -> $vector {
+                // SAFETY: see above.
+                unsafe { $add_exponent }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use x86_lanes;

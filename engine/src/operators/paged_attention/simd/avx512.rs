@@ -1,0 +1,81 @@
+//! Owns the kernels' arithmetic in AVX-512: 32 registers of 16 floats.
+//!
+//! Invariant: a value of [`Avx512`] exists only on a CPU that has F, VL, BW and DQ, and AVX2 with FMA.
+
+use std::arch::x86_64::*;
+
+use super::avx2::{Avx2, Fused, Xmm, Ymm};
+use super::{Level, x86_lanes};
+use crate::operators::paged_attention::attend::{Job, Task, attend};
+use crate::operators::paged_attention::workspace::Scratch;
+
+/// The proof that this CPU has AVX-512 as of Skylake's servers.
+#[derive(Debug, Clone, Copy)]
+pub(in super::super) struct Avx512(Avx2);
+
+impl Avx512 {
+    /// The proof, if there is one.
+    pub(in super::super) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq");
+        Avx2::detect().filter(|_| found).map(Self)
+    }
+}
+
+x86_lanes!(
+    Zmm(Avx512),
+    __m512,
+    16,
+    _mm512_set1_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_add_ps,
+    _mm512_sub_ps,
+    _mm512_mul_ps,
+    _mm512_fmadd_ps,
+    _mm512_max_ps,
+    |x, limit, y| _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), y),
+    |score, position, visible, masked| {
+        _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(position, visible), masked, score)
+    },
+    |y, z| _mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_castps_si512(y),
+        _mm512_slli_epi32::<23>(_mm512_castps_si512(z)),
+    ))
+);
+
+impl Level for Avx512 {
+    type Wide = Zmm;
+    type Narrow = Xmm;
+    type Single = Fused;
+    const WIDTHS: &'static [usize] = &[4, 8, 16, 32];
+
+    #[inline(always)]
+    fn wide(self) -> Zmm {
+        Zmm(self)
+    }
+    #[inline(always)]
+    fn narrow(self) -> Xmm {
+        self.0.narrow()
+    }
+    #[inline(always)]
+    fn single(self) -> Fused {
+        self.0.single()
+    }
+    fn attend(self, job: &Job, task: Task, scratch: &mut Scratch) {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")]
+        fn compiled(level: Avx512, job: &Job, task: Task, scratch: &mut Scratch) {
+            let eight: Ymm = level.0.wide();
+            match job.width(task) {
+                4 => attend::<_, _, 1, 8, 4, 4>(level, level.narrow(), job, task, scratch),
+                8 => attend::<_, _, 1, 8, 8, 2>(level, eight, job, task, scratch),
+                16 => attend::<_, _, 1, 8, 8, 2>(level, level.wide(), job, task, scratch),
+                _ => attend::<_, _, 2, 8, 8, 2>(level, level.wide(), job, task, scratch),
+            }
+        }
+        // SAFETY: `self` is the proof that this CPU has these features.
+        unsafe { compiled(self, job, task, scratch) }
+    }
+}

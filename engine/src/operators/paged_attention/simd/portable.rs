@@ -1,0 +1,125 @@
+//! Owns the kernels' arithmetic in plain Rust, for any CPU.
+//!
+//! Invariant: it needs no instruction beyond the target's baseline; the compiler vectorises it.
+
+use super::{Lanes, Level, MASKED};
+use crate::operators::paged_attention::attend::{Job, Task, attend};
+use crate::operators::paged_attention::workspace::Scratch;
+
+/// Whether one rounding for `a * b + c` is an instruction; without it, it would be a library call.
+const FUSED: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+
+/// Plain Rust.
+#[derive(Debug, Clone, Copy)]
+pub(in super::super) struct Portable;
+
+/// `N` floats.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Floats<const N: usize>;
+
+#[inline(always)]
+fn zip<const N: usize>(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
+    let mut out = a;
+    for i in 0..N {
+        out[i] = f(a[i], b[i]);
+    }
+    out
+}
+
+impl<const N: usize> Lanes for Floats<N> {
+    type Vector = [f32; N];
+    const NUM: usize = N;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; N] {
+        [x; N]
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> [f32; N] {
+        // SAFETY: the caller vouches for N floats; arrays of floats have the alignment of a float.
+        unsafe { from.cast::<[f32; N]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: [f32; N]) {
+        // SAFETY: as in `load`.
+        unsafe { to.cast::<[f32; N]>().write(x) }
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
+        let mut out = c;
+        for i in 0..N {
+            out[i] = if FUSED {
+                a[i].mul_add(b[i], c[i])
+            } else {
+                a[i] * b[i] + c[i]
+            };
+        }
+        out
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        // As the instruction does it; `f32::max` takes several.
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn zero_below(self, x: [f32; N], limit: [f32; N], y: [f32; N]) -> [f32; N] {
+        let mut out = y;
+        for i in 0..N {
+            out[i] = if x[i] < limit[i] { 0.0 } else { y[i] };
+        }
+        out
+    }
+    #[inline(always)]
+    fn hide(self, score: [f32; N], position: [f32; N], visible: [f32; N]) -> [f32; N] {
+        let mut out = score;
+        for i in 0..N {
+            out[i] = if position[i] < visible[i] {
+                score[i]
+            } else {
+                MASKED
+            };
+        }
+        out
+    }
+    #[inline(always)]
+    fn add_exponent(self, y: [f32; N], z: [f32; N]) -> [f32; N] {
+        zip(y, z, |y, z| {
+            f32::from_bits(y.to_bits().wrapping_add(z.to_bits() << 23))
+        })
+    }
+}
+
+impl Level for Portable {
+    type Wide = Floats<4>;
+    type Narrow = Floats<4>;
+    type Single = Floats<1>;
+    const WIDTHS: &'static [usize] = &[4, 8];
+
+    fn wide(self) -> Floats<4> {
+        Floats
+    }
+    fn narrow(self) -> Floats<4> {
+        Floats
+    }
+    fn single(self) -> Floats<1> {
+        Floats
+    }
+    fn attend(self, job: &Job, task: Task, scratch: &mut Scratch) {
+        match job.width(task) {
+            4 => attend::<_, _, 1, 8, 4, 2>(self, Floats::<4>, job, task, scratch),
+            _ => attend::<_, _, 2, 4, 4, 2>(self, Floats::<4>, job, task, scratch),
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! Owns the proofs of the kernel: right to rounding, the same to the bit in any company.
+//!
+//! Invariant: every test runs at each level that the machine has, and failures name the seed.
+
+mod world;
+
+use super::simd::Simd;
+use world::{Random, Shape, Share, World};
+
+fn levels() -> impl Iterator<Item = (&'static str, Simd)> {
+    Simd::NAMES
+        .into_iter()
+        .filter_map(|name| Some((name, Simd::named(name).ok()?)))
+}
+
+fn share(sequence: usize, past: usize, len: usize) -> Share {
+    Share { sequence, past, len }
+}
+
+/// Whether each token's row is what plain attention in f64 gives.
+fn compare(world: &World, shares: &[Share], output: &[f32], what: &str) {
+    let shape = world.shape;
+    let width = shape.kv_heads * shape.group * shape.head_dim;
+    let mut rows = output.chunks_exact(width);
+    for share in shares {
+        for position in share.past..share.past + share.len {
+            let row = rows.next().unwrap();
+            for (i, (got, want)) in row
+                .iter()
+                .zip(world.expected(share.sequence, position))
+                .enumerate()
+            {
+                let error = (f64::from(*got) - want).abs();
+                assert!(
+                    error < 2e-5,
+                    "{what}: {share:?} position {position} channel {i}: {got}, not {want}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn mixed_batches_match_plain_attention() {
+    for seed in 0..30 {
+        let mut random = Random(seed);
+        let shape = Shape::random(&mut random, 300);
+        let block_size = random.pick(&[16, 32, 64, 128, 256]);
+        let threads = random.pick(&[1, 2, 3, 4]);
+        for (name, simd) in levels() {
+            let what = format!("seed {seed} {name} {shape:?} block_size {block_size} threads {threads}");
+            let mut world = World::new(seed, seed + 7, shape, block_size, 4);
+            // A prefill, and the pasts of a chunk and of a decode; an idle sequence in between.
+            let (chunk, decode) = (1 + random.below(140), 1 + random.below(290));
+            let first = [
+                share(0, 0, 1 + random.below(40)),
+                share(1, 0, chunk),
+                share(3, 0, decode),
+            ];
+            let output = world.step(&first, simd, threads);
+            if seed % 3 == 0 {
+                compare(&world, &first, &output, &what);
+            }
+            let second = [
+                share(1, chunk, 1 + random.below(30)),
+                share(2, 0, 0),
+                share(0, first[0].len, 1),
+                share(3, decode, 2),
+            ];
+            let output = world.step(&second, simd, threads);
+            compare(&world, &second, &output, &what);
+            only_these_slots(&world, &[&first[..], &second[..]].concat(), &what);
+        }
+    }
+}
+
+/// Whether exactly the slots of `shares` were written, and with what.
+fn only_these_slots(world: &World, shares: &[Share], what: &str) {
+    let Shape {
+        kv_heads,
+        group,
+        head_dim,
+        ..
+    } = world.shape;
+    let width = kv_heads * head_dim;
+    let mut owner = vec![None; world.key.len() / width];
+    for share in shares {
+        for position in share.past..share.past + share.len {
+            owner[world.slot(share.sequence, position)] = Some((share.sequence, position));
+        }
+    }
+    for (slot, owner) in owner.into_iter().enumerate() {
+        let floats = slot * width..(slot + 1) * width;
+        let (key, value) = (&world.key[floats.clone()], &world.value[floats]);
+        let Some((sequence, position)) = owner else {
+            let untouched = key.iter().chain(value).all(|x| x.is_nan());
+            assert!(untouched, "{what}: slot {slot} was written");
+            continue;
+        };
+        for head in 0..kv_heads {
+            let at = head * head_dim..(head + 1) * head_dim;
+            let key_head = world.head(sequence, position, kv_heads * group + head);
+            let value_head = world.head(sequence, position, kv_heads * (group + 1) + head);
+            for (got, want) in key[at.clone()].iter().zip(key_head) {
+                assert!(
+                    (f64::from(*got) - want).abs() < 1e-5,
+                    "{what}: key in slot {slot}"
+                );
+            }
+            assert!(
+                value[at]
+                    .iter()
+                    .zip(value_head)
+                    .all(|(got, want)| f64::from(*got) == want),
+                "{what}"
+            );
+        }
+    }
+}
+
+fn bits(row: &[f32]) -> Vec<u32> {
+    row.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_any_company() {
+    for seed in 100..112 {
+        let mut random = Random(seed);
+        let len = 20 + random.below(500);
+        let shape = Shape::random(&mut random, len.max(300));
+        let width = shape.kv_heads * shape.group * shape.head_dim;
+        for (name, simd) in levels() {
+            let mut alone = World::new(seed, 1, shape, 64, 1);
+            let expected = bits(&alone.step(&[share(0, 0, len)], simd, 1));
+            let check = |from: usize, output: &[f32], what: &str| {
+                let got = bits(output);
+                let want = &expected[from * width..from * width + got.len()];
+                let at = got.iter().zip(want).position(|(got, want)| got != want);
+                assert_eq!(
+                    at, None,
+                    "seed {seed} {name} {shape:?} len {len}: {what} from {from}"
+                );
+            };
+            // Token by token, on many threads, so that long contexts are split.
+            let mut decode = World::new(seed, 2, shape, 16, 1);
+            let stride = random.pick(&[1, 2]);
+            for position in (0..len).step_by(stride) {
+                let count = stride.min(len - position);
+                check(
+                    position,
+                    &decode.step(&[share(0, position, count)], simd, 8),
+                    "decode",
+                );
+            }
+            // In random chunks, among sequences that do the same at other places.
+            let mut mixed = World::new(seed, seed, shape, random.pick(&[16, 32, 128, 256]), 3);
+            let mut past = [0; 3];
+            while past[0] < len {
+                let mut order = [0, 1, 2];
+                random.shuffle(&mut order);
+                let longest = random.pick(&[1, 3, 17, 64, 200]);
+                let shares = order.map(|sequence| {
+                    let end = if sequence == 0 { len } else { 300 };
+                    let left: usize = end - past[sequence];
+                    share(sequence, past[sequence], left.min(1 + random.below(longest)))
+                });
+                let output = mixed.step(&shares, simd, random.pick(&[1, 2, 3, 8]));
+                let mut row = 0;
+                for share in shares {
+                    let rows = &output[row * width..(row + share.len) * width];
+                    if share.sequence == 0 {
+                        check(share.past, rows, "chunk");
+                    }
+                    row += share.len;
+                    past[share.sequence] += share.len;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_slot_of_minus_one_writes_nothing_and_shared_blocks_are_read() {
+    for (name, simd) in levels() {
+        let shape = Shape {
+            kv_heads: 2,
+            group: 3,
+            head_dim: 64,
+            half: 16,
+            interleaved: true,
+            max_len: 64,
+        };
+        let mut world = World::new(5, 6, shape, 16, 2);
+        let prefix = world.step(&[share(0, 0, 40)], simd, 1);
+        // Sequence 0 again, whose first 2 blocks are shared and not written once more.
+        let own = world.tables[1][2];
+        let written = world.tables[0].clone();
+        world.tables[0][2] = own;
+        let (key, value) = (world.key.clone(), world.value.clone());
+        let mut call = world.call(&[share(0, 0, 40)], true);
+        call.slots.as_mut().unwrap()[..32].fill(-1);
+        assert_eq!(bits(&world.run(&call, simd, 2).unwrap()), bits(&prefix), "{name}");
+        let slot_floats = shape.kv_heads * shape.head_dim;
+        let block = own as usize * 16 * slot_floats..own as usize * 16 * slot_floats + 8 * slot_floats;
+        let first = written[2] as usize * 16 * slot_floats;
+        for (before, after) in [(&key, &world.key), (&value, &world.value)] {
+            let changed: Vec<usize> = (0..before.len())
+                .filter(|&i| before[i].to_bits() != after[i].to_bits())
+                .collect();
+            assert_eq!(changed, block.clone().collect::<Vec<_>>(), "{name}");
+            assert_eq!(
+                bits(&after[block.clone()]),
+                bits(&before[first..first + block.len()]),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_call_without_tokens_is_fine() {
+    for (_, simd) in levels() {
+        let shape = Shape {
+            kv_heads: 1,
+            group: 2,
+            head_dim: 8,
+            half: 2,
+            interleaved: false,
+            max_len: 64,
+        };
+        let mut world = World::new(1, 1, shape, 16, 2);
+        assert!(world.step(&[], simd, 2).is_empty());
+        assert!(world.step(&[share(0, 0, 0), share(1, 60, 0)], simd, 2).is_empty());
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name() {
+    let shape = Shape {
+        kv_heads: 2,
+        group: 1,
+        head_dim: 16,
+        half: 4,
+        interleaved: true,
+        max_len: 64,
+    };
+    let refused = |name: &str, shares: &[Share], spoil: &dyn Fn(&mut World, &mut world::Call)| {
+        let mut world = World::new(1, 1, shape, 16, 2);
+        let mut call = world.call(shares, true);
+        spoil(&mut world, &mut call);
+        let message = world.run(&call, Simd::named("portable").unwrap(), 1).unwrap_err();
+        assert!(message.starts_with(&format!("{name}: ")), "{name}: {message}");
+    };
+    let two = [share(0, 0, 3), share(1, 5, 2)];
+    refused("cumulative_sequence_length", &two, &|_, call| {
+        call.cumulative[0] = 1
+    });
+    refused("cumulative_sequence_length", &two, &|_, call| {
+        call.cumulative[1] = 6
+    });
+    refused("cumulative_sequence_length", &two, &|_, call| {
+        call.cumulative[2] = 4
+    });
+    refused("cumulative_sequence_length", &two, &|_, call| {
+        call.cumulative[1] = i32::MIN
+    });
+    refused("cumulative_sequence_length", &two, &|_, call| {
+        call.cumulative.clear()
+    });
+    refused("past_seqlens", &two, &|_, call| call.past[1] = -1);
+    refused("block_table", &two, &|_, call| call.past[1] = 63);
+    refused("block_table", &two, &|_, call| call.past[1] = i32::MAX);
+    refused("block_table", &two, &|_, call| call.table[0] = -1);
+    refused("block_table", &two, &|_, call| call.table[4] = 11);
+    refused("slot_mapping", &two, &|_, call| {
+        call.slots.as_mut().unwrap()[4] = -2
+    });
+    refused("slot_mapping", &two, &|_, call| {
+        call.slots.as_mut().unwrap()[4] = 11 * 16
+    });
+    refused("slot_mapping", &two, &|_, call| {
+        call.slots.as_mut().unwrap().truncate(4)
+    });
+    refused("key_cache", &two, &|world, _| world.block_size = 8);
+    refused("cos_cache", &[share(0, 15, 2)], &|world, _| {
+        world.shape.max_len = 16;
+        world.cos.truncate(16 * 4);
+        world.sin.truncate(16 * 4);
+    });
+}
+
+#[test]
+fn an_unknown_or_missing_level_is_refused() {
+    assert_eq!(
+        Simd::named("sse9").unwrap_err(),
+        "\"sse9\" is none of portable, avx2 and avx512"
+    );
+    assert!(matches!(Simd::choose(Some("portable")), Ok(Simd::Portable(_))));
+    for name in Simd::NAMES {
+        if let Err(message) = Simd::named(name) {
+            assert_eq!(message, format!("this CPU does not have {name}"));
+        }
+    }
+}

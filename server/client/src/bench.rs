@@ -1,0 +1,381 @@
+//! Owns the load test: a closed loop of streams against any OpenAI-compatible server.
+//!
+//! Invariant: each run warms up with one request a stream that is not counted, and every request after it
+//! is, however it ends. Only `clock.rs` reads the time.
+
+mod report;
+mod sample;
+mod server_side;
+mod workload;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+pub use self::report::{BenchReport, RunReport, Spread};
+use self::sample::{Outcome, Sample};
+use self::server_side::Counters;
+use self::workload::{TokenRate, Workload};
+use crate::client::{Client, ClientConfig};
+use crate::clock;
+use crate::error::ClientError;
+
+/// Measures a server with streams that each send their next request when the last one ended.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BenchArgs {
+    /// The server's address, without /v1
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
+    pub base_url: String,
+    /// The model to ask for [default: the first that the server lists]
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Sent as a bearer token
+    #[arg(long, value_name = "KEY", env = "GLMSERVE_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Numbers of streams, one run for each
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1,4,16",
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub streams: Vec<u32>,
+    /// Measured requests of each stream, after one to warm up
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub requests_per_stream: u32,
+    /// Prompt length; several are taken in turn
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "128",
+          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub prompt_tokens: Vec<u32>,
+    /// Tokens to generate for each request
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_tokens: u32,
+    /// Seed of the prompts [default: a fresh one, so that no prefix cache helps]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Where the server's metrics are [default: BASE_URL/metrics, if there are any]
+    #[arg(long, value_name = "URL")]
+    pub metrics_url: Option<String>,
+    /// Process to read the server's memory from, if its metrics do not tell
+    #[arg(long)]
+    pub pid: Option<u32>,
+    /// Longest silence of a stream before it counts as failed
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub idle_timeout_s: u64,
+    /// Also write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Why a bench could not measure at all; streams that break are in the report instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BenchError {
+    /// The server could not be asked for its models.
+    #[error("cannot list the models (name one with --model): {0}")]
+    Models(#[source] ClientError),
+    /// The server lists no model.
+    #[error("the server lists no model")]
+    NoModel,
+    /// The client could not be made.
+    #[error(transparent)]
+    Client(ClientError),
+    /// The first, smallest request did not work.
+    #[error("the first request failed: {0}")]
+    FirstRequest(String),
+    /// The metrics that were asked for cannot be read.
+    #[error("cannot read the metrics: {0}")]
+    Metrics(#[source] ClientError),
+    /// The JSON report cannot be written.
+    #[error("cannot write {path}: {error}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What was wrong.
+        error: std::io::Error,
+    },
+}
+
+/// Runs the bench; says on standard error how far it is.
+///
+/// The caller prints the report and exits with a failure unless [`BenchReport::is_clean`].
+pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
+    let mut config = ClientConfig::new(&args.base_url);
+    config.api_key.clone_from(&args.api_key);
+    config.idle_timeout = Duration::from_secs(args.idle_timeout_s);
+    let client = Client::new(config).map_err(BenchError::Client)?;
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => first_model(&client).await?,
+    };
+    let seed = args.seed.unwrap_or_else(clock::fresh_seed);
+    let workload = Workload {
+        model,
+        seed,
+        max_tokens: args.max_tokens,
+    };
+    let rate = measure_token_rate(&client, &workload).await?;
+    let bench = Arc::new(Bench {
+        num_words: words_of(&args, rate),
+        client,
+        workload,
+    });
+    let mut num_sent = u64::from(TokenRate::PROBE_WORDS.len() as u32);
+    let mut runs = Vec::new();
+    for &streams in &args.streams {
+        let wave = Wave {
+            streams,
+            requests_per_stream: 1,
+            first_index: num_sent,
+        };
+        num_sent += u64::from(streams);
+        bench.run(wave).await;
+        let before = read_counters(&bench.client, &args).await?;
+        let started = clock::now();
+        let wave = Wave {
+            streams,
+            requests_per_stream: args.requests_per_stream,
+            first_index: num_sent,
+        };
+        num_sent += u64::from(streams) * u64::from(args.requests_per_stream);
+        let samples = bench.run(wave).await;
+        let mut run = RunReport::new(streams, args.max_tokens, clock::now() - started, &samples);
+        let after = read_counters(&bench.client, &args).await?;
+        run.tokens_per_step = after.tokens_per_step(&before);
+        let resident_bytes = after
+            .resident_bytes
+            .or_else(|| server_side::resident_bytes(args.pid?));
+        run.resident_mib = resident_bytes.map(|bytes| bytes / f64::from(1 << 20));
+        eprintln!(
+            "{streams} streams: {:.1} output tok/s in {:.1} s",
+            run.output_tokens_per_s, run.wall_s
+        );
+        runs.push(run);
+    }
+    let report = BenchReport {
+        base_url: args.base_url,
+        model: bench.workload.model.clone(),
+        seed,
+        prompt_tokens: args.prompt_tokens,
+        max_tokens: args.max_tokens,
+        requests_per_stream: args.requests_per_stream,
+        runs,
+    };
+    if let Some(path) = args.json {
+        let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::other);
+        let written = text.and_then(|text| std::fs::write(&path, text + "\n"));
+        written.map_err(|error| BenchError::Json { path, error })?;
+    }
+    Ok(report)
+}
+
+async fn first_model(client: &Client) -> Result<String, BenchError> {
+    let models = client.models().await.map_err(BenchError::Models)?;
+    models.into_iter().next().ok_or(BenchError::NoModel)
+}
+
+/// Two small requests tell how many tokens a word comes to, and that the server works at all.
+async fn measure_token_rate(client: &Client, workload: &Workload) -> Result<TokenRate, BenchError> {
+    let mut num_tokens = [0; TokenRate::PROBE_WORDS.len()];
+    for (index, num_words) in TokenRate::PROBE_WORDS.into_iter().enumerate() {
+        let sample = Sample::take(client, &workload.request(index as u64, num_words, 1)).await;
+        // One token may well be without text, so an empty stream is no failure here.
+        if !matches!(sample.outcome, Outcome::Ok | Outcome::Empty) {
+            return Err(BenchError::FirstRequest(sample.error.unwrap_or_default()));
+        }
+        num_tokens[index] = sample.usage.map_or(0, |usage| usage.prompt_tokens);
+    }
+    Ok(TokenRate::from_probes(num_tokens))
+}
+
+fn words_of(args: &BenchArgs, rate: TokenRate) -> Vec<u32> {
+    args.prompt_tokens
+        .iter()
+        .map(|&prompt_tokens| rate.num_words(prompt_tokens))
+        .collect()
+}
+
+/// Metrics that were asked for must be there; those at the default address need not.
+async fn read_counters(client: &Client, args: &BenchArgs) -> Result<Counters, BenchError> {
+    match &args.metrics_url {
+        Some(url) => client
+            .get(url)
+            .await
+            .map(|text| Counters::parse(&text))
+            .map_err(BenchError::Metrics),
+        None => {
+            let text = client.get(&client.url("/metrics")).await.unwrap_or_default();
+            Ok(Counters::parse(&text))
+        }
+    }
+}
+
+/// One closed loop: so many streams, each with so many requests one after the other.
+#[derive(Clone, Copy)]
+struct Wave {
+    streams: u32,
+    requests_per_stream: u32,
+    first_index: u64,
+}
+
+struct Bench {
+    client: Client,
+    workload: Workload,
+    num_words: Vec<u32>,
+}
+
+impl Bench {
+    async fn run(self: &Arc<Self>, wave: Wave) -> Vec<Sample> {
+        let mut streams = JoinSet::new();
+        for stream in 0..wave.streams {
+            let bench = Arc::clone(self);
+            streams.spawn(async move { bench.run_stream(wave, stream).await });
+        }
+        streams.join_all().await.into_iter().flatten().collect()
+    }
+
+    async fn run_stream(&self, wave: Wave, stream: u32) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        for round in 0..wave.requests_per_stream {
+            let index = wave.first_index + u64::from(round) * u64::from(wave.streams) + u64::from(stream);
+            // Shifted by the stream, so that the lengths are mixed at any moment too.
+            let num_words = self.num_words[(stream + round) as usize % self.num_words.len()];
+            let request = self.workload.request(index, num_words, self.workload.max_tokens);
+            samples.push(Sample::take(&self.client, &request).await);
+        }
+        samples
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{CannedServer, Reply};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    const GOOD: &str = concat!(
+        "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n",
+        "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n",
+        "data: {\"choices\":[{\"delta\":{\"content\":\"b\"},\"finish_reason\":\"length\"}]}\n\n",
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":20,\"completion_tokens\":2}}\n\n",
+        "data: [DONE]\n\n",
+    );
+
+    fn args(server: &CannedServer, more: &[&str]) -> BenchArgs {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            bench: BenchArgs,
+        }
+        let words = [
+            "bench",
+            "--base-url",
+            &server.base_url,
+            "--max-tokens",
+            "2",
+            "--seed",
+            "5",
+        ];
+        let cli: Cli = clap::Parser::try_parse_from(words.iter().chain(more)).expect("good arguments");
+        cli.bench
+    }
+
+    /// Answers chats with what `chat` makes of their number, and counts a step and two tokens for each.
+    async fn server(chat: impl Fn(u32) -> Reply + Send + Sync + 'static) -> CannedServer {
+        let num_chats = AtomicU32::new(0);
+        CannedServer::start(move |head, _| match head.split(' ').nth(1) {
+            Some("/v1/models") => Reply::status("200 OK").part(br#"{"data":[{"id":"m"}]}"#),
+            Some("/metrics") => {
+                let steps = num_chats.load(Ordering::Relaxed);
+                let text = format!(
+                    "glmserve_engine_steps_total {steps}\nglmserve_generation_tokens_total {}\n",
+                    steps * 2
+                );
+                Reply::status("200 OK").part(text.as_bytes())
+            }
+            _ => chat(num_chats.fetch_add(1, Ordering::Relaxed)),
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn whole_streams_make_a_clean_report_in_both_forms() {
+        let server = server(|_| Reply::sse().part(GOOD.as_bytes())).await;
+        let json = std::env::temp_dir().join(format!("glmserve-bench-{}.json", std::process::id()));
+        let path = json.to_str().expect("a plain path");
+        let pid = std::process::id().to_string();
+        let report = run(args(
+            &server,
+            &["--streams", "1,3", "--json", path, "--pid", &pid],
+        ))
+        .await
+        .expect("a report");
+        let written = std::fs::read_to_string(&json).expect("the report was written");
+        std::fs::remove_file(&json).expect("it was there");
+        assert_eq!(
+            written,
+            serde_json::to_string_pretty(&report).expect("JSON") + "\n"
+        );
+        assert!(report.is_clean());
+        assert_eq!(report.model, "m");
+        let counts: Vec<(u32, u64, u64)> = report
+            .runs
+            .iter()
+            .map(|run| (run.streams, run.num_ok, run.completion_tokens))
+            .collect();
+        assert_eq!(counts, [(1, 4, 8), (3, 12, 24)]);
+        assert_eq!(report.runs[1].tokens_per_step, Some(2.0));
+        assert!(report.runs[1].resident_mib.expect("this process has memory") > 1.0);
+        let table = report.to_string();
+        println!("{table}");
+        let row = |name: &str| {
+            table
+                .lines()
+                .find(|line| line.starts_with(name))
+                .expect("the row")
+        };
+        assert_eq!(
+            row("ok").split_whitespace().collect::<Vec<_>>(),
+            ["ok", "4", "12"]
+        );
+        let width = row("streams").len();
+        assert_eq!(row("server RSS MiB").len(), width, "the columns are aligned");
+    }
+
+    #[tokio::test]
+    async fn each_way_to_break_is_counted_and_the_report_is_not_clean() {
+        // Two probes and one warm-up come first.
+        let server = server(|number| match number {
+            3 => Reply::sse().part(&GOOD.as_bytes()[..100]),
+            4 => Reply::sse().part(b"data: [DONE]\n\n"),
+            5 => Reply::sse().part(b"data: {\"error\":{\"message\":\"lost\"}}\n\ndata: [DONE]\n\n"),
+            6 => Reply::status("503 Service Unavailable").part(b"{\"error\":{\"message\":\"full\"}}"),
+            _ => Reply::sse().part(GOOD.as_bytes()),
+        })
+        .await;
+        let report = run(args(&server, &["--streams", "1", "--requests-per-stream", "5"]))
+            .await
+            .expect("a report");
+        let run = &report.runs[0];
+        assert_eq!(
+            (run.num_ok, run.num_truncated, run.num_empty, run.num_failed),
+            (1, 1, 1, 2)
+        );
+        assert_eq!(
+            run.errors,
+            ["the stream ended without [DONE]", "lost", "HTTP 503: full"]
+        );
+        assert!(!report.is_clean());
+        assert!(report.to_string().contains("1 streams: HTTP 503: full"));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_cannot_be_measured_is_an_error() {
+        let failing = server(|_| Reply::status("500 Oops").part(b"broken")).await;
+        let error = run(args(&failing, &[]))
+            .await
+            .expect_err("the first request failed");
+        assert_eq!(error.to_string(), "the first request failed: HTTP 500: broken");
+        let good = server(|_| Reply::sse().part(GOOD.as_bytes())).await;
+        let error = run(args(&good, &["--metrics-url", "http://127.0.0.1:1/metrics"])).await;
+        assert!(matches!(error, Err(BenchError::Metrics(_))), "{error:?}");
+    }
+}

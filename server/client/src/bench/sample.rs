@@ -1,0 +1,101 @@
+//! Owns the measuring of one request.
+//!
+//! Invariant: a sample is `Ok` only if the stream said `[DONE]`, told no error and brought content: a broken
+//! stream never counts as a fast one.
+
+use std::time::{Duration, Instant};
+
+use crate::chat::{ChatRequest, StreamEvent, Usage};
+use crate::client::Client;
+use crate::clock;
+use crate::error::ClientError;
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Ok,
+    /// Refused, broken before the stream began, or an error told in it.
+    Failed,
+    /// It ended without `[DONE]`.
+    Truncated,
+    /// It ended in good order and brought no content.
+    Empty,
+}
+
+/// One request, measured from the moment before it is sent.
+#[derive(Debug)]
+pub(super) struct Sample {
+    pub(super) outcome: Outcome,
+    /// What went wrong, in words.
+    pub(super) error: Option<String>,
+    /// To the first content.
+    pub(super) ttft: Option<Duration>,
+    /// Between each content event and the one before it.
+    pub(super) itl: Vec<Duration>,
+    /// To the last content.
+    pub(super) last_content: Duration,
+    /// To the end of the stream.
+    pub(super) latency: Duration,
+    pub(super) usage: Option<Usage>,
+}
+
+impl Sample {
+    /// Sends `request` and reads its stream to the end.
+    pub(super) async fn take(client: &Client, request: &ChatRequest) -> Self {
+        let started = clock::now();
+        let mut sample = Self {
+            outcome: Outcome::Ok,
+            error: None,
+            ttft: None,
+            itl: Vec::new(),
+            last_content: Duration::ZERO,
+            latency: Duration::ZERO,
+            usage: None,
+        };
+        if let Err(error) = sample.read(client, request, started).await {
+            sample.outcome = match error {
+                ClientError::Truncated { .. } => Outcome::Truncated,
+                _ => Outcome::Failed,
+            };
+            sample.error = Some(error.to_string());
+        } else if sample.outcome == Outcome::Ok && sample.ttft.is_none() {
+            sample.outcome = Outcome::Empty;
+        }
+        sample
+    }
+
+    async fn read(
+        &mut self,
+        client: &Client,
+        request: &ChatRequest,
+        started: Instant,
+    ) -> Result<(), ClientError> {
+        let mut stream = client.chat(request).await?;
+        while let Some(event) = stream.next().await {
+            match event? {
+                StreamEvent::Delta(_) | StreamEvent::ToolCalls(_) => {
+                    let at = clock::now() - started;
+                    match self.ttft {
+                        None => self.ttft = Some(at),
+                        Some(_) => self.itl.push(at - self.last_content),
+                    }
+                    self.last_content = at;
+                }
+                StreamEvent::Usage(usage) => self.usage = Some(usage),
+                StreamEvent::Error(error) => {
+                    self.outcome = Outcome::Failed;
+                    self.error = Some(error.to_string());
+                }
+                StreamEvent::Done => self.latency = clock::now() - started,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The mean time of each token after the first: (last content - TTFT) / (tokens - 1).
+    pub(super) fn tpot(&self) -> Option<Duration> {
+        let num_later_tokens = u32::try_from(self.usage?.completion_tokens.checked_sub(1)?).ok()?;
+        (self.last_content - self.ttft?).checked_div(num_later_tokens)
+    }
+}

@@ -1,0 +1,282 @@
+//! Owns the HTTP side: requests go out, and an answer is a stream, a body or a typed error.
+//!
+//! Invariant: every wait has an end: the connection, the headers, and each read.
+
+use std::time::Duration;
+
+use reqwest::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::chat::{ApiError, ChatRequest};
+use crate::error::ClientError;
+use crate::stream::ChatStream;
+
+/// An answer that is not a stream (an error, a list of models) is read up to here.
+const MAX_BODY_BYTES: usize = 4 << 20;
+
+/// Where the server is, and how long to wait for it.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// The server's address, without `/v1`: `http://127.0.0.1:8000`.
+    pub base_url: String,
+    /// Sent as a bearer token.
+    pub api_key: Option<String>,
+    /// The longest wait for a connection.
+    pub connect_timeout: Duration,
+    /// The longest silence, before the headers and between two reads; heartbeats count as a sign of life.
+    pub idle_timeout: Duration,
+    /// The largest event that is read.
+    pub max_event_bytes: usize,
+}
+
+impl ClientConfig {
+    /// The defaults for the server at `base_url`.
+    pub fn new(base_url: impl Into<String>) -> Self {
+        Self {
+            base_url: base_url.into(),
+            api_key: None,
+            connect_timeout: Duration::from_secs(5),
+            idle_timeout: Duration::from_secs(120),
+            max_event_bytes: 1 << 20,
+        }
+    }
+}
+
+/// A client of one server; cheap to clone, and clones share their connections.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    config: ClientConfig,
+}
+
+impl Client {
+    /// A client with `config`. It goes to the server itself, never by a proxy from the environment: a proxy
+    /// that buffers would change what is measured. HTTPS is not built in.
+    pub fn new(mut config: ClientConfig) -> Result<Self, ClientError> {
+        config
+            .base_url
+            .truncate(config.base_url.trim_end_matches('/').len());
+        let http = reqwest::Client::builder()
+            .connect_timeout(config.connect_timeout)
+            .tcp_nodelay(true)
+            .no_proxy()
+            .build()
+            .map_err(ClientError::Transport)?;
+        Ok(Self { http, config })
+    }
+
+    /// Starts a streamed chat; usage is always asked for.
+    pub async fn chat(&self, request: &ChatRequest) -> Result<ChatStream, ClientError> {
+        #[derive(Serialize)]
+        struct Streamed<'a> {
+            #[serde(flatten)]
+            request: &'a ChatRequest,
+            stream: bool,
+            stream_options: Value,
+        }
+        let stream_options = json!({"include_usage": true});
+        self.stream(&Streamed {
+            request,
+            stream: true,
+            stream_options,
+        })
+        .await
+    }
+
+    /// Posts any JSON to the chat endpoint and reads the answer as a stream, which `body` has to ask for.
+    pub async fn stream<B: Serialize + ?Sized>(&self, body: &B) -> Result<ChatStream, ClientError> {
+        let request = self.http.post(self.url("/v1/chat/completions")).json(body);
+        let response = self.send(request.header(ACCEPT, "text/event-stream")).await?;
+        let content_type = response
+            .headers()
+            .get(CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok());
+        let content_type = content_type.unwrap_or_default();
+        if !content_type.starts_with("text/event-stream") {
+            return Err(ClientError::NotAStream(content_type.to_owned()));
+        }
+        Ok(ChatStream::new(response, &self.config))
+    }
+
+    /// The names of the models that the server lists.
+    pub async fn models(&self) -> Result<Vec<String>, ClientError> {
+        let body = self.get(&self.url("/v1/models")).await?;
+        let list: Value =
+            serde_json::from_str(&body).map_err(|error| ClientError::malformed(&error, &body))?;
+        let models = list["data"].as_array().map_or(&[][..], Vec::as_slice);
+        Ok(models
+            .iter()
+            .filter_map(|model| model["id"].as_str().map(str::to_owned))
+            .collect())
+    }
+
+    /// The body at `url`, such as the server's `/metrics`; the key goes to the server itself only.
+    pub async fn get(&self, url: &str) -> Result<String, ClientError> {
+        let request = self.http.get(url);
+        let response = match url.starts_with(&self.config.base_url) {
+            true => self.send(request).await?,
+            false => self.send_without_key(request).await?,
+        };
+        self.body(response).await
+    }
+
+    /// `path` on this server.
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.config.base_url)
+    }
+
+    async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<reqwest::Response, ClientError> {
+        if let Some(key) = &self.config.api_key {
+            request = request.bearer_auth(key);
+        }
+        self.send_without_key(request).await
+    }
+
+    async fn send_without_key(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, ClientError> {
+        let response = within(self.config.idle_timeout, request.send()).await?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let retry_after = response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok());
+        let retry_after_s = retry_after.and_then(|value| value.trim().parse().ok());
+        let body = self.body(response).await?;
+        Err(ClientError::Status {
+            status: status.as_u16(),
+            error: ApiError::parse(&body).map(Box::new),
+            retry_after_s,
+            body,
+        })
+    }
+
+    async fn body(&self, mut response: reqwest::Response) -> Result<String, ClientError> {
+        let mut body = Vec::new();
+        while let Some(bytes) = within(self.config.idle_timeout, response.chunk()).await? {
+            if body.len() + bytes.len() > MAX_BODY_BYTES {
+                return Err(ClientError::BodyTooLong(MAX_BODY_BYTES));
+            }
+            body.extend_from_slice(&bytes);
+        }
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+}
+pub(crate) async fn within<T>(
+    idle_timeout: Duration,
+    work: impl Future<Output = Result<T, reqwest::Error>>,
+) -> Result<T, ClientError> {
+    match tokio::time::timeout(idle_timeout, work).await {
+        Ok(result) => result.map_err(ClientError::Transport),
+        Err(_) => Err(ClientError::Idle(idle_timeout)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chat::StreamEvent;
+    use crate::testing::{CannedServer, Reply};
+
+    async fn client(server: &CannedServer) -> Client {
+        let mut config = ClientConfig::new(format!("{}/", server.base_url));
+        config.api_key = Some("secret".into());
+        config.idle_timeout = Duration::from_millis(300);
+        Client::new(config).expect("a client")
+    }
+
+    /// Everything that a stream gives, with the error in words.
+
+    #[tokio::test]
+    async fn the_request_asks_for_a_stream_with_usage_and_carries_the_key() {
+        let server = CannedServer::start(|head, body| {
+            assert!(
+                head.starts_with("POST /v1/chat/completions HTTP/1.1\r\n"),
+                "{head}"
+            );
+            assert!(
+                head.to_lowercase()
+                    .contains("\r\nauthorization: bearer secret\r\n"),
+                "{head}"
+            );
+            let body: Value = serde_json::from_str(body).expect("JSON");
+            assert_eq!(body["stream"], true);
+            assert_eq!(body["stream_options"]["include_usage"], true);
+            assert_eq!(body["top_k"], 5);
+            Reply::sse().part(b"id: 9\ndata: [DONE]\n\n")
+        })
+        .await;
+        let mut request = ChatRequest {
+            model: "m".into(),
+            ..ChatRequest::default()
+        };
+        request.extra.insert("top_k".into(), json!(5));
+        let mut stream = client(&server).await.chat(&request).await.expect("a stream");
+        assert!(matches!(stream.next().await, Some(Ok(StreamEvent::Done))));
+        assert_eq!(stream.last_event_id(), Some("9"));
+        assert_eq!(stream.header("Content-Type"), Some("text/event-stream"));
+    }
+
+    #[tokio::test]
+    async fn an_error_status_carries_the_openai_error_and_retry_after() {
+        let server = CannedServer::start(|_, _| {
+            Reply::status("429 Too Many Requests\r\nRetry-After: 7")
+                .part(br#"{"error":{"message":"the queue is full","type":"overloaded","code":"queue_full"}}"#)
+        })
+        .await;
+        let error = client(&server)
+            .await
+            .chat(&ChatRequest::default())
+            .await
+            .expect_err("a refusal");
+        assert_eq!(error.to_string(), "HTTP 429: the queue is full");
+        let ClientError::Status {
+            status: 429,
+            error: Some(error),
+            retry_after_s: Some(7),
+            ..
+        } = error
+        else {
+            panic!("{error:?}")
+        };
+        assert_eq!(error.kind.as_deref(), Some("overloaded"));
+    }
+
+    #[tokio::test]
+    async fn a_success_that_is_no_stream_and_a_dead_address_are_errors() {
+        let server = CannedServer::start(|_, _| Reply::status("200 OK").part(b"{}")).await;
+        let error = client(&server)
+            .await
+            .chat(&ChatRequest::default())
+            .await
+            .expect_err("no stream");
+        assert!(
+            matches!(&error, ClientError::NotAStream(kind) if kind == "application/json"),
+            "{error:?}"
+        );
+        let dead = Client::new(ClientConfig::new("http://127.0.0.1:1")).expect("a client");
+        let error = dead
+            .chat(&ChatRequest::default())
+            .await
+            .expect_err("nobody listens");
+        assert!(error.to_string().contains("refused"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn models_are_listed_by_name() {
+        let server = CannedServer::start(|head, _| {
+            assert!(head.starts_with("GET /v1/models "), "{head}");
+            Reply::status("200 OK").part(br#"{"object":"list","data":[{"id":"chatglm3-6b"},{"id":"b"}]}"#)
+        })
+        .await;
+        assert_eq!(
+            client(&server).await.models().await.expect("a list"),
+            ["chatglm3-6b", "b"]
+        );
+    }
+}
