@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use glm_engine::{EngineConfig, LoadError, Manifest};
+use glmserve_client::bench::BenchArgs;
 
 use crate::state::HttpOptions;
 use crate::stream::event_log::LogLimits;
@@ -30,6 +31,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Write the logits of every position of a sequence, for parity checks
     Logits(LogitsArgs),
+    /// Measure a running server with streams in a closed loop
+    Bench(BenchArgs),
 }
 
 /// The model and how to run it.

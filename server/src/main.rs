@@ -16,6 +16,7 @@ use glmserve::config::{Cli, Command, LogFormat, LogitsArgs, ModelArgs, ServeArgs
 use glmserve::metrics::Metrics;
 use glmserve::state::{AppState, ServedModel};
 use glmserve::{npy, serve, shutdown};
+use glmserve_client::bench::{self, BenchArgs};
 use tracing_subscriber::EnvFilter;
 
 type MainResult = Result<(), Box<dyn Error>>;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => run_server(&args),
         Command::Logits(args) => write_logits(&args),
+        Command::Bench(args) => run_bench(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,6 +93,18 @@ fn write_logits(args: &LogitsArgs) -> MainResult {
     npy::write(&mut out, logits.view())?;
     std::io::Write::flush(&mut out)?;
     Ok(())
+}
+
+fn run_bench(args: BenchArgs) -> MainResult {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let report = runtime.block_on(bench::run(args))?;
+    println!("{report}");
+    match report.is_clean() {
+        true => Ok(()),
+        false => Err("streams broke; the figures above are of the others".into()),
+    }
 }
 
 fn start_log(format: LogFormat) {
