@@ -41,6 +41,7 @@ pub struct OrtRunner {
     binding: IoBinding,
     graph: Graph,
     layout: KvCacheLayout,
+    logits_memory: MemoryInfo<'static>,
     logits: Option<DynValue>,
 }
 
@@ -67,19 +68,19 @@ impl OrtRunner {
         let session = open(&environment, &dir.join(&graph.file), options.num_threads).map_err(runtime)?;
         let mut binding = session.create_binding().map_err(runtime)?;
         bind_caches(&mut binding, &manifest.geometry, &graph, layout).map_err(runtime)?;
-        MemoryInfo::new(
+        let logits_memory = MemoryInfo::new(
             AllocationDevice::CPU,
             0,
             AllocatorType::Device,
             MemoryType::Default,
-        )
-        .and_then(|memory| binding.bind_output_to_device(graph.names.logits.as_str(), &memory))
-        .map_err(runtime)?;
+        );
+        let logits_memory = logits_memory.map_err(runtime)?;
         Ok(Self {
             session,
             binding,
             graph,
             layout,
+            logits_memory,
             logits: None,
         })
     }
@@ -88,6 +89,9 @@ impl OrtRunner {
         // The previous step's logits go back to the arena before the next ones are taken.
         self.logits = None;
         bind_step(&mut self.binding, &self.graph.names, plan)?;
+        // A binding keeps the tensor it returned, and the next step may want another number of rows.
+        self.binding
+            .bind_output_to_device(self.graph.names.logits.as_str(), &self.logits_memory)?;
         let mut outputs = self.session.run_binding(&self.binding)?;
         let name = self.graph.names.logits.as_str();
         outputs
