@@ -29,6 +29,8 @@ use crate::text::chat_format::{Message, Role};
 
 /// HTTP is a small part of the work; the engine has the other cores.
 const NUM_WORKERS: usize = 2;
+/// Threads a worker has to parse and tokenise large bodies; more would take the engine's cores.
+const NUM_BLOCKING_THREADS: usize = 1;
 /// Connections a worker may hold, idle ones included.
 const MAX_CONNECTIONS: usize = 4096;
 /// Above what load balancers commonly keep (60 s), so that they close first and no request is lost.
@@ -72,6 +74,7 @@ pub async fn serve(
     };
     let server = HttpServer::new(app)
         .workers(NUM_WORKERS)
+        .worker_max_blocking_threads(NUM_BLOCKING_THREADS)
         .max_connections(MAX_CONNECTIONS)
         .keep_alive(KEEP_ALIVE)
         .client_request_timeout(HEAD_TIMEOUT)

@@ -2,8 +2,8 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::io::BufWriter;
-use std::net::TcpListener;
+use std::io::{BufWriter, IsTerminal, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -46,9 +46,9 @@ fn run_server(args: &ServeArgs) -> MainResult {
     let keys = keys.transpose()?;
     let manifest = Manifest::load(&args.model.model)?;
     let config = args.engine_config(&manifest)?;
-    let address = (args.host, args.port);
-    let listener = TcpListener::bind(address)
-        .map_err(|error| format!("cannot listen on {}:{}: {error}", args.host, args.port))?;
+    let address = SocketAddr::from((args.host, args.port));
+    let listener =
+        TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
     let runner = load_runner(&args.model, &model.manifest)?;
     let metrics = Arc::new(Metrics::new(&model.manifest)?);
@@ -91,8 +91,7 @@ fn write_logits(args: &LogitsArgs) -> MainResult {
         File::create(&args.out).map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
     let mut out = BufWriter::new(file);
     npy::write(&mut out, logits.view())?;
-    std::io::Write::flush(&mut out)?;
-    Ok(())
+    Ok(out.flush()?)
 }
 
 fn run_bench(args: BenchArgs) -> MainResult {
@@ -108,9 +107,10 @@ fn run_bench(args: BenchArgs) -> MainResult {
 }
 
 fn start_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,ort=warn"));
+    let default = || EnvFilter::new("info,ort=warn,actix_server=warn");
     let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| default()))
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.init(),

@@ -163,7 +163,7 @@ impl ChatFormat {
 
 #[cfg(test)]
 mod tests {
-    use std::path::{Path, PathBuf};
+    use std::path::Path;
 
     use serde_json::json;
 
@@ -247,38 +247,33 @@ mod tests {
     }
 
     /// The real tokenizer is not ours to ship: `GLMSERVE_TEST_CHATGLM3_TOKENIZER` names a converted copy.
+    /// The conversation and its ids were published in an issue of THUDM/ChatGLM3 (127).
     #[test]
     fn the_real_tokenizer_gives_the_published_ids() {
-        let golden =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/chatglm3-chat-golden.json");
-        let (Some(file), Ok(golden)) = (
-            std::env::var_os("GLMSERVE_TEST_CHATGLM3_TOKENIZER"),
-            std::fs::read_to_string(golden),
-        ) else {
+        let Some(file) = std::env::var_os("GLMSERVE_TEST_CHATGLM3_TOKENIZER") else {
             eprintln!("SKIPPED: no ChatGLM3 tokenizer on this machine");
             return;
         };
-        let (format, tokenizer) = load(&fixtures::chatglm3_with(&PathBuf::from(file)));
-        let golden: serde_json::Value = serde_json::from_str(&golden).unwrap();
-        let messages: Vec<Message> = golden["messages"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|m| {
-                let role = match m["role"].as_str().unwrap() {
-                    "system" => Role::System,
-                    "user" => Role::User,
-                    _ => Role::Assistant,
-                };
-                message(role, m["content"].as_str().unwrap())
-            })
-            .collect();
-        let expected: Vec<u32> = serde_json::from_value(golden["ids"].clone()).unwrap();
+        let (format, tokenizer) = load(&fixtures::chatglm3_with(Path::new(&file)));
+        let messages = [
+            message(
+                Role::System,
+                "You are ChatGLM3, a large language model trained by Zhipu.AI. Follow the user's instructions carefully. Respond using markdown.",
+            ),
+            message(Role::User, "你好"),
+            message(
+                Role::Assistant,
+                "你好👋！我是ChatGLM3，很高兴见到你，欢迎问我任何问题。",
+            ),
+        ];
+        let expected = [
+            64790, 64792, 64794, 30910, 13, 809, 383, 22011, 10461, 30944, 30966, 30932, 260, 1796, 3239,
+            2092, 7594, 422, 1192, 899, 30923, 30930, 23833, 30930, 5741, 267, 2795, 30953, 30917, 8417,
+            7724, 30930, 21911, 1227, 3478, 3536, 30930, 64795, 30910, 13, 36474, 54591, 64796, 30910, 13,
+            36474, 54591, 243, 162, 148, 142, 31404, 33030, 30942, 1960, 10461, 30944, 30966, 31123, 48895,
+            35214, 54622, 31123, 32616, 39905, 31901, 31639, 31155, 64796,
+        ];
         let ids = format.encode(&messages, &tokenizer).unwrap();
-        // The thread printed the last turn with its spaces changed; all before it is exact.
-        let exact = expected.iter().rposition(|id| *id == 64795).unwrap();
-        assert_eq!(ids[..exact], expected[..exact]);
-        let hello = format.encode(&[message(Role::User, "你好")], &tokenizer).unwrap();
-        assert_eq!(hello, [64790, 64792, 64795, 30910, 13, 36474, 54591, 64796]);
+        assert_eq!(ids, expected);
     }
 }
