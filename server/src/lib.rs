@@ -1,1 +1,133 @@
-//! The server.
+//! An OpenAI-compatible streaming server for ChatGLM3 and its family.
+
+pub mod auth;
+pub mod config;
+pub mod error;
+#[cfg(test)]
+#[path = "../tests/support/model_dir.rs"]
+mod fixtures;
+pub mod metrics;
+pub mod npy;
+mod random;
+mod routes;
+pub mod shutdown;
+pub mod state;
+pub mod stream;
+pub mod text;
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use actix_web::middleware::from_fn;
+use actix_web::{App, HttpServer, web};
+use glm_engine::{Request, SamplingParams, SequenceError, SubmitError, TokenEvent};
+use tokio::sync::mpsc;
+
+use crate::state::AppState;
+use crate::text::TextError;
+use crate::text::chat_format::{Message, Role};
+
+/// HTTP is a small part of the work; the engine has the other cores.
+const NUM_WORKERS: usize = 2;
+/// Threads a worker has to parse and tokenise large bodies; more would take the engine's cores.
+const NUM_BLOCKING_THREADS: usize = 1;
+/// Connections a worker may hold, idle ones included.
+const MAX_CONNECTIONS: usize = 4096;
+/// Above what load balancers commonly keep (60 s), so that they close first and no request is lost.
+const KEEP_ALIVE: Duration = Duration::from_secs(75);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the last bytes of ended streams may take to leave.
+const FLUSH_TIMEOUT_S: u64 = 5;
+
+/// Why a server ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The sockets failed.
+    #[error("HTTP: {0}")]
+    Http(#[from] std::io::Error),
+    /// The first generation's prompt could not be made.
+    #[error("warm-up: {0}")]
+    WarmUpText(#[from] TextError),
+    /// The first generation was refused.
+    #[error("warm-up: {0}")]
+    WarmUpSubmit(#[from] SubmitError),
+    /// The first generation failed.
+    #[error("warm-up: {0}")]
+    WarmUp(#[from] SequenceError),
+}
+
+/// Serves until `signals` says so: once to drain, twice to end at once. A closed channel is one signal.
+///
+/// # Errors
+/// [`ServeError`]: the sockets or the first generation failed.
+pub async fn serve(
+    listener: TcpListener,
+    state: web::Data<AppState>,
+    mut signals: mpsc::Receiver<()>,
+) -> Result<(), ServeError> {
+    let shared = state.clone();
+    let app = move || {
+        App::new()
+            .app_data(shared.clone())
+            .wrap(from_fn(routes::observe))
+            .configure(routes::configure)
+    };
+    let server = HttpServer::new(app)
+        .workers(NUM_WORKERS)
+        .worker_max_blocking_threads(NUM_BLOCKING_THREADS)
+        .max_connections(MAX_CONNECTIONS)
+        .keep_alive(KEEP_ALIVE)
+        .client_request_timeout(HEAD_TIMEOUT)
+        // A client that closed its side is gone: its handler is dropped, which aborts its request.
+        .h1_allow_half_closed(false)
+        .tcp_nodelay(true)
+        .disable_signals()
+        .shutdown_timeout(FLUSH_TIMEOUT_S)
+        .listen(listener)?
+        .run();
+    let handle = server.handle();
+    tokio::pin!(server);
+    let end = async {
+        tokio::select! {
+            result = warm_up(&state) => result?,
+            // A signal before the first token: nothing to wait for.
+            _ = signals.recv() => return Ok(false),
+        }
+        Ok::<_, ServeError>(shutdown::drain(&state, &mut signals).await)
+    };
+    let end = tokio::select! {
+        result = &mut server => return Ok(result?),
+        end = end => end,
+    };
+    // Not awaited alone: the server answers only while it is polled.
+    let graceful = *end.as_ref().unwrap_or(&false);
+    let (result, ()) = tokio::join!(server, handle.stop(graceful));
+    end?;
+    Ok(result?)
+}
+
+/// One short generation, so that no client pays for first-time work.
+async fn warm_up(state: &AppState) -> Result<(), ServeError> {
+    let message = Message {
+        role: Role::User,
+        content: "Hello".to_owned(),
+    };
+    let sampling = SamplingParams {
+        temperature: 0.0,
+        max_tokens: 2,
+        ignore_eos: true,
+        ..SamplingParams::default()
+    };
+    let mut events = state.engine.submit(Request {
+        prompt_token_ids: state.model.chat.encode(&[message], &state.model.tokenizer)?,
+        sampling,
+    })?;
+    while let Some(event) = events.recv().await {
+        if let TokenEvent::Failed(error) = event {
+            return Err(error.into());
+        }
+    }
+    state.set_warm();
+    tracing::info!("ready");
+    Ok(())
+}

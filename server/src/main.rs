@@ -1,2 +1,119 @@
-//! x
-fn main() {}
+//! The `glmserve` program: reads the command line and hands over to the library.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{BufWriter, IsTerminal, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use actix_web::web;
+use clap::Parser;
+use glm_engine::runner::ort::{OrtOptions, OrtRunner};
+use glm_engine::{EngineThread, LoadError, Manifest};
+use glmserve::auth::ApiKeys;
+use glmserve::config::{Cli, Command, LogFormat, LogitsArgs, ModelArgs, ServeArgs};
+use glmserve::metrics::Metrics;
+use glmserve::state::{AppState, ServedModel};
+use glmserve::{npy, serve, shutdown};
+use glmserve_client::bench::{self, BenchArgs};
+use tracing_subscriber::EnvFilter;
+
+type MainResult = Result<(), Box<dyn Error>>;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(args) => run_server(&args),
+        Command::Logits(args) => write_logits(&args),
+        Command::Bench(args) => run_bench(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("glmserve: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_server(args: &ServeArgs) -> MainResult {
+    start_log(args.log_format);
+    // Cheap mistakes first: loading a model may take minutes.
+    let keys = args.api_key_file.as_ref().map(|path| {
+        ApiKeys::load(path)
+            .map_err(|error| format!("cannot use the API key file {}: {error}", path.display()))
+    });
+    let keys = keys.transpose()?;
+    let manifest = Manifest::load(&args.model.model)?;
+    let config = args.engine_config(&manifest)?;
+    let address = SocketAddr::from((args.host, args.port));
+    let listener =
+        TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
+    let runner = load_runner(&args.model, &model.manifest)?;
+    let metrics = Arc::new(Metrics::new(&model.manifest)?);
+    let vocab_size = model.manifest.geometry.vocab_size;
+    let (engine, thread) = EngineThread::spawn(runner, config, vocab_size, metrics.clone())?;
+    let limits = engine.limits();
+    tracing::info!(
+        address = %listener.local_addr()?,
+        model = model.names.join(","),
+        digest = model.manifest.digest,
+        max_model_len = limits.max_model_len,
+        kv_cache_mib = limits.kv_cache_bytes >> 20,
+        "listening"
+    );
+    let options = args.http_options(limits.max_model_len);
+    let state = web::Data::new(AppState::new(options, model, engine, metrics, keys));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(async { serve(listener, state, shutdown::signals()?).await });
+    drop(runtime);
+    thread.join();
+    Ok(result?)
+}
+
+fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadError> {
+    let options = OrtOptions {
+        library: args.onnxruntime.clone(),
+        num_threads: args.num_threads(),
+        kv_cache_bytes: args.kv_cache_bytes(),
+    };
+    OrtRunner::load(&args.model, manifest, &options)
+}
+
+fn write_logits(args: &LogitsArgs) -> MainResult {
+    let manifest = Manifest::load(&args.model.model)?;
+    let mut runner = load_runner(&args.model, &manifest)?;
+    let logits = glm_engine::runner::logits(&mut runner, &args.ids)?;
+    let file =
+        File::create(&args.out).map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
+    let mut out = BufWriter::new(file);
+    npy::write(&mut out, logits.view())?;
+    Ok(out.flush()?)
+}
+
+fn run_bench(args: BenchArgs) -> MainResult {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let report = runtime.block_on(bench::run(args))?;
+    println!("{report}");
+    match report.is_clean() {
+        true => Ok(()),
+        false => Err("streams broke; the figures above are of the others".into()),
+    }
+}
+
+fn start_log(format: LogFormat) {
+    let default = || EnvFilter::new("info,ort=warn,actix_server=warn");
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| default()))
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

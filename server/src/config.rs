@@ -1,0 +1,244 @@
+//! Owns the command line: options, their variables, units and defaults.
+//!
+//! Invariant: defaults give way to the environment, and the environment to flags.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use glm_engine::{EngineConfig, LoadError, Manifest};
+use glmserve_client::bench::BenchArgs;
+
+use crate::state::HttpOptions;
+use crate::stream::event_log::LogLimits;
+
+const MIB: usize = 1 << 20;
+
+/// A streaming, OpenAI-compatible server for ChatGLM3 and its family.
+#[derive(Debug, Parser)]
+#[command(name = "glmserve", version, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model folder over HTTP
+    Serve(ServeArgs),
+    /// Write the logits of every position of a sequence, for parity checks
+    Logits(LogitsArgs),
+    /// Measure a running server with streams in a closed loop
+    Bench(BenchArgs),
+}
+
+/// The model and how to run it.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// Folder that glm-export wrote
+    #[arg(long, env = "GLMSERVE_MODEL", value_name = "DIR")]
+    pub model: PathBuf,
+    /// The ONNX Runtime shared library
+    #[arg(
+        long,
+        env = "GLMSERVE_ORT_LIB",
+        value_name = "FILE",
+        default_value = "libonnxruntime.so"
+    )]
+    pub onnxruntime: PathBuf,
+    /// Threads that compute [default: the number of processors]
+    #[arg(long, env = "GLMSERVE_THREADS", value_name = "N", value_parser = positive)]
+    pub threads: Option<usize>,
+    /// Memory of the KV cache, in MiB
+    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = positive)]
+    pub kv_cache_memory: usize,
+}
+
+/// Options of `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The model and how to run it.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Address to listen on
+    #[arg(long, env = "GLMSERVE_HOST", default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, env = "GLMSERVE_PORT", default_value_t = 8000, value_parser = port)]
+    pub port: u16,
+    /// Names that requests may use besides the model's own; repeatable
+    #[arg(
+        long,
+        env = "GLMSERVE_SERVED_MODEL_NAME",
+        value_name = "NAME,..",
+        value_delimiter = ','
+    )]
+    pub served_model_name: Vec<String>,
+    /// File with one API key a line that guards /v1; # starts a comment [default: no key is needed]
+    #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Most sequences in one step
+    #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = positive)]
+    pub max_num_seqs: usize,
+    /// Most tokens in one step: running replies first, the rest for prompts
+    #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = positive)]
+    pub max_num_batched_tokens: usize,
+    /// Most requests that wait; one more is answered with 429
+    #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting)]
+    pub max_num_waiting: usize,
+    /// Longest sequence, prompt and reply, in tokens [default: what the model was made for]
+    #[arg(long, env = "GLMSERVE_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive)]
+    pub max_model_len: Option<usize>,
+    /// Largest request body, in bytes
+    #[arg(long, env = "GLMSERVE_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = positive)]
+    pub max_body_bytes: usize,
+    /// Largest reply, in bytes of text
+    #[arg(long, env = "GLMSERVE_MAX_REPLY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = positive)]
+    pub max_reply_bytes: usize,
+    /// Silence after which a stream sends a comment, in seconds
+    #[arg(long, env = "GLMSERVE_KEEP_ALIVE_COMMENT", value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub keep_alive_comment: u64,
+    /// How long running streams may go on after SIGTERM, in seconds
+    #[arg(long, env = "GLMSERVE_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub drain_timeout: u64,
+    /// Form of the log on standard error; RUST_LOG chooses what is logged
+    #[arg(long, env = "GLMSERVE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// Options of `logits`.
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// The model and how to run it.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Token ids of the sequence
+    #[arg(long, value_name = "ID,..", value_delimiter = ',', required = true)]
+    pub ids: Vec<u32>,
+    /// Where to write float32 [number of ids, padded vocabulary]
+    #[arg(long, value_name = "FILE.npy")]
+    pub out: PathBuf,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl ServeArgs {
+    /// The engine's limits for this model.
+    ///
+    /// # Errors
+    /// [`LoadError::Config`]: longer than the model's rotary tables.
+    pub fn engine_config(&self, manifest: &Manifest) -> Result<EngineConfig, LoadError> {
+        let longest = manifest.geometry.max_model_len;
+        let max_model_len = self.max_model_len.unwrap_or(longest);
+        if max_model_len > longest {
+            let message =
+                format!("--max-model-len {max_model_len} is more than the model's {longest} tokens");
+            return Err(LoadError::Config(message));
+        }
+        Ok(EngineConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_num_waiting: self.max_num_waiting,
+            max_model_len,
+            ..EngineConfig::default()
+        })
+    }
+
+    /// The limits of the HTTP side; no reply has more than `max_model_len` tokens.
+    pub fn http_options(&self, max_model_len: usize) -> HttpOptions {
+        HttpOptions {
+            max_body_bytes: self.max_body_bytes,
+            comment_period: Duration::from_secs(self.keep_alive_comment),
+            drain_timeout: Duration::from_secs(self.drain_timeout),
+            log_limits: LogLimits {
+                // Role, one delta a token, and the flush at the end.
+                max_events: max_model_len + 2,
+                max_bytes: self.max_reply_bytes,
+            },
+        }
+    }
+}
+
+impl ModelArgs {
+    /// Bytes of the KV cache.
+    pub fn kv_cache_bytes(&self) -> usize {
+        self.kv_cache_memory.saturating_mul(MIB)
+    }
+
+    /// Threads that compute.
+    pub fn num_threads(&self) -> usize {
+        let all = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or_else(all)
+    }
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("must be a whole number of at least 1".into()),
+    }
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    if text.starts_with("tcp://") {
+        return Err(
+            "Kubernetes puts this into GLMSERVE_PORT for a Service named glmserve: set `enableServiceLinks: false` \
+             in the pod, give the Service another name, or pass --port"
+                .into(),
+        );
+    }
+    text.parse()
+        .map_err(|_| "must be a number from 0 to 65535".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn serve(arguments: &[&str]) -> Result<ServeArgs, String> {
+        let arguments = ["glmserve", "serve", "--model", "m"].iter().chain(arguments);
+        match Cli::try_parse_from(arguments)
+            .map_err(|error| error.to_string())?
+            .command
+        {
+            Command::Serve(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_port_from_kubernetes_is_explained() {
+        let error = serve(&["--port", "tcp://10.0.0.1:80"]).unwrap_err();
+        assert!(error.contains("enableServiceLinks"), "{error}");
+        assert_eq!(serve(&["--port", "80"]).unwrap().port, 80);
+    }
+
+    #[test]
+    fn names_are_split_at_commas_and_zero_is_refused() {
+        let args = serve(&["--served-model-name", "a,b", "--served-model-name", "c"]).unwrap();
+        assert_eq!(args.served_model_name, ["a", "b", "c"]);
+        assert!(
+            serve(&["--max-num-seqs", "0"])
+                .unwrap_err()
+                .contains("at least 1")
+        );
+    }
+}

@@ -1,0 +1,287 @@
+//! Owns the one map from what can go wrong to an HTTP status and OpenAI's error body.
+//!
+//! Invariant: each refusal has a stable code, and a client that may try again is told when.
+
+use actix_web::body::BoxBody;
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpResponse, ResponseError};
+use glm_engine::{SequenceError, SubmitError};
+use serde_json::{Value, json};
+
+use crate::stream::event_log::StreamError;
+use crate::text::TextError;
+
+/// Codes of refusals that come from load or shutdown, not from the request.
+pub const LOAD_CODES: [&str; 3] = [QUEUE_FULL, DRAINING, UNAVAILABLE];
+const QUEUE_FULL: &str = "queue_full";
+const DRAINING: &str = "draining";
+const UNAVAILABLE: &str = "unavailable";
+const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
+
+/// A queue moves within seconds.
+const RETRY_QUEUE_FULL_S: u32 = 1;
+/// Another replica answers at once; this one will not come back sooner.
+const RETRY_UNAVAILABLE_S: u32 = 5;
+
+/// An error as a client sees it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    param: Option<String>,
+    retry_after_s: Option<u32>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            code,
+            message: message.into(),
+            param: None,
+            retry_after_s: None,
+        }
+    }
+
+    fn parameter(code: &'static str, param: impl Into<String>, message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::BAD_REQUEST, code, message);
+        Self {
+            param: Some(param.into()),
+            ..error
+        }
+    }
+
+    fn retry_after(self, seconds: u32) -> Self {
+        Self {
+            retry_after_s: Some(seconds),
+            ..self
+        }
+    }
+
+    /// A field has a value that it can't have.
+    pub fn invalid_value(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::parameter("invalid_value", param, message)
+    }
+
+    /// A field of the API that this server can't honour.
+    pub fn unsupported_parameter(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::parameter("unsupported_parameter", param, message)
+    }
+
+    /// A field that nobody knows.
+    pub fn unknown_parameter(param: impl Into<String>) -> Self {
+        let param = param.into();
+        let message = format!("unknown parameter: {param}");
+        Self::parameter("unknown_parameter", param, message)
+    }
+
+    /// The body is not JSON.
+    pub fn invalid_json(error: &serde_json::Error) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_json",
+            format!("the body is not valid JSON: {error}"),
+        )
+    }
+
+    /// The body could not be read.
+    pub fn invalid_body(error: &actix_web::Error) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_body",
+            format!("the body cannot be read: {error}"),
+        )
+    }
+
+    /// The body is larger than the limit.
+    pub fn body_too_large(limit: usize) -> Self {
+        let message = format!("the body is larger than the limit of {limit} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    }
+
+    /// The body did not arrive in time.
+    pub fn body_timeout(seconds: u64) -> Self {
+        let message = format!("the body did not arrive within {seconds} seconds");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
+    }
+
+    /// No such model.
+    pub fn model_not_found(model: &str, served: &[String]) -> Self {
+        let message = format!(
+            "the model {model:?} does not exist; this server has {}",
+            served.join(", ")
+        );
+        let error = Self::new(StatusCode::NOT_FOUND, "model_not_found", message);
+        Self {
+            param: Some("model".into()),
+            ..error
+        }
+    }
+
+    /// The prompt alone fills the context; `num_tokens` says how long it is.
+    pub fn prompt_too_long(limit: usize, num_tokens: &str) -> Self {
+        let message = format!(
+            "the context holds {limit} tokens, but the messages have {num_tokens}; a reply needs at least 1"
+        );
+        Self::parameter(CONTEXT_LENGTH_EXCEEDED, "messages", message)
+    }
+
+    /// The prompt fits, the reply that `param` allows does not.
+    pub fn reply_too_long(limit: usize, num_prompt_tokens: usize, max_tokens: usize, param: &str) -> Self {
+        let message = format!(
+            "the context holds {limit} tokens, but the messages have {num_prompt_tokens} and {param} is {max_tokens}"
+        );
+        Self::parameter(CONTEXT_LENGTH_EXCEEDED, param, message)
+    }
+
+    /// No such path.
+    pub fn unknown_url(path: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "unknown_url",
+            format!("there is nothing at {path}"),
+        )
+    }
+
+    /// The path exists, the method does not.
+    pub fn method_not_allowed(method: &str, path: &str) -> Self {
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "method_not_allowed",
+            format!("{path} does not take {method}"),
+        )
+    }
+
+    /// The key is missing or wrong.
+    pub fn invalid_api_key() -> Self {
+        let message = "a valid API key is needed, as `Authorization: Bearer KEY`";
+        Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+    }
+
+    /// The server is going away.
+    pub fn draining() -> Self {
+        let message = "the server is draining and takes no new requests";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, DRAINING, message).retry_after(RETRY_UNAVAILABLE_S)
+    }
+
+    /// A mistake of this server.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+    }
+
+    /// The stable name of what went wrong.
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    /// The body: OpenAI's error object.
+    pub fn body(&self) -> Value {
+        let kind = match self.status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        };
+        json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+    }
+}
+
+impl ResponseError for ApiError {
+    fn status_code(&self) -> StatusCode {
+        self.status
+    }
+
+    fn error_response(&self) -> HttpResponse<BoxBody> {
+        let mut response = HttpResponse::build(self.status);
+        if let Some(seconds) = self.retry_after_s {
+            response.insert_header((header::RETRY_AFTER, seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
+        }
+        response.json(self.body())
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::InvalidParameter { field, message } => {
+                Self::invalid_value(field, format!("{field} {message}"))
+            }
+            SubmitError::TooLong { .. } => {
+                Self::parameter(CONTEXT_LENGTH_EXCEEDED, "messages", error.to_string())
+            }
+            SubmitError::QueueFull { .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, QUEUE_FULL, error.to_string())
+                    .retry_after(RETRY_QUEUE_FULL_S)
+            }
+            SubmitError::Unavailable(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, error.to_string())
+                    .retry_after(RETRY_UNAVAILABLE_S)
+            }
+        }
+    }
+}
+
+impl From<StreamError> for ApiError {
+    fn from(error: StreamError) -> Self {
+        let (status, code) = match &error {
+            StreamError::Sequence(SequenceError::Run(_)) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "model_failed")
+            }
+            StreamError::Sequence(SequenceError::NonFiniteLogits { .. }) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "non_finite_logits")
+            }
+            StreamError::Sequence(SequenceError::ShuttingDown) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "shutting_down")
+            }
+            StreamError::Sequence(SequenceError::EngineDied) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "engine_died")
+            }
+            StreamError::TooLarge(_) => (StatusCode::INTERNAL_SERVER_ERROR, "reply_too_large"),
+            StreamError::Lost => (StatusCode::INTERNAL_SERVER_ERROR, "reply_lost"),
+        };
+        let error = Self::new(status, code, error.to_string());
+        match status {
+            StatusCode::SERVICE_UNAVAILABLE => error.retry_after(RETRY_UNAVAILABLE_S),
+            _ => error,
+        }
+    }
+}
+
+impl From<TextError> for ApiError {
+    fn from(error: TextError) -> Self {
+        Self::internal(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_queue_says_when_to_come_back() {
+        let error = ApiError::from(SubmitError::QueueFull { num_requests: 3 });
+        let response = error.error_response();
+        assert_eq!(response.status(), 429);
+        assert_eq!(response.headers().get("retry-after").unwrap(), "1");
+        assert_eq!(error.body()["error"]["type"], "rate_limit_error");
+        let response = ApiError::from(SubmitError::Unavailable("draining")).error_response();
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers().get("retry-after").unwrap(), "5");
+    }
+
+    #[test]
+    fn parameters_are_named() {
+        let error = ApiError::from(SubmitError::InvalidParameter {
+            field: "top_p",
+            message: "must be above 0".into(),
+        });
+        let expected = json!({"error": {"message": "top_p must be above 0", "type": "invalid_request_error",
+            "param": "top_p", "code": "invalid_value"}});
+        assert_eq!(error.body(), expected);
+    }
+}

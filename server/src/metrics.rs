@@ -1,0 +1,345 @@
+//! Owns every metric's name and the clock that times requests.
+//!
+//! Invariants: names live here and nowhere else; each server has a registry of its own; the label
+//! values that alerts watch are there from the start, at 0, so that a rate sees the first event.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use glm_engine::{EngineGauges, EngineObserver, Manifest, StepReport};
+use prometheus::core::Collector;
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::error::LOAD_CODES;
+
+/// OpenTelemetry's buckets for the time to first token, and on to overload.
+const FIRST_TOKEN_BUCKETS: [f64; 20] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0,
+];
+/// OpenTelemetry's buckets for the time per output token, finer below and on to stalls.
+const INTER_TOKEN_BUCKETS: [f64; 19] = [
+    0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0,
+    40.0,
+];
+/// OpenTelemetry's buckets for a request's duration, doubled twice more.
+const DURATION_BUCKETS: [f64; 16] = [
+    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68,
+];
+const STEP_BUCKETS: [f64; 12] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+];
+
+/// How an accepted request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// A stop id or a stop string.
+    Stop,
+    /// `max_tokens` were generated.
+    Length,
+    /// The client left.
+    Abort,
+    /// The server failed.
+    Error,
+}
+
+impl Outcome {
+    const ALL: [Self; 4] = [Self::Stop, Self::Length, Self::Abort, Self::Error];
+
+    /// The label's value.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// All metrics of one server.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests_running: IntGauge,
+    requests_waiting: IntGauge,
+    kv_cache_usage: Gauge,
+    steps: IntCounter,
+    failed_steps: IntCounter,
+    step_duration: Histogram,
+    prompt_tokens: IntCounter,
+    generation_tokens: IntCounter,
+    preemptions: IntCounter,
+    first_token: Histogram,
+    inter_token: Histogram,
+    queue_time: Histogram,
+    duration: Histogram,
+    streams: IntCounterVec,
+    empty_streams: IntCounter,
+    refused: IntCounterVec,
+}
+
+impl Metrics {
+    /// Registers everything.
+    ///
+    /// # Errors
+    /// A name is registered twice or is not a name: a mistake in this file.
+    pub fn new(manifest: &Manifest) -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let r = &registry;
+        let build_labels = ["version", "model", "model_digest"];
+        let build_info = IntGaugeVec::new(
+            Opts::new("glmserve_build_info", "Build and model; always 1."),
+            &build_labels,
+        )?;
+        build_info
+            .with_label_values(&[env!("CARGO_PKG_VERSION"), &manifest.model.name, &manifest.digest])
+            .set(1);
+        add(r, build_info)?;
+        let streams = Opts::new(
+            "glmserve_streams_total",
+            "Accepted requests that ended, by outcome.",
+        );
+        let streams = add(r, IntCounterVec::new(streams, &["outcome"])?)?;
+        for outcome in Outcome::ALL {
+            streams.with_label_values(&[outcome.name()]);
+        }
+        let refused = Opts::new(
+            "glmserve_http_requests_refused_total",
+            "Requests answered with an error, by its code.",
+        );
+        let refused = add(r, IntCounterVec::new(refused, &["code"])?)?;
+        for code in LOAD_CODES {
+            refused.with_label_values(&[code]);
+        }
+        Ok(Self {
+            requests_running: add(
+                r,
+                IntGauge::new("glmserve_requests_running", "Sequences that own KV blocks.")?,
+            )?,
+            requests_waiting: add(
+                r,
+                IntGauge::new("glmserve_requests_waiting", "Sequences in the queue.")?,
+            )?,
+            kv_cache_usage: add(
+                r,
+                Gauge::new("glmserve_kv_cache_usage_ratio", "KV blocks in use, from 0 to 1.")?,
+            )?,
+            steps: counter(r, "glmserve_engine_steps_total", "Steps of the engine.")?,
+            failed_steps: counter(
+                r,
+                "glmserve_engine_failed_steps_total",
+                "Steps on which the runner failed.",
+            )?,
+            step_duration: histogram(
+                r,
+                "glmserve_step_duration_seconds",
+                "Time of one step.",
+                &STEP_BUCKETS,
+            )?,
+            prompt_tokens: counter(r, "glmserve_prompt_tokens_total", "Prompt tokens computed.")?,
+            generation_tokens: counter(r, "glmserve_generation_tokens_total", "Tokens sampled.")?,
+            preemptions: counter(r, "glmserve_preemptions_total", "Sequences preempted.")?,
+            first_token: histogram(
+                r,
+                "glmserve_time_to_first_token_seconds",
+                "From the request's arrival to its first token.",
+                &FIRST_TOKEN_BUCKETS,
+            )?,
+            inter_token: histogram(
+                r,
+                "glmserve_inter_token_latency_seconds",
+                "Between two tokens of a request.",
+                &INTER_TOKEN_BUCKETS,
+            )?,
+            queue_time: histogram(
+                r,
+                "glmserve_request_queue_seconds",
+                "From a request's submission to its first admission.",
+                &FIRST_TOKEN_BUCKETS,
+            )?,
+            duration: histogram(
+                r,
+                "glmserve_request_duration_seconds",
+                "From an accepted request's arrival to its end.",
+                &DURATION_BUCKETS,
+            )?,
+            streams,
+            empty_streams: counter(
+                r,
+                "glmserve_empty_streams_total",
+                "Replies that ended well without any text.",
+            )?,
+            refused,
+            registry,
+        })
+    }
+
+    /// The exposition in Prometheus' text format.
+    ///
+    /// # Errors
+    /// The encoder refuses what was gathered.
+    pub fn encode(&self) -> prometheus::Result<String> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    /// Counts a request that was answered with an error.
+    pub fn refused(&self, code: &str) {
+        self.refused.with_label_values(&[code]).inc();
+    }
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> prometheus::Result<C> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntCounter> {
+    add(registry, IntCounter::new(name, help)?)
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
+    add(
+        registry,
+        Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?,
+    )
+}
+
+impl EngineObserver for Metrics {
+    fn step(&self, report: &StepReport) {
+        self.steps.inc();
+        self.failed_steps.inc_by(u64::from(report.failed));
+        self.step_duration.observe(report.duration.as_secs_f64());
+        self.prompt_tokens.inc_by(report.num_prompt_tokens as u64);
+        self.generation_tokens.inc_by(report.num_generated_tokens as u64);
+        self.preemptions.inc_by(report.num_preemptions as u64);
+    }
+
+    fn gauges(&self, gauges: &EngineGauges) {
+        self.requests_running.set(gauges.num_running as i64);
+        self.requests_waiting.set(gauges.num_waiting as i64);
+        self.kv_cache_usage
+            .set(gauges.num_used_blocks as f64 / gauges.num_blocks.max(1) as f64);
+    }
+
+    fn admitted(&self, queue_time: Duration) {
+        self.queue_time.observe(queue_time.as_secs_f64());
+    }
+}
+
+/// When a request arrived.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival(Instant);
+
+impl Arrival {
+    /// Reads the clock.
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "this file owns the clock that times requests"
+    )]
+    pub fn now() -> Self {
+        Self(Instant::now())
+    }
+}
+
+/// The metrics' view of one accepted request; it counts the request once, whatever becomes of it.
+#[derive(Debug)]
+pub struct StreamRecord {
+    metrics: Arc<Metrics>,
+    arrival: Arrival,
+    last_token: Option<Arrival>,
+    has_text: bool,
+    ended: bool,
+}
+
+impl StreamRecord {
+    /// A request that was accepted.
+    pub fn new(metrics: Arc<Metrics>, arrival: Arrival) -> Self {
+        Self {
+            metrics,
+            arrival,
+            last_token: None,
+            has_text: false,
+            ended: false,
+        }
+    }
+
+    /// A token came.
+    pub fn token(&mut self) {
+        let now = Arrival::now();
+        match self.last_token.replace(now) {
+            None => self
+                .metrics
+                .first_token
+                .observe((now.0 - self.arrival.0).as_secs_f64()),
+            Some(last) => self.metrics.inter_token.observe((now.0 - last.0).as_secs_f64()),
+        }
+    }
+
+    /// Text for the client came.
+    pub fn text(&mut self) {
+        self.has_text = true;
+    }
+
+    /// The request ended. Only the first call counts.
+    pub fn end(&mut self, outcome: Outcome) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let metrics = &self.metrics;
+        metrics.streams.with_label_values(&[outcome.name()]).inc();
+        metrics
+            .duration
+            .observe((Arrival::now().0 - self.arrival.0).as_secs_f64());
+        if matches!(outcome, Outcome::Stop | Outcome::Length) && !self.has_text {
+            metrics.empty_streams.inc();
+        }
+    }
+}
+
+impl Drop for StreamRecord {
+    /// A pump that was torn down has failed its request.
+    fn drop(&mut self) {
+        self.end(Outcome::Error);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures;
+
+    #[test]
+    fn outcomes_are_there_at_zero_and_each_request_counts_once() {
+        let metrics = Arc::new(Metrics::new(&fixtures::chatglm3().manifest()).unwrap());
+        let text = metrics.encode().unwrap();
+        for line in [
+            "glmserve_streams_total{outcome=\"abort\"} 0",
+            "glmserve_http_requests_refused_total{code=\"queue_full\"} 0",
+            "glmserve_empty_streams_total 0",
+            "model=\"test-model\",model_digest=\"sha256:",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+        let mut record = StreamRecord::new(metrics.clone(), Arrival::now());
+        record.token();
+        record.token();
+        record.end(Outcome::Stop);
+        drop(record);
+        drop(StreamRecord::new(metrics.clone(), Arrival::now()));
+        let text = metrics.encode().unwrap();
+        for line in [
+            "glmserve_streams_total{outcome=\"stop\"} 1",
+            "glmserve_streams_total{outcome=\"error\"} 1",
+            "glmserve_empty_streams_total 1",
+            "glmserve_time_to_first_token_seconds_count 1",
+            "glmserve_inter_token_latency_seconds_count 1",
+            "glmserve_request_duration_seconds_count 2",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+    }
+}

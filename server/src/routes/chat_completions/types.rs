@@ -1,0 +1,173 @@
+//! Owns the JSON shapes of chat completions, in and out.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::fields;
+use crate::error::ApiError;
+use crate::stream::event_log;
+
+/// The fields that count.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ChatCompletionRequest {
+    pub(super) model: Option<String>,
+    pub(super) messages: Vec<RequestMessage>,
+    pub(super) stream: bool,
+    pub(super) stream_options: Option<StreamOptions>,
+    pub(super) max_tokens: Option<usize>,
+    pub(super) max_completion_tokens: Option<usize>,
+    pub(super) temperature: Option<f32>,
+    pub(super) top_p: Option<f32>,
+    /// -1 and 0 keep all candidates.
+    pub(super) top_k: Option<i64>,
+    pub(super) repetition_penalty: Option<f32>,
+    pub(super) presence_penalty: Option<f32>,
+    pub(super) frequency_penalty: Option<f32>,
+    pub(super) logit_bias: BTreeMap<String, f32>,
+    pub(super) seed: Option<i64>,
+    /// A string or a list of them.
+    pub(super) stop: Option<Value>,
+    pub(super) min_tokens: Option<usize>,
+    pub(super) ignore_eos: bool,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct RequestMessage {
+    pub(super) role: String,
+    /// A string or a list of parts.
+    #[serde(default)]
+    pub(super) content: Value,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub(super) struct StreamOptions {
+    pub(super) include_usage: bool,
+    pub(super) continuous_usage_stats: bool,
+}
+
+impl ChatCompletionRequest {
+    /// Reads a body. Errors name the field by its path.
+    pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        let value = serde_json::from_slice(body).map_err(|error| ApiError::invalid_json(&error))?;
+        let value = fields::checked(value)?;
+        serde_path_to_error::deserialize(value).map_err(|error| {
+            let path = error.path().to_string();
+            let message = format!("{path}: {}", error.inner());
+            ApiError::invalid_value(path, message)
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+impl From<event_log::Usage> for Usage {
+    fn from(usage: event_log::Usage) -> Self {
+        Self {
+            prompt_tokens: usage.num_prompt_tokens,
+            completion_tokens: usage.num_generated_tokens,
+            total_tokens: usage.num_prompt_tokens + usage.num_generated_tokens,
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ChatCompletionChunk<'a> {
+    pub(super) id: &'a str,
+    pub(super) object: &'static str,
+    pub(super) created: u64,
+    pub(super) model: &'a str,
+    pub(super) system_fingerprint: &'a str,
+    pub(super) choices: &'a [ChunkChoice<'a>],
+    /// `Some(None)` is a null, which OpenAI sends where usage was asked for and comes later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) usage: Option<Option<Usage>>,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(super) struct ChunkChoice<'a> {
+    pub(super) index: u32,
+    pub(super) delta: Delta<'a>,
+    pub(super) finish_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) content: Option<&'a str>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ChatCompletion<'a> {
+    pub(super) id: &'a str,
+    pub(super) object: &'static str,
+    pub(super) created: u64,
+    pub(super) model: &'a str,
+    pub(super) system_fingerprint: &'a str,
+    pub(super) choices: [Choice; 1],
+    pub(super) usage: Usage,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Choice {
+    pub(super) index: u32,
+    pub(super) message: ReplyMessage,
+    /// Always null, and required by OpenAI's schema.
+    pub(super) logprobs: (),
+    pub(super) finish_reason: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ReplyMessage {
+    pub(super) role: &'static str,
+    pub(super) content: String,
+    /// Always null, and required by OpenAI's schema.
+    pub(super) refusal: (),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn type_errors_name_the_path() {
+        let cases = [
+            (r#"{"temperature": "hot"}"#, "temperature"),
+            (r#"{"max_tokens": -1}"#, "max_tokens"),
+            (r#"{"messages": {}}"#, "messages"),
+            (
+                r#"{"messages": [{"role": "user", "content": "x"}, {"role": 3}]}"#,
+                "messages[1].role",
+            ),
+            (r#"{"logit_bias": {"7": "x"}}"#, "logit_bias.7"),
+            (
+                r#"{"stream_options": {"include_usage": 1}}"#,
+                "stream_options.include_usage",
+            ),
+            (r#"{"seed": 1.5}"#, "seed"),
+            (r#"{"messages": [["user", "x"]]}"#, "messages[0]"),
+            (r#"{"stream_options": [true]}"#, "stream_options"),
+        ];
+        for (body, param) in cases {
+            let error = ChatCompletionRequest::parse(body.as_bytes()).unwrap_err().body();
+            assert_eq!(error["error"]["param"], param, "{error}");
+            assert_eq!(error["error"]["code"], "invalid_value", "{error}");
+        }
+        let error = ChatCompletionRequest::parse(b"{").unwrap_err();
+        assert_eq!(error.code(), "invalid_json");
+        assert_eq!(
+            ChatCompletionRequest::parse(b"[]").unwrap_err().code(),
+            "invalid_value"
+        );
+    }
+}

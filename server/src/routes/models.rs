@@ -1,0 +1,41 @@
+//! Owns the list of models: one model under one or more names.
+
+use actix_web::{HttpResponse, web};
+use serde_json::{Value, json};
+
+use crate::error::ApiError;
+use crate::state::AppState;
+
+/// All names.
+pub(super) async fn list(state: web::Data<AppState>) -> HttpResponse {
+    let models: Vec<Value> = state
+        .model
+        .names
+        .iter()
+        .map(|name| describe(&state, name))
+        .collect();
+    HttpResponse::Ok().json(json!({"object": "list", "data": models}))
+}
+
+/// One name.
+pub(super) async fn get(
+    state: web::Data<AppState>,
+    name: web::Path<String>,
+) -> Result<HttpResponse, ApiError> {
+    let names = &state.model.names;
+    match names.contains(&name) {
+        true => Ok(HttpResponse::Ok().json(describe(&state, &name))),
+        false => Err(ApiError::model_not_found(&name, names)),
+    }
+}
+
+fn describe(state: &AppState, name: &str) -> Value {
+    json!({
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "glmserve",
+        "root": state.model.manifest.model.name,
+        "max_model_len": state.engine.limits().max_model_len,
+    })
+}

@@ -1,0 +1,54 @@
+//! Owns the end of the server: which signals count, and what happens between the first and the exit.
+//!
+//! Invariant: every accepted stream gets its terminal event and `[DONE]` before the sockets close,
+//! unless a second signal says that nobody cares.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::state::AppState;
+
+/// How long the engine may take to end what it was told to end: one step, however long.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A channel that hears SIGTERM and SIGINT.
+///
+/// # Errors
+/// The operating system refuses a handler.
+pub fn signals() -> std::io::Result<mpsc::Receiver<()>> {
+    let (sender, receiver) = mpsc::channel(2);
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut stream = signal(kind)?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while stream.recv().await.is_some() {
+                // Full after two, and more say nothing new.
+                let _ = sender.try_send(());
+            }
+        });
+    }
+    Ok(receiver)
+}
+
+/// Waits for a signal, then for the running streams. Returns whether there is time for goodbyes.
+pub async fn drain(state: &AppState, signals: &mut mpsc::Receiver<()>) -> bool {
+    signals.recv().await;
+    tracing::info!(num_streams = state.pumps.len(), "draining");
+    state.start_draining();
+    state.pumps.close();
+    tokio::select! {
+        () = state.pumps.wait() => return true,
+        () = tokio::time::sleep(state.options.drain_timeout) => {}
+        Some(()) = signals.recv() => {
+            state.engine.abort_all();
+            return false;
+        }
+    }
+    tracing::warn!(num_streams = state.pumps.len(), "the drain time is over");
+    state.engine.abort_all();
+    tokio::time::timeout(ABORT_TIMEOUT, state.pumps.wait())
+        .await
+        .is_ok()
+}

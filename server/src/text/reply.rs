@@ -1,0 +1,146 @@
+//! Owns the way of one reply from ids to the text a client sees: detokenise, strip the format's
+//! prefix, look for stop strings.
+//!
+//! Invariant: the concatenated text does not depend on who reads it or how.
+
+use super::detokenizer::Detokenizer;
+use super::stop::StopMatcher;
+
+/// The text side of one reply.
+#[derive(Debug)]
+pub struct ReplyText {
+    detokenizer: Detokenizer,
+    /// What is left of the prefix that the chat format puts before each reply.
+    prefix: &'static str,
+    stop: StopMatcher,
+    raw: String,
+}
+
+/// What one step of a reply gave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplyStep {
+    /// Text for the client; may be empty.
+    pub text: String,
+    /// Whether a stop string ended the reply.
+    pub stopped: bool,
+}
+
+impl ReplyText {
+    /// Strips as much of `prefix` as the reply begins with.
+    pub fn new(detokenizer: Detokenizer, prefix: &'static str, stop: StopMatcher) -> Self {
+        Self {
+            detokenizer,
+            prefix,
+            stop,
+            raw: String::new(),
+        }
+    }
+
+    /// Takes one generated id.
+    pub fn push(&mut self, id: u32) -> ReplyStep {
+        self.detokenizer.push(id, &mut self.raw);
+        self.step()
+    }
+
+    /// Takes the end: nothing is held back any more.
+    pub fn finish(&mut self) -> ReplyStep {
+        self.detokenizer.finish(&mut self.raw);
+        let mut step = self.step();
+        if !step.stopped {
+            self.stop.finish(&mut step.text);
+        }
+        step
+    }
+
+    fn step(&mut self) -> ReplyStep {
+        let mut raw = self.raw.as_str();
+        // Character by character, as the prefix may come in parts; a reply that leaves the prefix
+        // has no more of it.
+        while let (Some(expected), Some(found)) = (self.prefix.chars().next(), raw.chars().next()) {
+            if expected != found {
+                self.prefix = "";
+                break;
+            }
+            self.prefix = &self.prefix[expected.len_utf8()..];
+            raw = &raw[found.len_utf8()..];
+        }
+        let mut text = String::new();
+        let stopped = self.stop.push(raw, &mut text);
+        self.raw.clear();
+        ReplyStep { text, stopped }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::Arc;
+
+    use glm_engine::manifest::PieceKind;
+
+    use super::*;
+    use crate::text::vocabulary::Vocabulary;
+
+    fn reply(pieces: &[&str], stop: &str) -> (Vec<String>, bool) {
+        let vocab: HashMap<String, u32> = pieces
+            .iter()
+            .zip(0..)
+            .map(|(p, id)| (p.to_string(), id))
+            .collect();
+        let vocabulary = Arc::new(Vocabulary::new(&vocab, PieceKind::Sentencepiece, &[]));
+        let stops = if stop.is_empty() {
+            vec![]
+        } else {
+            vec![stop.to_owned()]
+        };
+        let mut text = ReplyText::new(Detokenizer::new(vocabulary), "\n ", StopMatcher::new(stops));
+        let mut out = Vec::new();
+        for id in 0..pieces.len() as u32 {
+            let step = text.push(id);
+            out.push(step.text);
+            if step.stopped {
+                return (out, true);
+            }
+        }
+        let last = text.finish();
+        out.push(last.text);
+        (out, last.stopped)
+    }
+
+    #[test]
+    fn the_prefix_is_stripped_in_whatever_parts_it_comes() {
+        assert_eq!(reply(&["▁", "<0x0A>", "▁你", "好"], "").0.concat(), "你好");
+        assert_eq!(reply(&["<0x0A>▁你"], "").0.concat(), "<0x0A> 你");
+        assert_eq!(reply(&["<0x0A>", "▁▁x"], "").0.concat(), " x");
+        assert_eq!(reply(&["▁x", "<0x0A>", "▁y"], "").0.concat(), "x\n y");
+        assert_eq!(reply(&["<0x0A>"], "").0.concat(), "");
+    }
+
+    #[test]
+    fn each_step_emits_what_it_completes() {
+        assert_eq!(
+            reply(&["a", "<0xE4>", "<0xBD>", "<0xA0>"], "").0,
+            ["a", "", "", "你", ""]
+        );
+        assert_eq!(
+            reply(&["a", "<0xE4>", "<0xBD>"], "").0,
+            ["a", "", "", "\u{FFFD}\u{FFFD}"]
+        );
+    }
+
+    #[test]
+    fn stop_strings_span_ids_and_the_flush() {
+        assert_eq!(
+            reply(&["a", "b", "c", "d"], "bc"),
+            (vec!["a".into(), "".into(), "".into()], true)
+        );
+        assert_eq!(
+            reply(&["a", "b"], "bc"),
+            (vec!["a".into(), "".into(), "b".into()], false)
+        );
+        assert_eq!(
+            reply(&["a", "<0xE4>"], "\u{FFFD}"),
+            (vec!["a".into(), "".into(), "".into()], true)
+        );
+    }
+}

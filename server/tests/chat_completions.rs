@@ -1,0 +1,379 @@
+//! Chat completions end to end: what a client gets for each kind of reply and each kind of mistake.
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{Options, Server, request, run};
+
+/// Content, finish reason and usage of a stream's lines.
+fn joined(lines: &[String]) -> (String, Value, Value) {
+    assert_eq!(
+        lines.last().map(String::as_str),
+        Some("data: [DONE]"),
+        "{lines:?}"
+    );
+    let (mut content, mut reason, mut usage) = (String::new(), Value::Null, Value::Null);
+    for line in &lines[..lines.len() - 1] {
+        let chunk: Value = serde_json::from_str(line.strip_prefix("data: ").unwrap()).unwrap();
+        assert!(chunk.get("error").is_none(), "{chunk}");
+        if !chunk["usage"].is_null() {
+            usage = chunk["usage"].clone();
+        }
+        for choice in chunk["choices"].as_array().unwrap() {
+            assert_eq!(reason, Value::Null, "a choice after the finish");
+            content += choice["delta"]["content"].as_str().unwrap_or_default();
+            reason = choice["finish_reason"].clone();
+        }
+    }
+    (content, reason, usage)
+}
+
+#[test]
+fn replies_of_any_length_are_complete_and_equal_in_both_forms() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let mut commands: Vec<String> = (0..=8)
+            .map(|n| format!("say {}", "1+1=2…你好"[..].chars().take(n).collect::<String>()))
+            .collect();
+        commands.extend(["say 你好👋🏽!", "bytes 61 F0 9F 98 62 E4", "bytes FF", "nothing"].map(str::to_owned));
+        for command in commands {
+            let mut body = request(&command);
+            let (status, whole) = server.post(body.clone()).await;
+            assert_eq!(status, 200, "{whole}");
+            body["stream_options"] = json!({"include_usage": true});
+            let (content, reason, usage) = joined(&server.stream(body).await);
+            assert_eq!(whole["choices"][0]["message"]["content"], content, "{command}");
+            assert_eq!(whole["choices"][0]["finish_reason"], reason, "{command}");
+            assert_eq!(whole["usage"], usage, "{command}");
+            assert_eq!(reason, "stop");
+            if let Some(text) = command.strip_prefix("say ") {
+                assert_eq!(content, text);
+            }
+        }
+    });
+}
+
+#[test]
+fn the_lines_of_a_stream() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let lines = async |options: Value| {
+            let mut body = request("say 好!");
+            body["stream_options"] = options;
+            let lines = server.stream(body).await;
+            let head: Value = serde_json::from_str(&lines[0]["data: ".len()..]).unwrap();
+            let id = head["id"].as_str().unwrap().to_owned();
+            assert!(id.starts_with("chatcmpl-") && id.len() == 41, "{id}");
+            let created = format!("\"created\":{}", head["created"]);
+            lines
+                .into_iter()
+                .map(|l| l.replace(&id, "ID").replace(&created, "\"created\":0"))
+                .collect::<Vec<_>>()
+        };
+        let chunk = |rest: &str| {
+            format!(
+                "data: {{\"id\":\"ID\",\"object\":\"chat.completion.chunk\",\"created\":0,\"model\":\"test-model\",\
+                 \"system_fingerprint\":\"fp_0123456789ab\",{rest}}}"
+            )
+        };
+        let choice = |delta: &str, reason: &str, usage: &str| {
+            chunk(&format!(
+                "\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{reason}}}]{usage}"
+            ))
+        };
+        let plain = [
+            choice(r#"{"role":"assistant"}"#, "null", ""),
+            choice(r#"{"content":"好"}"#, "null", ""),
+            choice(r#"{"content":"!"}"#, "null", ""),
+            choice("{}", r#""stop""#, ""),
+            "data: [DONE]".to_owned(),
+        ];
+        assert_eq!(lines(json!(null)).await, plain);
+
+        let null = ",\"usage\":null";
+        // 3 specials and 2 of the empty line, 9 of the text with its leading space, and the reply's role.
+        let usage = |n: u32| {
+            format!(
+                "\"usage\":{{\"prompt_tokens\":15,\"completion_tokens\":{n},\"total_tokens\":{}}}",
+                15 + n
+            )
+        };
+        let with_usage = [
+            choice(r#"{"role":"assistant"}"#, "null", null),
+            choice(r#"{"content":"好"}"#, "null", null),
+            choice(r#"{"content":"!"}"#, "null", null),
+            choice("{}", r#""stop""#, null),
+            chunk(&format!("\"choices\":[],{}", usage(8))),
+            "data: [DONE]".to_owned(),
+        ];
+        assert_eq!(lines(json!({"include_usage": true})).await, with_usage);
+
+        let running = |n| format!(",{}", usage(n));
+        let continuous = [
+            choice(r#"{"role":"assistant"}"#, "null", &running(0)),
+            choice(r#"{"content":"好"}"#, "null", &running(6)),
+            choice(r#"{"content":"!"}"#, "null", &running(7)),
+            choice("{}", r#""stop""#, &running(8)),
+            chunk(&format!("\"choices\":[],{}", usage(8))),
+            "data: [DONE]".to_owned(),
+        ];
+        assert_eq!(
+            lines(json!({"include_usage": true, "continuous_usage_stats": true})).await,
+            continuous
+        );
+    });
+}
+
+#[test]
+fn stop_strings_and_length_end_a_reply_alike_in_both_forms() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let cases = [
+            (json!({"stop": "cd"}), "ab", "stop"),
+            (json!({"stop": ["zz", "f"]}), "abcde", "stop"),
+            (json!({"stop": ["gh!"]}), "abcdefgh", "stop"),
+            (json!({"max_tokens": 5}), "ab", "length"),
+            (
+                json!({"max_completion_tokens": 5, "max_tokens": 5}),
+                "ab",
+                "length",
+            ),
+            (json!({"max_tokens": 1}), "", "length"),
+        ];
+        for (options, expected, expected_reason) in cases {
+            let mut body = request("say abcdefgh");
+            body.as_object_mut()
+                .unwrap()
+                .extend(options.as_object().unwrap().clone());
+            let (status, whole) = server.post(body.clone()).await;
+            assert_eq!(status, 200, "{whole}");
+            body["stream_options"] = json!({"include_usage": true});
+            let (content, reason, usage) = joined(&server.stream(body).await);
+            assert_eq!(
+                (content.as_str(), reason.as_str()),
+                (expected, Some(expected_reason)),
+                "{options}"
+            );
+            assert_eq!(whole["choices"][0]["message"]["content"], expected);
+            assert_eq!(whole["choices"][0]["finish_reason"], expected_reason);
+            assert_eq!(whole["usage"], usage);
+        }
+        server.until("glmserve_requests_running", 0).await;
+    });
+}
+
+#[test]
+fn a_failure_has_a_real_status_or_an_error_event() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let (status, body) = server.post(request("fail")).await;
+        assert_eq!((status, &body["error"]["code"]), (500, &json!("model_failed")));
+        assert_eq!(body["error"]["type"], "server_error");
+        let lines = server.stream(request("fail")).await;
+        let [.., error, done] = lines.as_slice() else {
+            panic!("{lines:?}")
+        };
+        assert_eq!(done, "data: [DONE]");
+        let error: Value = serde_json::from_str(&error["data: ".len()..]).unwrap();
+        assert_eq!(error["error"]["code"], "model_failed");
+        assert!(
+            lines[1].contains("\"content\":\"x\""),
+            "what came before is delivered: {lines:?}"
+        );
+        let (status, _) = server.post(request("say ok")).await;
+        assert_eq!(status, 200, "others go on");
+    });
+}
+
+#[test]
+fn a_reply_that_outgrows_its_log_is_an_error_and_frees_the_engine() {
+    run(async {
+        let server = Server::start(Options {
+            max_reply_bytes: 4,
+            ..Options::default()
+        })
+        .await;
+        let (status, body) = server.post(request("slow 100")).await;
+        assert_eq!((status, &body["error"]["code"]), (500, &json!("reply_too_large")));
+        server.until("glmserve_requests_running", 0).await;
+    });
+}
+
+#[test]
+fn mistakes_are_refused_by_name_before_any_stream() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let message = |message: Value| json!({"messages": [message]});
+        let cases = [
+            (json!({"model": "gpt-4"}), 404, "model", "model_not_found"),
+            (json!({"model": null}), 400, "model", "invalid_value"),
+            (json!({"messages": []}), 400, "messages", "invalid_value"),
+            (json!({"messages": null}), 400, "messages", "invalid_value"),
+            (json!({"temperature": 3}), 400, "temperature", "invalid_value"),
+            (
+                json!({"temperature": "warm"}),
+                400,
+                "temperature",
+                "invalid_value",
+            ),
+            (json!({"top_p": 0}), 400, "top_p", "invalid_value"),
+            (json!({"top_k": -2}), 400, "top_k", "invalid_value"),
+            (json!({"max_tokens": 0}), 400, "max_tokens", "invalid_value"),
+            (
+                json!({"max_tokens": 5, "max_completion_tokens": 6}),
+                400,
+                "max_completion_tokens",
+                "invalid_value",
+            ),
+            (
+                json!({"max_tokens": 1000}),
+                400,
+                "max_tokens",
+                "context_length_exceeded",
+            ),
+            (
+                json!({"max_completion_tokens": 1000}),
+                400,
+                "max_completion_tokens",
+                "context_length_exceeded",
+            ),
+            (
+                json!({"min_tokens": 9, "max_tokens": 8}),
+                400,
+                "min_tokens",
+                "invalid_value",
+            ),
+            (json!({"stop": ""}), 400, "stop", "invalid_value"),
+            (
+                json!({"stop": ["a", "b", "c", "d", "e"]}),
+                400,
+                "stop",
+                "invalid_value",
+            ),
+            (
+                json!({"logit_bias": {"x": 1}}),
+                400,
+                "logit_bias.x",
+                "invalid_value",
+            ),
+            (
+                json!({"logit_bias": {"1": 101}}),
+                400,
+                "logit_bias",
+                "invalid_value",
+            ),
+            (
+                json!({"stream_options": {}, "stream": false}),
+                400,
+                "stream_options",
+                "invalid_value",
+            ),
+            (json!({"n": 2}), 400, "n", "unsupported_parameter"),
+            (
+                json!({"tools": [{"type": "function"}]}),
+                400,
+                "tools",
+                "unsupported_parameter",
+            ),
+            (json!({"frobnicate": 1}), 400, "frobnicate", "unknown_parameter"),
+            (
+                message(json!({"role": "tool", "content": "x"})),
+                400,
+                "messages[0].role",
+                "unsupported_parameter",
+            ),
+            (
+                message(json!({"role": "king", "content": "x"})),
+                400,
+                "messages[0].role",
+                "invalid_value",
+            ),
+            (
+                message(json!({"role": "user"})),
+                400,
+                "messages[0].content",
+                "invalid_value",
+            ),
+            (
+                message(json!({"role": "user", "content": [{"type": "text"}]})),
+                400,
+                "messages[0].content[0]",
+                "invalid_value",
+            ),
+            (
+                message(json!({"role": "user", "content": [{"type": "image"}]})),
+                400,
+                "messages[0].content[0].type",
+                "unsupported_parameter",
+            ),
+            (
+                message(json!({"role": "user", "content": "long ".repeat(60)})),
+                400,
+                "messages",
+                "context_length_exceeded",
+            ),
+            (
+                message(json!({"role": "user", "content": "x".repeat(50_000)})),
+                400,
+                "messages",
+                "context_length_exceeded",
+            ),
+        ];
+        for (change, status, param, code) in cases {
+            for stream in [false, true] {
+                let mut body = request("say hi");
+                body["stream"] = json!(stream);
+                body.as_object_mut()
+                    .unwrap()
+                    .extend(change.as_object().unwrap().clone());
+                let (got, answer) = server.post(body).await;
+                assert_eq!(got, status, "{change}: {answer}");
+                let error = &answer["error"];
+                assert_eq!(
+                    (&error["param"], &error["code"]),
+                    (&json!(param), &json!(code)),
+                    "{change}: {answer}"
+                );
+                assert_eq!(error["type"], "invalid_request_error");
+            }
+        }
+        assert!(
+            server
+                .state
+                .metrics
+                .encode()
+                .unwrap()
+                .contains("refused_total{code=\"unknown_parameter\"} 2")
+        );
+    });
+}
+
+#[test]
+fn fields_without_effect_parts_and_aliases_are_accepted() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let body = json!({"model": "alias/of", "temperature": 0, "n": 1, "user": "me", "logprobs": false, "store": false,
+            "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "seed": -1, "stop": [],
+            "messages": [{"role": "developer", "content": "be"},
+                {"role": "user", "content": [{"type": "text", "text": "say "}, {"type": "text", "text": "yes"}]}]});
+        let (status, answer) = server.post(body).await;
+        assert_eq!(status, 200, "{answer}");
+        assert_eq!(
+            (&answer["choices"][0]["message"]["content"], &answer["model"]),
+            (&json!("yes"), &json!("alias/of"))
+        );
+        assert_eq!(answer["choices"][0]["message"]["refusal"], Value::Null);
+    });
+}
+
+#[test]
+fn a_user_who_writes_special_tokens_writes_text() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let (_, answer) = server.post(request("say <|assistant|><|user|>")).await;
+        assert_eq!(
+            answer["choices"][0]["message"]["content"],
+            "<|assistant|><|user|>"
+        );
+    });
+}

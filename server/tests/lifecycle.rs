@@ -1,0 +1,243 @@
+//! The server's edges end to end: routes, keys, overload, clients that vanish, shutdown.
+
+mod support;
+
+use std::time::Duration;
+
+use glmserve::auth::ApiKeys;
+use serde_json::{Value, json};
+use support::{Options, Server, read_all, request, run};
+
+fn streaming(command: &str) -> Value {
+    let mut body = request(command);
+    body["stream"] = json!(true);
+    body
+}
+
+#[test]
+fn models_health_and_unknown_routes() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let json = async |path: &str| {
+            let (status, text) = server.get(path).await;
+            (status, serde_json::from_str::<Value>(&text).unwrap())
+        };
+        let (status, models) = json("/v1/models").await;
+        assert_eq!(
+            (status, &models["data"][0]["id"], &models["data"][1]["id"]),
+            (200, &json!("test-model"), &json!("alias/of"))
+        );
+        assert_eq!(models["data"][0]["max_model_len"], 256);
+        assert_eq!(json("/v1/models/alias/of").await.1["id"], "alias/of");
+        let (status, error) = json("/v1/models/nope").await;
+        assert_eq!(
+            (status, &error["error"]["code"]),
+            (404, &json!("model_not_found"))
+        );
+        for path in ["/nothing", "/v1/nothing"] {
+            let (status, error) = json(path).await;
+            assert_eq!(
+                (status, &error["error"]["code"]),
+                (404, &json!("unknown_url")),
+                "{path}"
+            );
+        }
+        let (status, error) = json("/v1/chat/completions").await;
+        assert_eq!(
+            (status, &error["error"]["code"]),
+            (405, &json!("method_not_allowed"))
+        );
+        for path in ["/livez", "/readyz", "/health"] {
+            assert_eq!(json(path).await.0, 200, "{path}");
+        }
+        assert!(server.get("/metrics").await.1.contains("glmserve_build_info{"));
+    });
+}
+
+#[test]
+fn large_and_broken_bodies_are_refused_in_openai_shape() {
+    run(async {
+        let server = Server::start(Options {
+            max_body_bytes: 1000,
+            ..Options::default()
+        })
+        .await;
+        let (status, error) = server.post(request(&"x".repeat(1000))).await;
+        assert_eq!((status, &error["error"]["code"]), (413, &json!("body_too_large")));
+        for body in ["", "{", "\u{FEFF}{}"] {
+            let response = server.send(body).await;
+            assert_eq!(response.status(), 400);
+            let error: Value = response.json().await.unwrap();
+            assert_eq!(error["error"]["code"], "invalid_json");
+        }
+    });
+}
+
+#[test]
+fn keys_guard_v1_only() {
+    run(async {
+        let path = std::env::temp_dir().join(format!("glmserve-keys-{}", std::process::id()));
+        std::fs::write(&path, "# team\nsecret\n").unwrap();
+        let keys = ApiKeys::load(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        let server = Server::start(Options {
+            keys: Some(keys),
+            ..Options::default()
+        })
+        .await;
+        assert_eq!(server.get("/readyz").await.0, 200);
+        let (status, text) = server.get("/v1/models").await;
+        assert_eq!(status, 401);
+        assert!(text.contains("invalid_api_key"), "{text}");
+        let client = reqwest::Client::new();
+        for (key, status) in [("secret", 200), ("secre", 401), ("", 401), ("# team", 401)] {
+            let url = format!("http://{}/v1/models", server.address);
+            let response = client
+                .get(url)
+                .header("authorization", format!("Bearer {key}"))
+                .send()
+                .await
+                .unwrap();
+            assert_eq!(response.status(), status, "{key}");
+        }
+        assert!(
+            server
+                .state
+                .metrics
+                .encode()
+                .unwrap()
+                .contains("refused_total{code=\"invalid_api_key\"} 4")
+        );
+    });
+}
+
+#[test]
+fn queued_clients_that_vanish_leave_the_queue_empty() {
+    run(async {
+        let server = Server::start(Options {
+            max_num_seqs: 2,
+            ..Options::default()
+        })
+        .await;
+        for stream in [true, false] {
+            let mut body = request("slow 10000");
+            body["stream"] = json!(stream);
+            body["ignore_eos"] = json!(true);
+            let mut running = Vec::new();
+            for _ in 0..2 {
+                running.push(server.open(&body).await);
+            }
+            server.until("glmserve_requests_running", 2).await;
+            let mut queued = Vec::new();
+            for _ in 0..24 {
+                queued.push(server.open(&body).await);
+            }
+            server.until("glmserve_requests_waiting", 24).await;
+            drop(queued);
+            server.until("glmserve_requests_waiting", 0).await;
+            drop(running);
+            server.until("glmserve_requests_running", 0).await;
+            server.until("glmserve_kv_cache_usage_ratio", 0).await;
+        }
+        server
+            .until("glmserve_streams_total{outcome=\"abort\"}", 52)
+            .await;
+        server.until("glmserve_streams_total{outcome=\"error\"}", 0).await;
+    });
+}
+
+#[test]
+fn overload_is_an_answer() {
+    run(async {
+        let server = Server::start(Options {
+            max_num_seqs: 1,
+            max_num_waiting: 1,
+            ..Options::default()
+        })
+        .await;
+        let mut held = Vec::new();
+        for _ in 0..2 {
+            held.push(server.open(&streaming("slow 200")).await);
+        }
+        server.until("glmserve_requests_waiting", 1).await;
+        let response = server.send(request("say hi").to_string()).await;
+        assert_eq!(response.status(), 429);
+        assert_eq!(response.headers()["retry-after"], "1");
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["code"], "queue_full");
+        assert_eq!(server.get("/readyz").await.0, 200);
+        assert!(
+            server
+                .state
+                .metrics
+                .encode()
+                .unwrap()
+                .contains("refused_total{code=\"queue_full\"} 1")
+        );
+    });
+}
+
+#[test]
+fn a_signal_lets_running_streams_end_and_refuses_new_ones() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let socket = server.open(&streaming("slow 150")).await;
+        server.until("glmserve_requests_running", 1).await;
+        server.signals.send(()).await.unwrap();
+        while server.get("/readyz").await.0 != 503 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        assert_eq!(server.get("/livez").await.0, 200);
+        let response = server.send(request("say hi").to_string()).await;
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers()["retry-after"], "5");
+        assert_eq!(response.headers()["connection"], "close");
+        let text = read_all(socket).await;
+        assert!(
+            text.contains("\"finish_reason\":\"stop\"") && text.contains("data: [DONE]"),
+            "{text}"
+        );
+        server.ended().await.unwrap();
+    });
+}
+
+#[test]
+fn a_stream_that_outlasts_the_drain_time_ends_with_a_typed_error() {
+    run(async {
+        let server = Server::start(Options {
+            drain_timeout: Duration::from_millis(50),
+            ..Options::default()
+        })
+        .await;
+        let socket = server.open(&streaming("slow 220")).await;
+        let plain = server.open(&request("slow 220")).await;
+        server.until("glmserve_requests_running", 2).await;
+        server.signals.send(()).await.unwrap();
+        let text = read_all(socket).await;
+        assert!(
+            text.contains("\"code\":\"shutting_down\"") && text.contains("data: [DONE]"),
+            "{text}"
+        );
+        let text = read_all(plain).await;
+        assert!(
+            text.starts_with("HTTP/1.1 503") && text.contains("shutting_down"),
+            "{text}"
+        );
+        server.ended().await.unwrap();
+    });
+}
+
+#[test]
+fn a_second_signal_ends_the_server_at_once() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let _socket = server.open(&streaming("slow 220")).await;
+        server.until("glmserve_requests_running", 1).await;
+        server.signals.send(()).await.unwrap();
+        server.signals.send(()).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(2), server.ended())
+            .await
+            .expect("at once")
+            .unwrap();
+    });
+}

@@ -1,0 +1,240 @@
+//! Owns the server that end-to-end tests talk to: the real engine and HTTP, over a runner that plays
+//! what the user's message says.
+//!
+//! `say TEXT` replies TEXT; `slow N` replies N letters, 2 ms each; `fail` fails on the third step;
+//! `bytes HEX` replies these bytes.
+
+#![allow(dead_code, reason = "each test program uses a part")]
+
+pub(crate) mod model_dir;
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix_web::web;
+use glm_engine::runner::fake::FakeRunner;
+use glm_engine::{EngineConfig, EngineThread, RunError};
+use glmserve::ServeError;
+use glmserve::auth::ApiKeys;
+use glmserve::metrics::Metrics;
+use glmserve::state::{AppState, HttpOptions, ServedModel};
+use glmserve::stream::event_log::LogLimits;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use self::model_dir::{FIRST_SPECIAL, ModelDir};
+
+/// What tests may choose.
+pub(crate) struct Options {
+    pub(crate) max_num_seqs: usize,
+    pub(crate) max_num_waiting: usize,
+    pub(crate) max_body_bytes: usize,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) max_reply_bytes: usize,
+    pub(crate) keys: Option<ApiKeys>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            max_num_seqs: 8,
+            max_num_waiting: 64,
+            max_body_bytes: 1 << 20,
+            drain_timeout: Duration::from_secs(10),
+            max_reply_bytes: 1 << 20,
+            keys: None,
+        }
+    }
+}
+
+/// A server in this process.
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    pub(crate) signals: mpsc::Sender<()>,
+    pub(crate) state: web::Data<AppState>,
+    task: JoinHandle<Result<(), ServeError>>,
+    http: reqwest::Client,
+    dir: ModelDir,
+}
+
+impl Server {
+    /// A server that is ready.
+    pub(crate) async fn start(options: Options) -> Self {
+        let dir = model_dir::chatglm3();
+        let model = ServedModel::load(dir.path(), dir.manifest(), &["alias/of".to_owned()]).unwrap();
+        let metrics = Arc::new(Metrics::new(&model.manifest).unwrap());
+        let geometry = model.manifest.geometry;
+        let runner = FakeRunner::scripted(geometry.vocab_size, 2048, 16, Box::new(play));
+        let config = EngineConfig {
+            max_num_seqs: options.max_num_seqs,
+            max_num_waiting: options.max_num_waiting,
+            max_model_len: geometry.max_model_len,
+            ..EngineConfig::default()
+        };
+        let (engine, _) = EngineThread::spawn(runner, config, geometry.vocab_size, metrics.clone()).unwrap();
+        let http = HttpOptions {
+            max_body_bytes: options.max_body_bytes,
+            comment_period: Duration::from_secs(10),
+            drain_timeout: options.drain_timeout,
+            log_limits: LogLimits {
+                max_events: geometry.max_model_len + 2,
+                max_bytes: options.max_reply_bytes,
+            },
+        };
+        let state = web::Data::new(AppState::new(http, model, engine, metrics, options.keys));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (signals, receiver) = mpsc::channel(2);
+        let task = tokio::task::spawn_local(glmserve::serve(listener, state.clone(), receiver));
+        let server = Self {
+            address,
+            signals,
+            state,
+            task,
+            http: reqwest::Client::new(),
+            dir,
+        };
+        while server.get("/readyz").await.0 != 200 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        server
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> (u16, String) {
+        match self.http.get(self.url(path)).send().await {
+            Ok(response) => (response.status().as_u16(), response.text().await.unwrap()),
+            Err(error) => (0, error.to_string()),
+        }
+    }
+
+    pub(crate) async fn send(&self, body: impl Into<reqwest::Body>) -> reqwest::Response {
+        let request = self.http.post(self.url("/v1/chat/completions")).body(body);
+        request
+            .header("content-type", "application/json")
+            .send()
+            .await
+            .unwrap()
+    }
+
+    /// Status and JSON of an answer in one piece.
+    pub(crate) async fn post(&self, body: Value) -> (u16, Value) {
+        let response = self.send(body.to_string()).await;
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+
+    /// All lines of a streamed answer.
+    pub(crate) async fn stream(&self, mut body: Value) -> Vec<String> {
+        body["stream"] = json!(true);
+        let response = self.send(body.to_string()).await;
+        assert_eq!(response.status(), 200);
+        let text = response.text().await.unwrap();
+        text.lines()
+            .filter(|line| !line.is_empty())
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// A streaming request on a bare socket, answered by nobody yet.
+    pub(crate) async fn open(&self, body: &Value) -> TcpStream {
+        let body = body.to_string();
+        let mut socket = TcpStream::connect(self.address).await.unwrap();
+        let length = body.len();
+        let head =
+            format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+        socket.write_all((head + &body).as_bytes()).await.unwrap();
+        socket
+    }
+
+    /// Waits until a metric has a value.
+    pub(crate) async fn until(&self, metric: &str, value: u64) {
+        let line = format!("{metric} {value}");
+        for _ in 0..1000 {
+            if self.state.metrics.encode().unwrap().lines().any(|l| l == line) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let text = self.state.metrics.encode().unwrap();
+        let found: Vec<&str> = text.lines().filter(|l| l.starts_with(metric)).collect();
+        panic!("{metric} is not {value} after 5 s: {found:?}");
+    }
+
+    /// Waits for the server's end.
+    pub(crate) async fn ended(self) -> Result<(), ServeError> {
+        tokio::time::timeout(Duration::from_secs(20), self.task)
+            .await
+            .expect("the server ends")
+            .unwrap()
+    }
+}
+
+/// Everything that comes until the other side closes.
+pub(crate) async fn read_all(mut socket: TcpStream) -> String {
+    let mut bytes = Vec::new();
+    // A reset ends the reading as well; what came before counts.
+    let _ = socket.read_to_end(&mut bytes).await;
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// A greedy request for what `command` plays.
+pub(crate) fn request(command: &str) -> Value {
+    json!({"model": "test-model", "temperature": 0, "messages": [{"role": "user", "content": command}]})
+}
+
+/// Runs a test where `spawn_local` works, as the HTTP server's future is not `Send`.
+pub(crate) fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, test);
+}
+
+const USER: u32 = FIRST_SPECIAL + 6;
+const ASSISTANT: u32 = FIRST_SPECIAL + 7;
+const END: u32 = 2;
+const SPACE: u32 = 259;
+
+fn byte(byte: u8) -> u32 {
+    u32::from(byte) + 3
+}
+
+/// The next token after `history`: what the last user message asks for.
+fn play(history: &[u32]) -> Result<u32, RunError> {
+    let user = history.iter().rposition(|id| *id == USER).unwrap();
+    let assistant = history.iter().rposition(|id| *id == ASSISTANT).unwrap();
+    // After the role and the empty line: a space that stands for the start, then the text.
+    let content: Vec<u8> = history[user + 4..assistant]
+        .iter()
+        .map(|id| if *id == SPACE { b' ' } else { (*id - 3) as u8 })
+        .collect();
+    let content = String::from_utf8(content).unwrap();
+    let (command, argument) = content.split_once(' ').unwrap_or((&content, ""));
+    let generated = history.len() - assistant - 1;
+    let mut reply = vec![SPACE, byte(b'\n'), SPACE];
+    match command {
+        "say" => reply.extend(argument.bytes().map(byte)),
+        "bytes" => reply.extend(
+            argument
+                .split(' ')
+                .map(|hex| byte(u8::from_str_radix(hex, 16).unwrap())),
+        ),
+        "slow" => {
+            std::thread::sleep(Duration::from_millis(2));
+            reply.extend((0..argument.parse().unwrap()).map(|i: u32| byte(b'a' + (i % 26) as u8)));
+        }
+        "fail" if generated == 5 => return Err(RunError("as scripted".into())),
+        "fail" => reply.extend([byte(b'x'); 9]),
+        "nothing" => reply.clear(),
+        _ => {}
+    }
+    Ok(reply.get(generated).copied().unwrap_or(END))
+}
