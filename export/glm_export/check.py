@@ -25,9 +25,9 @@ NUM_IDS = 64
 TIMEOUT_SECONDS = 600
 
 
-def compare(checkpoint: Path, exported: Path, glmserve: str) -> str:
+def compare(checkpoint: Path, exported: Path, glmserve: str, max_model_len: int | None = None) -> str:
     """Runs both on the same ids; returns the findings as a line."""
-    ids = sample_ids(config.load(checkpoint))
+    ids = sample_ids(config.load(checkpoint, max_model_len))
     return findings(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids))
 
 

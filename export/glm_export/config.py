@@ -254,7 +254,8 @@ def _tokenizer(overrides: _Fields, member: Member) -> TokenizerSource:
 def _generation(folder: Path) -> dict[str, float]:
     raw = _read_object(folder / "generation_config.json", missing_ok=True)
     known = ("temperature", "top_p", "top_k", "repetition_penalty")
-    return {key: raw[key] for key in known if raw.get(key) is not None}
+    fields = _Fields(raw, "generation_config.json")
+    return {key: fields.sampling(key) for key in known if raw.get(key) is not None}
 
 
 def _read_object(path: Path, missing_ok: bool = False) -> dict[str, Any]:
@@ -289,6 +290,14 @@ class _Fields:
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             raise ExportError(f"{self.file}: {key} is {value!r}, expected a positive number")
         return float(value)
+
+    def sampling(self, key: str) -> float:
+        """A sampling default; top_k counts, the others measure, and 0 has a meaning for each."""
+        value = self.raw[key]
+        kinds = int if key == "top_k" else int | float
+        if not isinstance(value, kinds) or isinstance(value, bool) or value < 0:
+            raise ExportError(f"{self.file}: {key} is {value!r}, expected a number that is not negative")
+        return value
 
     def text(self, key: str) -> str | None:
         value = self.raw.get(key)

@@ -40,18 +40,23 @@ the same function. The tokenizer was rebuilt without registered special tokens.
 def write(out: Path, force: bool = False) -> None:
     """Writes the checkpoint folder."""
     distribution = _distribution()
-    reader = GGUFReader(_file(distribution, ".gguf"))
-    model = _Source(reader)
+    gguf = _file(distribution, ".gguf")
     with output_folder(out, force) as folder:
-        checkpoint_writer.write_config(folder, model.sizes(), model.overrides(distribution.version))
-        checkpoint_writer.write_weights(folder, model.tensors())
-        model.tokenizer_to(folder / TOKENIZER_FILE)
+        convert(gguf, f"Q4_1 from {PACKAGE} {distribution.version}", folder)
         # The authors' recommendation on the model's page.
         generation = json.dumps({"temperature": 0.2, "top_p": 0.9})
         (folder / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         shutil.copyfile(_file(distribution, "LICENSE"), folder / "LICENSE")
         notice = NOTICE.format(package=PACKAGE, version=distribution.version)
         (folder / "NOTICE").write_text(notice, encoding="utf-8")
+
+
+def convert(gguf: Path, origin: str, folder: Path) -> None:
+    """Writes config, weights and tokenizer of a Llama GGUF into a folder."""
+    model = _Source(GGUFReader(gguf))
+    checkpoint_writer.write_config(folder, model.sizes(), model.overrides(origin))
+    checkpoint_writer.write_weights(folder, model.tensors())
+    model.tokenizer_to(folder / TOKENIZER_FILE)
 
 
 def _distribution() -> metadata.Distribution:
@@ -109,15 +114,14 @@ class _Source:
             "torch_dtype": "float32",
         }
 
-    def overrides(self, version: str) -> dict[str, Any]:
+    def overrides(self, origin: str) -> dict[str, Any]:
         """What glm-export must know beyond the family's defaults."""
         pairs = zip(self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type"), strict=True)
         specials = {text: index for index, (text, kind) in enumerate(pairs) if kind == CONTROL}
         return {
             "name": NAME,
             "license": "Apache-2.0",
-            "origin": f"SmolLM2-135M-Instruct (Hugging Face), Q4_1 from {PACKAGE} {version}, "
-            "re-expressed in ChatGLM3's layout",
+            "origin": f"SmolLM2-135M-Instruct (Hugging Face), {origin}, re-expressed in ChatGLM3's layout",
             "vocab_size": self.vocab,
             "tokenizer": {"file": TOKENIZER_FILE, "pieces": "byte_level"},
             "chat": {
@@ -146,8 +150,8 @@ class _Source:
         embedding = self._weight("token_embd")
         tensors = {
             "transformer.embedding.word_embeddings.weight": embedding,
-            # Tied in the source. ChatGLM3 has two matrices, so the checkpoint has two copies.
-            "transformer.output_layer.weight": embedding.copy(),
+            # Tied in the source; ChatGLM3 has two matrices, so the file has it twice.
+            "transformer.output_layer.weight": embedding,
             "transformer.encoder.final_layernorm.weight": self._weight("output_norm"),
         }
         for index in range(self.layers):

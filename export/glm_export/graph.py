@@ -121,6 +121,8 @@ class _Builder:
         for index in range(self.config.geometry.num_layers):
             residual, update = self.layer(index, residual, update)
         hidden, _ = self.norm("final_norm", table["final_norm"].source, residual, update)
+        # Quantised like the rest: it is read whole for every token, and one scheme a folder keeps
+        # `precision` true. At 4 bits this costs some quality, as measured in the README.
         self.linear("lm_head", table["lm_head"].source, None, hidden, output=NAMES["logits"])
 
     def embedding(self, source: str) -> str:

@@ -22,9 +22,13 @@ def write(config: Config, precision: str, block_size: int, folder: Path) -> str:
     """Writes the manifest of a folder whose other files are in place; returns its digest."""
     files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
     content = describe(config, precision, block_size, files)
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(to_text(content), encoding="utf-8")
     return content["digest"]
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """The file's text."""
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
 def describe(

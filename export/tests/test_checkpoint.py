@@ -75,6 +75,32 @@ def test_transposed_torch_tensor_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_flipped_bytes_are_an_error_or_other_numbers(tmp_path, file):
+    path = tmp_path / file
+    if file.endswith(".bin"):
+        torch = pytest.importorskip(
+            "torch", reason="a .bin to read is made with torch: pip install '.[check]'"
+        )
+        torch.save({"w": torch.zeros(3, 4), "v": torch.ones(5).half()}, path)
+    else:
+        save_file(TENSORS, path)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for position in generator.integers(0, len(whole), 3):
+            damaged[position] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read(tmp_path)
+        except ExportError as error:
+            assert file in str(error)  # noqa: PT017 - most damage is refused, some only changes numbers
+            refused += 1
+    assert refused > 50
+
+
 def archive(path, pickled):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", pickled)

@@ -59,6 +59,12 @@ def test_generation_config_wins_over_the_family(tmp_path):
     assert load(tmp_path).generation == {"temperature": 0.8, "top_p": 0.5}
 
 
+def test_generation_config_is_checked(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"top_k": 2.5}')
+    with pytest.raises(ExportError, match=r"generation_config\.json: top_k is 2\.5"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_config import CHATGLM3_6B
 
-from glm_export import cli, manifest, tiny
+from glm_export import cli, config, manifest, tiny
 from glm_export.checkpoint import Checkpoint
 from glm_export.error import ExportError
 from glm_export.external_data import ALIGNMENT
@@ -49,6 +52,22 @@ def test_manifest_has_exactly_the_fields_that_rust_reads(exported):
     assert found["graph"]["precision"] == "int8"
     assert found["graph"]["block_size"] == 32
     assert found["chat"]["special_tokens"]["<|user|>"] == 486
+
+
+def test_golden_manifest(tmp_path):
+    """The Rust side parses the same file, so a change on either side fails on one of them."""
+    (tmp_path / "chatglm3-6b").mkdir()
+    (tmp_path / "chatglm3-6b" / "config.json").write_text(json.dumps(CHATGLM3_6B))
+    settings = config.load(tmp_path / "chatglm3-6b")
+    files = {
+        name: {"bytes": len(name), "sha256": hashlib.sha256(name.encode()).hexdigest()}
+        for name in ("model.onnx", "model.onnx.data", "tokenizer.json")
+    }
+    found = manifest.describe(settings, "int4", 32, files)
+    golden = Path(__file__).parent / "golden" / "manifest.json"
+    if os.environ.get("GLM_WRITE_GOLDEN"):
+        golden.write_text(manifest.to_text(found), encoding="utf-8")
+    assert manifest.to_text(found) == golden.read_text(encoding="utf-8")
 
 
 def test_files_and_digest_are_true(exported):
