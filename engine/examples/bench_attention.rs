@@ -1,7 +1,7 @@
 //! Owns the timings of the attention operator, through a real session: one layer, a call at a time.
 //!
-//! `cargo run --release -p glm-engine --example bench_attention [THREADS]`, with `GLMSERVE_SIMD` to
-//! force an instruction set. Figures are the median and the best of many calls; the limits at the
+//! `cargo run --release -p glm-engine --example bench_attention [THREADS] [CASE]`, with `GLMSERVE_SIMD`
+//! to force an instruction set and `CASE` to run but one, by its number from 0. Figures are the median and the best of many calls; the limits at the
 //! top are what this machine does in plain loops, measured just before.
 
 #[path = "../tests/attention_graph/mod.rs"]
@@ -63,8 +63,12 @@ fn main() -> ort::Result<()> {
         "{:<20} {:>3} {:>6} {:>5} {:>9} {:>9} {:>9} {:>7}",
         "model", "B", "past", "new", "median ms", "best ms", "GFLOP/s", "GB/s"
     );
+    let only: Option<usize> = std::env::args().nth(2).and_then(|case| case.parse().ok());
     for model in [CHATGLM3, DEFAULT] {
-        for (sequences, past, new) in CASES {
+        for (i, (sequences, past, new)) in CASES.into_iter().enumerate() {
+            if only.is_some_and(|only| only != i) {
+                continue;
+            }
             bench(model, sequences, past, new, threads)?;
         }
     }
