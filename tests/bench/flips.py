@@ -48,11 +48,15 @@ def main() -> None:
         together = list(pool.map(ask, PROMPTS))
     for prompt, first, second in zip(PROMPTS, alone, together, strict=True):
         if first != second:
-            same = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+            same = next(
+                (i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second))
+            )
             print(f"differs from character {same} of {len(first)}: {prompt}")
     num_repeat = sum(a != b for a, b in zip(alone, again, strict=True))
     num_flips = sum(a != b for a, b in zip(alone, together, strict=True))
-    print(f"alone twice: {num_repeat} of {len(PROMPTS)} differ; alone and together: {num_flips} of {len(PROMPTS)} differ")
+    print(
+        f"alone twice: {num_repeat} of {len(PROMPTS)} differ; alone and together: {num_flips} of {len(PROMPTS)} differ"
+    )
 
 
 if __name__ == "__main__":

@@ -12,11 +12,15 @@ import time
 import urllib.request
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GLMSERVE = ROOT / "target" / "release" / "glmserve"
 DEFAULT_MODEL = ROOT / ".models" / "smollm2-135m-instruct"
+# The library that the server loads comes out of the Python package's wheel.
+LIBRARY = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+os.environ.setdefault("GLMSERVE_ORT_LIB", str(LIBRARY))
 
 
 class Server:
@@ -98,7 +102,13 @@ def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     run = [sys.executable, "-m"]
     subprocess.run([*run, "glm_export.tiny", folder / "checkpoint"], check=True)
-    export = [*run, "glm_export.cli", folder / "checkpoint", folder / "model", "--precision", "fp32"]
+    export = [
+        Path(sys.executable).with_name("glm-export"),
+        folder / "checkpoint",
+        folder / "model",
+        "--precision",
+        "fp32",
+    ]
     subprocess.run(export, check=True)
     return folder / "model"
 

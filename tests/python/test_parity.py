@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import GLMSERVE
@@ -11,7 +12,13 @@ from conftest import GLMSERVE
 def test_logits_equal_transformers(tmp_path, seed):
     run = [sys.executable, "-m"]
     subprocess.run([*run, "glm_export.tiny", tmp_path / "checkpoint", "--seed", str(seed)], check=True)
-    export = [*run, "glm_export.cli", tmp_path / "checkpoint", tmp_path / "model", "--precision", "fp32"]
+    export = [
+        Path(sys.executable).with_name("glm-export"),
+        tmp_path / "checkpoint",
+        tmp_path / "model",
+        "--precision",
+        "fp32",
+    ]
     result = subprocess.run(
         [*export, "--check", "--glmserve", GLMSERVE], capture_output=True, text=True, check=False
     )
