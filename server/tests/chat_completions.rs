@@ -160,7 +160,9 @@ fn stop_strings_and_length_end_a_reply_alike_in_both_forms() {
         }
         server.until("glmserve_requests_running", 0).await;
         server.until("glmserve_streams_total{outcome=\"stop\"}", 6).await;
-        server.until("glmserve_streams_total{outcome=\"length\"}", 6).await;
+        server
+            .until("glmserve_streams_total{outcome=\"length\"}", 6)
+            .await;
         server.until("glmserve_empty_streams_total", 2).await;
     });
 }
