@@ -159,6 +159,11 @@ fn stop_strings_and_length_end_a_reply_alike_in_both_forms() {
             assert_eq!(whole["usage"], usage);
         }
         server.until("glmserve_requests_running", 0).await;
+        server.until("glmserve_streams_total{outcome=\"stop\"}", 6).await;
+        server
+            .until("glmserve_streams_total{outcome=\"length\"}", 6)
+            .await;
+        server.until("glmserve_empty_streams_total", 2).await;
     });
 }
 

@@ -32,6 +32,9 @@ impl Pump {
             self.record.end(Outcome::Abort);
             return;
         };
+        if let Event::Error(error) = &end {
+            tracing::warn!(%error, "a reply failed");
+        }
         self.record.end(match end {
             Event::Finish {
                 reason: EndReason::Length,
