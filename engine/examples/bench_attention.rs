@@ -26,30 +26,12 @@ struct Model {
     half: usize,
 }
 
-const CHATGLM3: Model = Model {
-    name: "chatglm3 32/2x128",
-    heads: 32,
-    kv_heads: 2,
-    dim: 128,
-    half: 32,
-};
-const DEFAULT: Model = Model {
-    name: "default 9/3x128",
-    heads: 9,
-    kv_heads: 3,
-    dim: 128,
-    half: 32,
-};
+const CHATGLM3: Model = Model { name: "chatglm3 32/2x128", heads: 32, kv_heads: 2, dim: 128, half: 32 };
+const DEFAULT: Model = Model { name: "default 9/3x128", heads: 9, kv_heads: 3, dim: 128, half: 32 };
 
 /// The case's sequences, cached tokens of each, and new tokens of each.
-const CASES: [(usize, usize, usize); 6] = [
-    (1, 1024, 1),
-    (4, 1024, 1),
-    (16, 1024, 1),
-    (1, 8000, 1),
-    (1, 0, 512),
-    (1, 1024, 256),
-];
+const CASES: [(usize, usize, usize); 6] =
+    [(1, 1024, 1), (4, 1024, 1), (16, 1024, 1), (1, 8000, 1), (1, 0, 512), (1, 1024, 256)];
 
 fn main() -> ort::Result<()> {
     let threads = std::env::args().nth(1).and_then(|threads| threads.parse().ok());
@@ -81,13 +63,7 @@ fn now() -> Instant {
 }
 
 fn bench(model: Model, sequences: usize, past: usize, new: usize, threads: usize) -> ort::Result<()> {
-    let Model {
-        heads,
-        kv_heads,
-        dim,
-        half,
-        ..
-    } = model;
+    let Model { heads, kv_heads, dim, half, .. } = model;
     let block = 16;
     let blocks = (past + new).div_ceil(block);
     let attributes = [
@@ -97,17 +73,12 @@ fn bench(model: Model, sequences: usize, past: usize, new: usize, threads: usize
         ("rotary_interleaved", Value::Int(1)),
     ];
     let mut session = session(threads, &attributes, |name| name != "attention_metadata")?;
-    let noise = |count: usize| {
-        (0..count)
-            .map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0)
-            .collect::<Vec<_>>()
-    };
+    let noise = |count: usize| (0..count).map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0).collect::<Vec<_>>();
     let tokens = sequences * new;
     let cache = [sequences * blocks, block, kv_heads, dim];
     // Neighbouring blocks of a sequence lie far apart, as they do after a while.
-    let table: Vec<i32> = (0..sequences)
-        .flat_map(|s| (0..blocks).map(move |b| (b * sequences + s) as i32))
-        .collect();
+    let table: Vec<i32> =
+        (0..sequences).flat_map(|s| (0..blocks).map(move |b| (b * sequences + s) as i32)).collect();
     let slots: Vec<i32> = (0..tokens)
         .map(|t| {
             let position = past + t % new;

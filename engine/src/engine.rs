@@ -111,10 +111,7 @@ impl<R: ModelRunner> Engine<R> {
             }
         };
         for scheduled in &self.plan.sequences {
-            let Some(sequence) = self
-                .scheduler
-                .commit(scheduled.id, scheduled.num_scheduled_tokens)
-            else {
+            let Some(sequence) = self.scheduler.commit(scheduled.id, scheduled.num_scheduled_tokens) else {
                 continue;
             };
             let end = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens;
@@ -167,13 +164,7 @@ fn apply_row(
         (num_generated_tokens == params.max_tokens).then_some(FinishReason::Length)
     };
     if let Some(reason) = reason {
-        events.push((
-            sequence.id,
-            TokenEvent::Finished {
-                reason,
-                num_generated_tokens,
-            },
-        ));
+        events.push((sequence.id, TokenEvent::Finished { reason, num_generated_tokens }));
     }
     reason.is_some()
 }

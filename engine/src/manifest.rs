@@ -232,29 +232,19 @@ impl Manifest {
     /// [`LoadError`] names the file, and the field where one is wrong.
     pub fn load(dir: &Path) -> Result<Self, LoadError> {
         let path = dir.join("manifest.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| LoadError::Io {
-            path: path.clone(),
-            source,
-        })?;
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
         Self::parse(&text, path)
     }
 
     fn parse(text: &str, path: PathBuf) -> Result<Self, LoadError> {
-        let bad = |message: String| LoadError::Manifest {
-            path: path.clone(),
-            message,
-        };
+        let bad = |message: String| LoadError::Manifest { path: path.clone(), message };
         // The version first: another version may have another shape.
         let value: serde_json::Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
-        let found = value["schema_version"]
-            .as_u64()
-            .ok_or_else(|| bad("schema_version is missing".into()))?;
+        let found =
+            value["schema_version"].as_u64().ok_or_else(|| bad("schema_version is missing".into()))?;
         if found != SCHEMA_VERSION {
-            return Err(LoadError::SchemaVersion {
-                path,
-                found,
-                expected: SCHEMA_VERSION,
-            });
+            return Err(LoadError::SchemaVersion { path, found, expected: SCHEMA_VERSION });
         }
         let manifest: Self = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
         manifest.check().map_err(bad)?;
@@ -282,26 +272,18 @@ impl Manifest {
             ));
         }
         if g.rotary_dim > g.head_dim || !g.rotary_dim.is_multiple_of(2) {
-            return Err(format!(
-                "geometry.rotary_dim {} must be even and at most head_dim",
-                g.rotary_dim
-            ));
+            return Err(format!("geometry.rotary_dim {} must be even and at most head_dim", g.rotary_dim));
         }
         if g.vocab_size > g.padded_vocab_size {
             return Err("geometry.vocab_size is larger than padded_vocab_size".into());
         }
         let block_size = self.graph.block_size;
         if !(16..=256).contains(&block_size) || !block_size.is_power_of_two() {
-            return Err(format!(
-                "graph.block_size {block_size} is not a power of two from 16 to 256"
-            ));
+            return Err(format!("graph.block_size {block_size} is not a power of two from 16 to 256"));
         }
         let ids = self.chat.special_tokens.values().chain(&self.stop_token_ids);
         if let Some(id) = ids.into_iter().find(|id| **id as usize >= g.vocab_size) {
-            return Err(format!(
-                "token id {id} is not below geometry.vocab_size {}",
-                g.vocab_size
-            ));
+            return Err(format!("token id {id} is not below geometry.vocab_size {}", g.vocab_size));
         }
         if self.stop_token_ids.is_empty() {
             return Err("stop_token_ids is empty: no reply would ever end by itself".into());

@@ -39,17 +39,10 @@ pub trait ModelRunner: Send {
 /// # Errors
 /// [`RunError`] if the sequence doesn't fit the cache or the run fails.
 pub fn logits(runner: &mut impl ModelRunner, token_ids: &[u32]) -> Result<Array2<f32>, RunError> {
-    let KvCacheLayout {
-        num_blocks,
-        block_size,
-        ..
-    } = runner.kv_cache();
+    let KvCacheLayout { num_blocks, block_size, .. } = runner.kv_cache();
     let needed = token_ids.len().div_ceil(block_size);
     if token_ids.is_empty() || needed > num_blocks {
-        return Err(RunError(format!(
-            "{} tokens need {needed} of {num_blocks} blocks",
-            token_ids.len()
-        )));
+        return Err(RunError(format!("{} tokens need {needed} of {num_blocks} blocks", token_ids.len())));
     }
     // The order of the blocks must not matter, so don't use the obvious one.
     let blocks: Vec<u32> = (0..needed as u32).rev().collect();

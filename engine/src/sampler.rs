@@ -40,9 +40,7 @@ impl Sampler {
         let position = sequence.tokens().len() - 1;
         let row = &row[..self.vocab_size];
         // Magnitudes compare as integers; infinities and NaNs are at and above INFINITY's bits.
-        let magnitude = row
-            .iter()
-            .fold(0, |most, value| most.max(value.to_bits() & (u32::MAX >> 1)));
+        let magnitude = row.iter().fold(0, |most, value| most.max(value.to_bits() & (u32::MAX >> 1)));
         if magnitude >= f32::INFINITY.to_bits() {
             return Err(SequenceError::NonFiniteLogits { position });
         }
@@ -89,8 +87,7 @@ impl Sampler {
             // Everything lighter than this weighs less than 1 - top_p together, so the nucleus is
             // among the rest: a few hundred candidates to sort instead of the vocabulary.
             let bound = ((1.0 - f64::from(top_p)) * total / weights.len() as f64) as f32;
-            self.candidates
-                .extend(with_ids.filter(|&(weight, _)| weight >= bound));
+            self.candidates.extend(with_ids.filter(|&(weight, _)| weight >= bound));
             self.candidates.sort_unstable_by(order);
         } else {
             return pick(with_ids, uniform * total);
@@ -132,16 +129,10 @@ fn max(row: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let (chunks, tail) = row.as_chunks::<16>();
     let lanes = chunks.iter().fold([f32::NEG_INFINITY; 16], |mut lanes, chunk| {
-        lanes
-            .iter_mut()
-            .zip(chunk)
-            .for_each(|(lane, &value)| *lane = larger(*lane, value));
+        lanes.iter_mut().zip(chunk).for_each(|(lane, &value)| *lane = larger(*lane, value));
         lanes
     });
-    lanes
-        .into_iter()
-        .chain(tail.iter().copied())
-        .fold(f32::NEG_INFINITY, larger)
+    lanes.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
 }
 
 /// Index of the first largest value.
@@ -160,11 +151,7 @@ fn adjust(logits: &mut [f32], sequence: &Sequence) {
         for id in seen {
             let logit = &mut logits[id as usize];
             let penalty = params.repetition_penalty;
-            *logit = if *logit > 0.0 {
-                *logit / penalty
-            } else {
-                *logit * penalty
-            };
+            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
         }
     }
     if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
@@ -207,20 +194,14 @@ mod tests {
     use std::time::Duration;
 
     fn sequence(prompt: &[u32], output: &[u32], sampling: SamplingParams) -> Sequence {
-        let request = Request {
-            prompt_token_ids: prompt.to_vec(),
-            sampling,
-        };
+        let request = Request { prompt_token_ids: prompt.to_vec(), sampling };
         let mut sequence = Sequence::new(RequestId(1), request, Duration::ZERO);
         output.iter().for_each(|&id| sequence.push(id));
         sequence
     }
 
     fn greedy() -> SamplingParams {
-        SamplingParams {
-            temperature: 0.0,
-            ..Default::default()
-        }
+        SamplingParams { temperature: 0.0, ..Default::default() }
     }
 
     #[test]
@@ -237,11 +218,7 @@ mod tests {
             let result = sampler.sample(&[0.0, bad, 1.0], &sequence(&[0, 0], &[], greedy()));
             assert_eq!(result, Err(SequenceError::NonFiniteLogits { position: 1 }));
         }
-        assert!(
-            sampler
-                .sample(&[3e38, 3e38, 3e38], &sequence(&[0], &[], greedy()))
-                .is_ok()
-        );
+        assert!(sampler.sample(&[3e38, 3e38, 3e38], &sequence(&[0], &[], greedy())).is_ok());
     }
 
     #[test]
@@ -249,79 +226,17 @@ mod tests {
         let mut sampler = Sampler::new(3);
         let row = [1.0, 0.9, -1.0];
         let cases = [
-            (
-                SamplingParams {
-                    repetition_penalty: 2.0,
-                    ..greedy()
-                },
-                &[0][..],
-                &[][..],
-                1,
-            ),
-            (
-                SamplingParams {
-                    presence_penalty: 0.2,
-                    ..greedy()
-                },
-                &[2],
-                &[0],
-                1,
-            ),
-            (
-                SamplingParams {
-                    frequency_penalty: 0.06,
-                    ..greedy()
-                },
-                &[2],
-                &[0, 0],
-                1,
-            ),
-            (
-                SamplingParams {
-                    frequency_penalty: 0.06,
-                    ..greedy()
-                },
-                &[0, 0],
-                &[2],
-                0,
-            ),
-            (
-                SamplingParams {
-                    logit_bias: vec![(2, 5.0)],
-                    ..greedy()
-                },
-                &[0],
-                &[],
-                2,
-            ),
-            (
-                SamplingParams {
-                    min_tokens: 2,
-                    stop_token_ids: vec![0],
-                    ..greedy()
-                },
-                &[0],
-                &[1],
-                1,
-            ),
-            (
-                SamplingParams {
-                    min_tokens: 1,
-                    stop_token_ids: vec![0],
-                    ..greedy()
-                },
-                &[0],
-                &[1],
-                0,
-            ),
+            (SamplingParams { repetition_penalty: 2.0, ..greedy() }, &[0][..], &[][..], 1),
+            (SamplingParams { presence_penalty: 0.2, ..greedy() }, &[2], &[0], 1),
+            (SamplingParams { frequency_penalty: 0.06, ..greedy() }, &[2], &[0, 0], 1),
+            (SamplingParams { frequency_penalty: 0.06, ..greedy() }, &[0, 0], &[2], 0),
+            (SamplingParams { logit_bias: vec![(2, 5.0)], ..greedy() }, &[0], &[], 2),
+            (SamplingParams { min_tokens: 2, stop_token_ids: vec![0], ..greedy() }, &[0], &[1], 1),
+            (SamplingParams { min_tokens: 1, stop_token_ids: vec![0], ..greedy() }, &[0], &[1], 0),
         ];
         for (params, prompt, output, expected) in cases {
             let label = format!("{params:?}");
-            assert_eq!(
-                sampler.sample(&row, &sequence(prompt, output, params)),
-                Ok(expected),
-                "{label}"
-            );
+            assert_eq!(sampler.sample(&row, &sequence(prompt, output, params)), Ok(expected), "{label}");
         }
     }
 
@@ -357,11 +272,8 @@ mod tests {
     }
 
     fn reference(row: &[f32], temperature: f64, top_k: usize, top_p: f64) -> Vec<f64> {
-        let mut weights: Vec<(f64, usize)> = row
-            .iter()
-            .enumerate()
-            .map(|(id, &x)| ((f64::from(x) / temperature).exp(), id))
-            .collect();
+        let mut weights: Vec<(f64, usize)> =
+            row.iter().enumerate().map(|(id, &x)| ((f64::from(x) / temperature).exp(), id)).collect();
         weights.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         if top_k > 0 {
             weights.truncate(top_k);
@@ -381,18 +293,10 @@ mod tests {
 
     #[test]
     fn a_draw_is_keyed_by_seed_and_position() {
-        let draws: Vec<f64> = (0..1000)
-            .map(|i| uniform(i / 10, i % 10, Purpose::NextToken))
-            .collect();
+        let draws: Vec<f64> = (0..1000).map(|i| uniform(i / 10, i % 10, Purpose::NextToken)).collect();
         let mean = draws.iter().sum::<f64>() / 1000.0;
         assert!((mean - 0.5).abs() < 0.05, "{mean}");
-        assert_eq!(
-            uniform(7, 3, Purpose::NextToken),
-            uniform(7, 3, Purpose::NextToken)
-        );
-        assert_ne!(
-            uniform(7, 3, Purpose::NextToken),
-            uniform(3, 7, Purpose::NextToken)
-        );
+        assert_eq!(uniform(7, 3, Purpose::NextToken), uniform(7, 3, Purpose::NextToken));
+        assert_ne!(uniform(7, 3, Purpose::NextToken), uniform(3, 7, Purpose::NextToken));
     }
 }

@@ -66,10 +66,7 @@ impl SamplingParams {
         range("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
         range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return invalid(
-                "top_p",
-                format!("must be above 0 and at most 1, not {}", self.top_p),
-            );
+            return invalid("top_p", format!("must be above 0 and at most 1, not {}", self.top_p));
         }
         if !(self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0) {
             let message = format!("must be above 0 and at most 10, not {}", self.repetition_penalty);
@@ -105,62 +102,14 @@ mod tests {
         let ok = SamplingParams::default();
         assert_eq!(ok.validate(100), Ok(()));
         let cases = [
-            (
-                SamplingParams {
-                    temperature: f32::NAN,
-                    ..ok.clone()
-                },
-                "temperature",
-            ),
-            (
-                SamplingParams {
-                    temperature: 2.1,
-                    ..ok.clone()
-                },
-                "temperature",
-            ),
-            (
-                SamplingParams {
-                    top_p: 0.0,
-                    ..ok.clone()
-                },
-                "top_p",
-            ),
-            (
-                SamplingParams {
-                    repetition_penalty: 0.0,
-                    ..ok.clone()
-                },
-                "repetition_penalty",
-            ),
-            (
-                SamplingParams {
-                    logit_bias: vec![(100, 1.0)],
-                    ..ok.clone()
-                },
-                "logit_bias",
-            ),
-            (
-                SamplingParams {
-                    logit_bias: vec![(1, 101.0)],
-                    ..ok.clone()
-                },
-                "logit_bias",
-            ),
-            (
-                SamplingParams {
-                    max_tokens: 0,
-                    ..ok.clone()
-                },
-                "max_tokens",
-            ),
-            (
-                SamplingParams {
-                    min_tokens: 17,
-                    ..ok.clone()
-                },
-                "min_tokens",
-            ),
+            (SamplingParams { temperature: f32::NAN, ..ok.clone() }, "temperature"),
+            (SamplingParams { temperature: 2.1, ..ok.clone() }, "temperature"),
+            (SamplingParams { top_p: 0.0, ..ok.clone() }, "top_p"),
+            (SamplingParams { repetition_penalty: 0.0, ..ok.clone() }, "repetition_penalty"),
+            (SamplingParams { logit_bias: vec![(100, 1.0)], ..ok.clone() }, "logit_bias"),
+            (SamplingParams { logit_bias: vec![(1, 101.0)], ..ok.clone() }, "logit_bias"),
+            (SamplingParams { max_tokens: 0, ..ok.clone() }, "max_tokens"),
+            (SamplingParams { min_tokens: 17, ..ok.clone() }, "min_tokens"),
         ];
         for (params, expected) in cases {
             match params.validate(100) {

@@ -85,11 +85,7 @@ impl Scheduler {
         let width = |&(index, _): &(usize, usize)| self.running[index].block_table.blocks().len();
         plan.clear(self.chosen.iter().map(width).max().unwrap_or(0));
         for &(index, num_tokens) in &self.chosen {
-            let RunningSequence {
-                sequence,
-                num_computed_tokens: start,
-                block_table,
-            } = &self.running[index];
+            let RunningSequence { sequence, num_computed_tokens: start, block_table } = &self.running[index];
             let end = start + num_tokens;
             plan.push(
                 sequence.id,
@@ -105,20 +101,12 @@ impl Scheduler {
     /// Chooses tokens for the running sequences, oldest first, and returns the budget left for
     /// prompts. Decodes are set aside first, so that no prompt takes the place of a running stream.
     fn continue_running(&mut self, outcome: &mut ScheduleOutcome) -> usize {
-        let num_decodes = self
-            .running
-            .iter()
-            .filter(|running| running.num_pending_tokens() == 1)
-            .count();
+        let num_decodes = self.running.iter().filter(|running| running.num_pending_tokens() == 1).count();
         let mut prefill_budget = self.config.max_num_batched_tokens - num_decodes;
         let mut index = 0;
         while index < self.running.len() {
             let num_pending = self.running[index].num_pending_tokens();
-            let num_tokens = if num_pending == 1 {
-                1
-            } else {
-                num_pending.min(prefill_budget)
-            };
+            let num_tokens = if num_pending == 1 { 1 } else { num_pending.min(prefill_budget) };
             if num_tokens > 0 && !self.make_room(index, num_tokens, outcome) {
                 break;
             }
@@ -138,10 +126,7 @@ impl Scheduler {
     fn make_room(&mut self, index: usize, num_tokens: usize, outcome: &mut ScheduleOutcome) -> bool {
         loop {
             let running = &mut self.running[index];
-            if running
-                .block_table
-                .grow(running.num_computed_tokens + num_tokens, &mut self.pool)
-            {
+            if running.block_table.grow(running.num_computed_tokens + num_tokens, &mut self.pool) {
                 return true;
             }
             let Some(newest) = self.running.pop() else {
@@ -167,11 +152,7 @@ impl Scheduler {
                 return;
             };
             let num_blocks = self.pool.blocks_for(next.tokens().len());
-            let watermark = if self.running.is_empty() {
-                0
-            } else {
-                self.watermark
-            };
+            let watermark = if self.running.is_empty() { 0 } else { self.watermark };
             if self.pool.num_free() < num_reserved + num_blocks + watermark {
                 return;
             }
@@ -189,9 +170,7 @@ impl Scheduler {
             *prefill_budget -= num_tokens;
             if !running.sequence.was_admitted {
                 running.sequence.was_admitted = true;
-                outcome
-                    .queue_times
-                    .push(now.saturating_sub(running.sequence.arrival));
+                outcome.queue_times.push(now.saturating_sub(running.sequence.arrival));
             }
             self.chosen.push((self.running.len(), num_tokens));
             self.running.push(running);
@@ -219,9 +198,7 @@ impl Scheduler {
     }
 
     fn position(&self, id: RequestId) -> Option<usize> {
-        self.running
-            .binary_search_by_key(&id, |running| running.sequence.id)
-            .ok()
+        self.running.binary_search_by_key(&id, |running| running.sequence.id).ok()
     }
 
     /// Checks every invariant; for tests and simulations, after each step.
@@ -229,16 +206,11 @@ impl Scheduler {
     /// # Errors
     /// Says which invariant is broken.
     pub fn check(&self) -> Result<(), String> {
-        self.pool
-            .check(self.running.iter().map(|running| running.block_table.blocks()))?;
+        self.pool.check(self.running.iter().map(|running| running.block_table.blocks()))?;
         let ids = self.running.iter().map(|running| running.sequence.id);
-        let ids: Vec<_> = ids
-            .chain(self.waiting.iter().map(|waiting| waiting.0.id))
-            .collect();
+        let ids: Vec<_> = ids.chain(self.waiting.iter().map(|waiting| waiting.0.id)).collect();
         if !ids.is_sorted_by(|a, b| a < b) {
-            return Err(format!(
-                "running and waiting are not in order of arrival: {ids:?}"
-            ));
+            return Err(format!("running and waiting are not in order of arrival: {ids:?}"));
         }
         if self.running.len() > self.config.max_num_seqs {
             return Err(format!("{} sequences run", self.running.len()));

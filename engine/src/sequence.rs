@@ -31,10 +31,7 @@ pub struct Sequence {
 impl Sequence {
     /// Takes over a request that arrived at `arrival`.
     pub fn new(id: RequestId, request: Request, arrival: Duration) -> Self {
-        let Request {
-            prompt_token_ids: mut tokens,
-            sampling,
-        } = request;
+        let Request { prompt_token_ids: mut tokens, sampling } = request;
         let num_prompt_tokens = tokens.len();
         tokens.reserve_exact(sampling.max_tokens);
         Self {

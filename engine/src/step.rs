@@ -82,16 +82,13 @@ impl StepPlan {
     ) {
         let num_tokens = tokens.len();
         self.token_ids.extend(tokens.iter().map(|&id| id as i32));
-        self.slot_mapping.extend(
-            (num_computed_tokens..num_computed_tokens + num_tokens).map(|position| {
-                (blocks[position / block_size] as usize * block_size + position % block_size) as i32
-            }),
-        );
+        self.slot_mapping.extend((num_computed_tokens..num_computed_tokens + num_tokens).map(|position| {
+            (blocks[position / block_size] as usize * block_size + position % block_size) as i32
+        }));
         self.cumulative_sequence_length.push(self.token_ids.len() as i32);
         self.past_seqlens.push(num_computed_tokens as i32);
         self.block_table.extend(blocks.iter().map(|&block| block as i32));
-        self.block_table
-            .extend(std::iter::repeat_n(0, self.max_num_blocks - blocks.len()));
+        self.block_table.extend(std::iter::repeat_n(0, self.max_num_blocks - blocks.len()));
         let logits_row = wants_logits.then(|| {
             self.logits_indices.push(self.token_ids.len() as i32 - 1);
             self.logits_indices.len() - 1

@@ -75,11 +75,7 @@ impl EventReceiver {
         if self.has_ended {
             return None;
         }
-        let event = self
-            .events
-            .recv()
-            .await
-            .unwrap_or(TokenEvent::Failed(SequenceError::EngineDied));
+        let event = self.events.recv().await.unwrap_or(TokenEvent::Failed(SequenceError::EngineDied));
         self.has_ended = event.is_terminal();
         Some(event)
     }
@@ -105,9 +101,7 @@ impl EngineHandle {
         }
         let max = shared.limits.max_num_requests;
         let take = |count: usize| (count < max).then_some(count + 1);
-        if let Err(num_requests) = shared
-            .num_requests
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, take)
+        if let Err(num_requests) = shared.num_requests.fetch_update(Ordering::AcqRel, Ordering::Acquire, take)
         {
             return Err(SubmitError::QueueFull { num_requests });
         }
@@ -117,10 +111,7 @@ impl EngineHandle {
             shared.num_requests.fetch_sub(1, Ordering::AcqRel);
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
-        Ok(EventReceiver {
-            events,
-            has_ended: false,
-        })
+        Ok(EventReceiver { events, has_ended: false })
     }
 
     /// The limits.
@@ -153,27 +144,18 @@ impl EngineHandle {
 }
 
 fn check_request(request: &Request, limits: &EngineLimits) -> Result<(), SubmitError> {
-    let invalid = |message: String| SubmitError::InvalidParameter {
-        field: "prompt",
-        message,
-    };
+    let invalid = |message: String| SubmitError::InvalidParameter { field: "prompt", message };
     request.sampling.validate(limits.vocab_size)?;
     let prompt = &request.prompt_token_ids;
     if prompt.is_empty() {
         return Err(invalid("has no tokens".into()));
     }
     if let Some(id) = prompt.iter().find(|&&id| id as usize >= limits.vocab_size) {
-        return Err(invalid(format!(
-            "token id {id} is not below {}",
-            limits.vocab_size
-        )));
+        return Err(invalid(format!("token id {id} is not below {}", limits.vocab_size)));
     }
     let num_tokens = prompt.len().saturating_add(request.sampling.max_tokens);
     if num_tokens > limits.max_model_len {
-        return Err(SubmitError::TooLong {
-            num_tokens,
-            limit: limits.max_model_len,
-        });
+        return Err(SubmitError::TooLong { num_tokens, limit: limits.max_model_len });
     }
     Ok(())
 }
@@ -202,9 +184,7 @@ impl EngineThread {
             return Err(LoadError::Config(message.into()));
         }
         if config.max_model_len < 2 {
-            return Err(LoadError::Config(
-                "the KV cache is too small for a prompt and a token".into(),
-            ));
+            return Err(LoadError::Config("the KV cache is too small for a prompt and a token".into()));
         }
         let max_num_requests = config.max_num_seqs + config.max_num_waiting;
         let shared = Arc::new(Shared {
@@ -281,10 +261,7 @@ impl<R: ModelRunner> Worker<R> {
             self.deliver();
             report.duration = start.elapsed();
             self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
-            self.engine
-                .queue_times()
-                .iter()
-                .for_each(|&queue_time| self.observer.admitted(queue_time));
+            self.engine.queue_times().iter().for_each(|&queue_time| self.observer.admitted(queue_time));
             self.observer.step(&report);
             self.observer.gauges(&self.engine.gauges());
         }
@@ -311,12 +288,7 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Aborts the requests whose receiver was dropped.
     fn abort_abandoned(&mut self) {
-        let Self {
-            senders,
-            engine,
-            shared,
-            ..
-        } = self;
+        let Self { senders, engine, shared, .. } = self;
         senders.retain(|&id, sender| {
             let is_abandoned = sender.is_closed();
             if is_abandoned {
@@ -354,8 +326,7 @@ impl<R: ModelRunner> Worker<R> {
         self.shared.accepting.store(false, Ordering::Release);
         self.shared.alive.store(false, Ordering::Release);
         let ids: Vec<RequestId> = self.senders.keys().copied().collect();
-        ids.into_iter()
-            .for_each(|id| self.end(id, SequenceError::EngineDied));
+        ids.into_iter().for_each(|id| self.end(id, SequenceError::EngineDied));
         self.observer.gauges(&EngineGauges::default());
     }
 }

@@ -52,9 +52,8 @@ const BLOCKS: [i32; 6] = [7, 2, 9, 4, 11, 0];
 fn run(session: &mut Session, key: &Tensor<f32>, value: &Tensor<f32>, call: &Call) -> ort::Result<Vec<f32>> {
     let Call { past, len, .. } = *call;
     let query: Vec<f32> = (past..past + len).flat_map(token).collect();
-    let slots: Vec<i32> = (past..past + len)
-        .map(|p| BLOCKS[p / BLOCK] * BLOCK as i32 + (p % BLOCK) as i32)
-        .collect();
+    let slots: Vec<i32> =
+        (past..past + len).map(|p| BLOCKS[p / BLOCK] * BLOCK as i32 + (p % BLOCK) as i32).collect();
     let mut inputs = ort::inputs![
         "query" => Tensor::from_array(([len, WIDTH], query))?,
         "key_cache" => key,
@@ -69,10 +68,7 @@ fn run(session: &mut Session, key: &Tensor<f32>, value: &Tensor<f32>, call: &Cal
         inputs.push(("slot_mapping".into(), Tensor::from_array(([len], slots))?.into()));
     }
     if call.metadata {
-        inputs.push((
-            "attention_metadata".into(),
-            Tensor::from_array(([2], vec![64, 96]))?.into(),
-        ));
+        inputs.push(("attention_metadata".into(), Tensor::from_array(([2], vec![64, 96]))?.into()));
     }
     let outputs = session.run(inputs)?;
     let (shape, rows) = outputs["output"].try_extract_tensor::<f32>()?;
@@ -90,10 +86,7 @@ fn expected(position: usize) -> Vec<f64> {
     let (cos, sin) = (table(f64::cos), table(f64::sin));
     let head = |position: usize, head: usize| -> Vec<f64> {
         let token = token(position);
-        let mut x: Vec<f64> = token[head * DIM..(head + 1) * DIM]
-            .iter()
-            .map(|&x| f64::from(x))
-            .collect();
+        let mut x: Vec<f64> = token[head * DIM..(head + 1) * DIM].iter().map(|&x| f64::from(x)).collect();
         if head < HEADS + KV_HEADS {
             for i in 0..DIM / 4 {
                 let row = position * DIM / 4 + i;
@@ -116,9 +109,7 @@ fn expected(position: usize) -> Vec<f64> {
             })
             .collect();
         let sum: f64 = weights.iter().sum();
-        let values: Vec<_> = (0..=position)
-            .map(|p| head(p, HEADS + KV_HEADS + h / group))
-            .collect();
+        let values: Vec<_> = (0..=position).map(|p| head(p, HEADS + KV_HEADS + h / group)).collect();
         output
             .extend((0..DIM).map(|c| weights.iter().zip(&values).map(|(w, v)| w * v[c]).sum::<f64>() / sum));
     }
@@ -139,20 +130,7 @@ fn a_session_computes_it_in_place_and_alike_in_any_chunks() {
         let mut rows = vec![];
         let mut past = 0;
         for len in [[40, 1, 0, 30, 1], [1, 1, 50, 19, 1], [71, 1, 0, 0, 0]][threads - 1] {
-            rows.extend(
-                run(
-                    &mut session,
-                    &key,
-                    &value,
-                    &Call {
-                        past,
-                        len,
-                        slots,
-                        metadata,
-                    },
-                )
-                .unwrap(),
-            );
+            rows.extend(run(&mut session, &key, &value, &Call { past, len, slots, metadata }).unwrap());
             past += len;
         }
         for position in [0, 39, 40, 71] {
@@ -163,20 +141,15 @@ fn a_session_computes_it_in_place_and_alike_in_any_chunks() {
             }
         }
         let (_, key) = key.extract_tensor();
-        let written: Vec<usize> = (0..NUM_BLOCKS * BLOCK)
-            .filter(|slot| !key[slot * KV_HEADS * DIM].is_nan())
-            .collect();
-        let mut intended: Vec<usize> = (0..72)
-            .map(|p| BLOCKS[p / BLOCK] as usize * BLOCK + p % BLOCK)
-            .collect();
+        let written: Vec<usize> =
+            (0..NUM_BLOCKS * BLOCK).filter(|slot| !key[slot * KV_HEADS * DIM].is_nan()).collect();
+        let mut intended: Vec<usize> =
+            (0..72).map(|p| BLOCKS[p / BLOCK] as usize * BLOCK + p % BLOCK).collect();
         intended.sort_unstable();
         assert_eq!(written, intended);
         bits.push(rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
     }
-    assert!(
-        bits.iter().all(|rows| *rows == bits[0]),
-        "chunks or threads change bits"
-    );
+    assert!(bits.iter().all(|rows| *rows == bits[0]), "chunks or threads change bits");
 }
 
 #[test]
@@ -184,29 +157,16 @@ fn what_does_not_fit_is_an_error_that_names_it() {
     let mut session = session(1, &ATTRIBUTES, |name| name != "attention_metadata").unwrap();
     let (key, value) = caches();
     // The last position of the table and of the blocks, then one more.
-    let mut call = Call {
-        past: 95,
-        len: 1,
-        slots: true,
-        metadata: false,
-    };
+    let mut call = Call { past: 95, len: 1, slots: true, metadata: false };
     run(&mut session, &key, &value, &call).unwrap();
     let narrow = Tensor::from_array(([NUM_BLOCKS, BLOCK, KV_HEADS, DIM / 2], vec![0f32; 6144])).unwrap();
-    let refused = run(&mut session, &narrow, &narrow, &call)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        refused.contains("PagedAttention: query: is 320 wide"),
-        "{refused}"
-    );
+    let refused = run(&mut session, &narrow, &narrow, &call).unwrap_err().to_string();
+    assert!(refused.contains("PagedAttention: query: is 320 wide"), "{refused}");
     call.past = i32::MAX as usize;
     call.len = 0;
     run(&mut session, &key, &value, &call).unwrap();
     let refused = run(&mut session, &key, &narrow, &call).unwrap_err().to_string();
-    assert!(
-        refused.contains("PagedAttention: value_cache: shape"),
-        "{refused}"
-    );
+    assert!(refused.contains("PagedAttention: value_cache: shape"), "{refused}");
 }
 
 #[test]
@@ -217,13 +177,8 @@ fn attributes_that_mean_something_else_are_refused_when_the_session_is_made() {
         ("kv_cache_layout", Value::Text("LATENT")),
     ] {
         let attributes = [&ATTRIBUTES[..], &[(name, value)]].concat();
-        let Err(refused) = session(1, &attributes, |_| true) else {
-            panic!("{name} was accepted")
-        };
+        let Err(refused) = session(1, &attributes, |_| true) else { panic!("{name} was accepted") };
         let refused = refused.to_string();
-        assert!(
-            refused.contains(&format!("PagedAttention: {name} is")),
-            "{refused}"
-        );
+        assert!(refused.contains(&format!("PagedAttention: {name} is")), "{refused}");
     }
 }

@@ -21,12 +21,8 @@ impl EngineObserver for Gauges {
 }
 
 fn spawn(runner: FakeRunner) -> (EngineHandle, EngineThread, Arc<Gauges>) {
-    let config = EngineConfig {
-        max_num_seqs: 2,
-        max_num_waiting: 2,
-        max_model_len: 1000,
-        ..Default::default()
-    };
+    let config =
+        EngineConfig { max_num_seqs: 2, max_num_waiting: 2, max_model_len: 1000, ..Default::default() };
     let gauges = Arc::new(Gauges::default());
     let (handle, thread) = EngineThread::spawn(runner, config, VOCAB_SIZE, gauges.clone()).unwrap();
     (handle, thread, gauges)
@@ -42,16 +38,9 @@ fn slow() -> FakeRunner {
 }
 
 fn request(max_tokens: usize) -> Request {
-    let sampling = SamplingParams {
-        temperature: 0.0,
-        max_tokens,
-        stop_token_ids: vec![2],
-        ..Default::default()
-    };
-    Request {
-        prompt_token_ids: vec![1; 20],
-        sampling,
-    }
+    let sampling =
+        SamplingParams { temperature: 0.0, max_tokens, stop_token_ids: vec![2], ..Default::default() };
+    Request { prompt_token_ids: vec![1; 20], sampling }
 }
 
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -66,24 +55,14 @@ async fn until(what: &str, mut condition: impl FnMut() -> bool) {
 
 #[tokio::test]
 async fn a_request_streams_tokens_and_one_end() {
-    let (handle, thread, _) = spawn(FakeRunner::scripted(
-        VOCAB_SIZE,
-        64,
-        16,
-        Box::new(|h| Ok(if h.len() < 23 { 9 } else { 2 })),
-    ));
+    let (handle, thread, _) =
+        spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(|h| Ok(if h.len() < 23 { 9 } else { 2 }))));
     let mut events = handle.submit(request(100)).unwrap();
     for _ in 0..3 {
         assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
     }
     let reason = FinishReason::Stop { token_id: 2 };
-    assert_eq!(
-        events.recv().await,
-        Some(TokenEvent::Finished {
-            reason,
-            num_generated_tokens: 4
-        })
-    );
+    assert_eq!(events.recv().await, Some(TokenEvent::Finished { reason, num_generated_tokens: 4 }));
     assert_eq!(events.recv().await, None);
     drop(handle);
     thread.join();
@@ -98,10 +77,7 @@ async fn dropping_the_receiver_aborts_running_and_waiting_requests() {
         (gauges.num_running, gauges.num_waiting) == (2, 2)
     })
     .await;
-    assert_eq!(
-        handle.submit(request(900)).unwrap_err(),
-        SubmitError::QueueFull { num_requests: 4 }
-    );
+    assert_eq!(handle.submit(request(900)).unwrap_err(), SubmitError::QueueFull { num_requests: 4 });
     drop(receivers);
     until("all blocks are free", || {
         let gauges = *gauges.0.lock().unwrap();
@@ -115,30 +91,12 @@ async fn what_can_never_fit_is_refused_at_the_door() {
     let (handle, _thread, _) = spawn(FakeRunner::hashing(VOCAB_SIZE, 4, 16));
     assert_eq!(handle.limits().max_model_len, 64);
     let refusal = handle.submit(request(45)).unwrap_err();
-    assert_eq!(
-        refusal,
-        SubmitError::TooLong {
-            num_tokens: 65,
-            limit: 64
-        }
-    );
+    assert_eq!(refusal, SubmitError::TooLong { num_tokens: 65, limit: 64 });
     assert!(handle.submit(request(44)).is_ok());
-    let empty = Request {
-        prompt_token_ids: vec![],
-        ..request(1)
-    };
-    assert!(matches!(
-        handle.submit(empty),
-        Err(SubmitError::InvalidParameter { field: "prompt", .. })
-    ));
-    let unknown = Request {
-        prompt_token_ids: vec![32],
-        ..request(1)
-    };
-    assert!(matches!(
-        handle.submit(unknown),
-        Err(SubmitError::InvalidParameter { field: "prompt", .. })
-    ));
+    let empty = Request { prompt_token_ids: vec![], ..request(1) };
+    assert!(matches!(handle.submit(empty), Err(SubmitError::InvalidParameter { field: "prompt", .. })));
+    let unknown = Request { prompt_token_ids: vec![32], ..request(1) };
+    assert!(matches!(handle.submit(unknown), Err(SubmitError::InvalidParameter { field: "prompt", .. })));
 }
 
 #[tokio::test]
@@ -153,10 +111,7 @@ async fn abort_all_ends_every_request_and_refuses_new_ones() {
         }
         assert_eq!(last, Some(TokenEvent::Failed(SequenceError::ShuttingDown)));
     }
-    assert!(matches!(
-        handle.submit(request(1)),
-        Err(SubmitError::Unavailable(_))
-    ));
+    assert!(matches!(handle.submit(request(1)), Err(SubmitError::Unavailable(_))));
 }
 
 #[tokio::test]
@@ -164,19 +119,12 @@ async fn a_failed_step_fails_its_sequences_and_the_next_request_works() {
     let mut num_calls = 0;
     let reply = move |_: &[u32]| {
         num_calls += 1;
-        if num_calls == 2 {
-            Err(RunError("injected".into()))
-        } else {
-            Ok(9)
-        }
+        if num_calls == 2 { Err(RunError("injected".into())) } else { Ok(9) }
     };
     let (handle, _thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut events = handle.submit(request(5)).unwrap();
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
-    assert_eq!(
-        events.recv().await,
-        Some(TokenEvent::Failed(SequenceError::Run("injected".into())))
-    );
+    assert_eq!(events.recv().await, Some(TokenEvent::Failed(SequenceError::Run("injected".into()))));
     assert_eq!(events.recv().await, None);
     let mut events = handle.submit(request(1)).unwrap();
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
@@ -185,11 +133,7 @@ async fn a_failed_step_fails_its_sequences_and_the_next_request_works() {
 #[tokio::test]
 async fn a_panic_ends_every_request_with_an_error_and_nothing_hangs() {
     let reply = |history: &[u32]| {
-        if history.len() > 25 {
-            panic!("injected")
-        } else {
-            Ok(9)
-        }
+        if history.len() > 25 { panic!("injected") } else { Ok(9) }
     };
     let (handle, thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut events = handle.submit(request(100)).unwrap();
@@ -199,9 +143,6 @@ async fn a_panic_ends_every_request_with_an_error_and_nothing_hangs() {
     }
     assert_eq!(last, Some(TokenEvent::Failed(SequenceError::EngineDied)));
     assert!(!handle.status().alive);
-    assert!(matches!(
-        handle.submit(request(1)),
-        Err(SubmitError::Unavailable(_))
-    ));
+    assert!(matches!(handle.submit(request(1)), Err(SubmitError::Unavailable(_))));
     thread.join();
 }

@@ -35,10 +35,8 @@ impl ApiKeys {
 
     fn parse(text: &str) -> Option<Self> {
         let lines = text.lines().map(str::trim);
-        let keys: Vec<String> = lines
-            .filter(|l| !l.is_empty() && !l.starts_with('#'))
-            .map(str::to_owned)
-            .collect();
+        let keys: Vec<String> =
+            lines.filter(|l| !l.is_empty() && !l.starts_with('#')).map(str::to_owned).collect();
         (!keys.is_empty()).then_some(Self(keys))
     }
 
@@ -57,14 +55,9 @@ pub async fn guard<B: MessageBody>(
     request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<B>, actix_web::Error> {
-    let keys = request
-        .app_data::<web::Data<AppState>>()
-        .and_then(|state| state.keys.as_ref());
+    let keys = request.app_data::<web::Data<AppState>>().and_then(|state| state.keys.as_ref());
     if let Some(keys) = keys {
-        let header = request
-            .headers()
-            .get(header::AUTHORIZATION)
-            .and_then(|value| value.to_str().ok());
+        let header = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let given = header.and_then(|value| {
             let (scheme, key) = value.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())

@@ -42,12 +42,7 @@ pub struct ModelArgs {
     #[arg(long, env = "GLMSERVE_MODEL", value_name = "DIR")]
     pub model: PathBuf,
     /// The ONNX Runtime shared library
-    #[arg(
-        long,
-        env = "GLMSERVE_ORT_LIB",
-        value_name = "FILE",
-        default_value = "libonnxruntime.so"
-    )]
+    #[arg(long, env = "GLMSERVE_ORT_LIB", value_name = "FILE", default_value = "libonnxruntime.so")]
     pub onnxruntime: PathBuf,
     /// Threads that compute [default: the number of processors]
     #[arg(long, env = "GLMSERVE_THREADS", value_name = "N", value_parser = positive)]
@@ -70,12 +65,7 @@ pub struct ServeArgs {
     #[arg(long, env = "GLMSERVE_PORT", default_value_t = 8000, value_parser = port)]
     pub port: u16,
     /// Names that requests may use besides the model's own; repeatable
-    #[arg(
-        long,
-        env = "GLMSERVE_SERVED_MODEL_NAME",
-        value_name = "NAME,..",
-        value_delimiter = ','
-    )]
+    #[arg(long, env = "GLMSERVE_SERVED_MODEL_NAME", value_name = "NAME,..", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
     /// File with one API key a line that guards /v1; # starts a comment [default: no key is needed]
     #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
@@ -198,8 +188,7 @@ fn port(text: &str) -> Result<u16, String> {
                 .into(),
         );
     }
-    text.parse()
-        .map_err(|_| "must be a number from 0 to 65535".into())
+    text.parse().map_err(|_| "must be a number from 0 to 65535".into())
 }
 
 #[cfg(test)]
@@ -210,10 +199,7 @@ mod tests {
 
     fn serve(arguments: &[&str]) -> Result<ServeArgs, String> {
         let arguments = ["glmserve", "serve", "--model", "m"].iter().chain(arguments);
-        match Cli::try_parse_from(arguments)
-            .map_err(|error| error.to_string())?
-            .command
-        {
+        match Cli::try_parse_from(arguments).map_err(|error| error.to_string())?.command {
             Command::Serve(args) => Ok(args),
             other => panic!("{other:?}"),
         }
@@ -235,10 +221,6 @@ mod tests {
     fn names_are_split_at_commas_and_zero_is_refused() {
         let args = serve(&["--served-model-name", "a,b", "--served-model-name", "c"]).unwrap();
         assert_eq!(args.served_model_name, ["a", "b", "c"]);
-        assert!(
-            serve(&["--max-num-seqs", "0"])
-                .unwrap_err()
-                .contains("at least 1")
-        );
+        assert!(serve(&["--max-num-seqs", "0"]).unwrap_err().contains("at least 1"));
     }
 }

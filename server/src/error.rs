@@ -36,28 +36,16 @@ pub struct ApiError {
 
 impl ApiError {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            code,
-            message: message.into(),
-            param: None,
-            retry_after_s: None,
-        }
+        Self { status, code, message: message.into(), param: None, retry_after_s: None }
     }
 
     fn parameter(code: &'static str, param: impl Into<String>, message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::BAD_REQUEST, code, message);
-        Self {
-            param: Some(param.into()),
-            ..error
-        }
+        Self { param: Some(param.into()), ..error }
     }
 
     fn retry_after(self, seconds: u32) -> Self {
-        Self {
-            retry_after_s: Some(seconds),
-            ..self
-        }
+        Self { retry_after_s: Some(seconds), ..self }
     }
 
     /// A field has a value that it can't have.
@@ -79,20 +67,12 @@ impl ApiError {
 
     /// The body is not JSON.
     pub fn invalid_json(error: &serde_json::Error) -> Self {
-        Self::new(
-            StatusCode::BAD_REQUEST,
-            "invalid_json",
-            format!("the body is not valid JSON: {error}"),
-        )
+        Self::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not valid JSON: {error}"))
     }
 
     /// The body could not be read.
     pub fn invalid_body(error: &actix_web::Error) -> Self {
-        Self::new(
-            StatusCode::BAD_REQUEST,
-            "invalid_body",
-            format!("the body cannot be read: {error}"),
-        )
+        Self::new(StatusCode::BAD_REQUEST, "invalid_body", format!("the body cannot be read: {error}"))
     }
 
     /// The body is larger than the limit.
@@ -109,15 +89,9 @@ impl ApiError {
 
     /// No such model.
     pub fn model_not_found(model: &str, served: &[String]) -> Self {
-        let message = format!(
-            "the model {model:?} does not exist; this server has {}",
-            served.join(", ")
-        );
+        let message = format!("the model {model:?} does not exist; this server has {}", served.join(", "));
         let error = Self::new(StatusCode::NOT_FOUND, "model_not_found", message);
-        Self {
-            param: Some("model".into()),
-            ..error
-        }
+        Self { param: Some("model".into()), ..error }
     }
 
     /// The prompt alone fills the context; `num_tokens` says how long it is.
@@ -138,11 +112,7 @@ impl ApiError {
 
     /// No such path.
     pub fn unknown_url(path: &str) -> Self {
-        Self::new(
-            StatusCode::NOT_FOUND,
-            "unknown_url",
-            format!("there is nothing at {path}"),
-        )
+        Self::new(StatusCode::NOT_FOUND, "unknown_url", format!("there is nothing at {path}"))
     }
 
     /// The path exists, the method does not.

@@ -67,10 +67,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let shared = state.clone();
     let app = move || {
-        App::new()
-            .app_data(shared.clone())
-            .wrap(from_fn(routes::observe))
-            .configure(routes::configure)
+        App::new().app_data(shared.clone()).wrap(from_fn(routes::observe)).configure(routes::configure)
     };
     let server = HttpServer::new(app)
         .workers(NUM_WORKERS)
@@ -108,16 +105,9 @@ pub async fn serve(
 
 /// One short generation, so that no client pays for first-time work.
 async fn warm_up(state: &AppState) -> Result<(), ServeError> {
-    let message = Message {
-        role: Role::User,
-        content: "Hello".to_owned(),
-    };
-    let sampling = SamplingParams {
-        temperature: 0.0,
-        max_tokens: 2,
-        ignore_eos: true,
-        ..SamplingParams::default()
-    };
+    let message = Message { role: Role::User, content: "Hello".to_owned() };
+    let sampling =
+        SamplingParams { temperature: 0.0, max_tokens: 2, ignore_eos: true, ..SamplingParams::default() };
     let mut events = state.engine.submit(Request {
         prompt_token_ids: state.model.chat.encode(&[message], &state.model.tokenizer)?,
         sampling,

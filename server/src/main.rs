@@ -65,9 +65,7 @@ fn run_server(args: &ServeArgs) -> MainResult {
     );
     let options = args.http_options(limits.max_model_len);
     let state = web::Data::new(AppState::new(options, model, engine, metrics, keys));
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(async { serve(listener, state, shutdown::signals()?).await });
     drop(runtime);
     thread.join();
@@ -95,9 +93,7 @@ fn write_logits(args: &LogitsArgs) -> MainResult {
 }
 
 fn run_bench(args: BenchArgs) -> MainResult {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(bench::run(args))?;
     println!("{report}");
     match report.is_clean() {

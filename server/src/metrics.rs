@@ -26,12 +26,9 @@ const INTER_TOKEN_BUCKETS: [f64; 19] = [
     40.0,
 ];
 /// OpenTelemetry's buckets for a request's duration, doubled twice more.
-const DURATION_BUCKETS: [f64; 16] = [
-    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68,
-];
-const STEP_BUCKETS: [f64; 12] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
-];
+const DURATION_BUCKETS: [f64; 16] =
+    [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68];
+const STEP_BUCKETS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
 
 /// How an accepted request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,18 +88,13 @@ impl Metrics {
         let registry = Registry::new();
         let r = &registry;
         let build_labels = ["version", "model", "model_digest"];
-        let build_info = IntGaugeVec::new(
-            Opts::new("glmserve_build_info", "Build and model; always 1."),
-            &build_labels,
-        )?;
+        let build_info =
+            IntGaugeVec::new(Opts::new("glmserve_build_info", "Build and model; always 1."), &build_labels)?;
         build_info
             .with_label_values(&[env!("CARGO_PKG_VERSION"), &manifest.model.name, &manifest.digest])
             .set(1);
         add(r, build_info)?;
-        let streams = Opts::new(
-            "glmserve_streams_total",
-            "Accepted requests that ended, by outcome.",
-        );
+        let streams = Opts::new("glmserve_streams_total", "Accepted requests that ended, by outcome.");
         let streams = add(r, IntCounterVec::new(streams, &["outcome"])?)?;
         for outcome in Outcome::ALL {
             streams.with_label_values(&[outcome.name()]);
@@ -120,10 +112,7 @@ impl Metrics {
                 r,
                 IntGauge::new("glmserve_requests_running", "Sequences that own KV blocks.")?,
             )?,
-            requests_waiting: add(
-                r,
-                IntGauge::new("glmserve_requests_waiting", "Sequences in the queue.")?,
-            )?,
+            requests_waiting: add(r, IntGauge::new("glmserve_requests_waiting", "Sequences in the queue.")?)?,
             kv_cache_usage: add(
                 r,
                 Gauge::new("glmserve_kv_cache_usage_ratio", "KV blocks in use, from 0 to 1.")?,
@@ -202,10 +191,7 @@ fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<In
 }
 
 fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
-    add(
-        registry,
-        Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?,
-    )
+    add(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
 }
 
 impl EngineObserver for Metrics {
@@ -221,8 +207,7 @@ impl EngineObserver for Metrics {
     fn gauges(&self, gauges: &EngineGauges) {
         self.requests_running.set(gauges.num_running as i64);
         self.requests_waiting.set(gauges.num_waiting as i64);
-        self.kv_cache_usage
-            .set(gauges.num_used_blocks as f64 / gauges.num_blocks.max(1) as f64);
+        self.kv_cache_usage.set(gauges.num_used_blocks as f64 / gauges.num_blocks.max(1) as f64);
     }
 
     fn admitted(&self, queue_time: Duration) {
@@ -236,10 +221,7 @@ pub struct Arrival(Instant);
 
 impl Arrival {
     /// Reads the clock.
-    #[allow(
-        clippy::disallowed_methods,
-        reason = "this file owns the clock that times requests"
-    )]
+    #[allow(clippy::disallowed_methods, reason = "this file owns the clock that times requests")]
     pub fn now() -> Self {
         Self(Instant::now())
     }
@@ -258,23 +240,14 @@ pub struct StreamRecord {
 impl StreamRecord {
     /// A request that was accepted.
     pub fn new(metrics: Arc<Metrics>, arrival: Arrival) -> Self {
-        Self {
-            metrics,
-            arrival,
-            last_token: None,
-            has_text: false,
-            ended: false,
-        }
+        Self { metrics, arrival, last_token: None, has_text: false, ended: false }
     }
 
     /// A token came.
     pub fn token(&mut self) {
         let now = Arrival::now();
         match self.last_token.replace(now) {
-            None => self
-                .metrics
-                .first_token
-                .observe((now.0 - self.arrival.0).as_secs_f64()),
+            None => self.metrics.first_token.observe((now.0 - self.arrival.0).as_secs_f64()),
             Some(last) => self.metrics.inter_token.observe((now.0 - last.0).as_secs_f64()),
         }
     }
@@ -291,9 +264,7 @@ impl StreamRecord {
         }
         let metrics = &self.metrics;
         metrics.streams.with_label_values(&[outcome.name()]).inc();
-        metrics
-            .duration
-            .observe((Arrival::now().0 - self.arrival.0).as_secs_f64());
+        metrics.duration.observe((Arrival::now().0 - self.arrival.0).as_secs_f64());
         if matches!(outcome, Outcome::Stop | Outcome::Length) && !self.has_text {
             metrics.empty_streams.inc();
         }

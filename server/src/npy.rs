@@ -18,9 +18,7 @@ pub fn write(out: &mut impl Write, matrix: ArrayView2<'_, f32>) -> io::Result<()
     out.write_all(b"\x93NUMPY\x01\x00")?;
     out.write_all(&(header.len() as u16).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
-    matrix
-        .iter()
-        .try_for_each(|value| out.write_all(&value.to_le_bytes()))
+    matrix.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
 }
 
 #[cfg(test)]

@@ -24,28 +24,20 @@ pub(crate) fn configure(app: &mut web::ServiceConfig) {
         .service(
             web::scope("/v1")
                 .wrap(from_fn(auth::guard))
-                .service(resource(
-                    "/chat/completions",
-                    web::post().to(chat_completions::create),
-                ))
+                .service(resource("/chat/completions", web::post().to(chat_completions::create)))
                 .service(resource("/models", web::get().to(models::list)))
                 // Names of models may have slashes.
                 .service(resource("/models/{name:.+}", web::get().to(models::get))),
         )
-        .default_service(web::to(
-            async |request: HttpRequest| -> Result<HttpResponse, ApiError> {
-                Err(ApiError::unknown_url(request.path()))
-            },
-        ));
+        .default_service(web::to(async |request: HttpRequest| -> Result<HttpResponse, ApiError> {
+            Err(ApiError::unknown_url(request.path()))
+        }));
 }
 
 fn resource(path: &str, route: Route) -> Resource {
     web::resource(path).route(route).default_service(web::to(
         async |request: HttpRequest| -> Result<HttpResponse, ApiError> {
-            Err(ApiError::method_not_allowed(
-                request.method().as_str(),
-                request.path(),
-            ))
+            Err(ApiError::method_not_allowed(request.method().as_str(), request.path()))
         },
     ))
 }

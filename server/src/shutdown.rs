@@ -48,7 +48,5 @@ pub async fn drain(state: &AppState, signals: &mut mpsc::Receiver<()>) -> bool {
     }
     tracing::warn!(num_streams = state.pumps.len(), "the drain time is over");
     state.engine.abort_all();
-    tokio::time::timeout(ABORT_TIMEOUT, state.pumps.wait())
-        .await
-        .is_ok()
+    tokio::time::timeout(ABORT_TIMEOUT, state.pumps.wait()).await.is_ok()
 }

@@ -147,11 +147,7 @@ impl AppState {
         let (log, reader) = event_log(self.options.log_limits);
         let pump = Pump {
             events,
-            text: ReplyText::new(
-                detokenizer,
-                self.model.chat.reply_prefix(),
-                StopMatcher::new(stop),
-            ),
+            text: ReplyText::new(detokenizer, self.model.chat.reply_prefix(), StopMatcher::new(stop)),
             log,
             record: StreamRecord::new(Arc::clone(&self.metrics), arrival),
             num_prompt_tokens,

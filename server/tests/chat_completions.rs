@@ -7,11 +7,7 @@ use support::{Options, Server, request, run};
 
 /// Content, finish reason and usage of a stream's lines.
 fn joined(lines: &[String]) -> (String, Value, Value) {
-    assert_eq!(
-        lines.last().map(String::as_str),
-        Some("data: [DONE]"),
-        "{lines:?}"
-    );
+    assert_eq!(lines.last().map(String::as_str), Some("data: [DONE]"), "{lines:?}");
     let (mut content, mut reason, mut usage) = (String::new(), Value::Null, Value::Null);
     for line in &lines[..lines.len() - 1] {
         let chunk: Value = serde_json::from_str(line.strip_prefix("data: ").unwrap()).unwrap();
@@ -117,10 +113,7 @@ fn the_lines_of_a_stream() {
             chunk(&format!("\"choices\":[],{}", usage(8))),
             "data: [DONE]".to_owned(),
         ];
-        assert_eq!(
-            lines(json!({"include_usage": true, "continuous_usage_stats": true})).await,
-            continuous
-        );
+        assert_eq!(lines(json!({"include_usage": true, "continuous_usage_stats": true})).await, continuous);
     });
 }
 
@@ -133,36 +126,24 @@ fn stop_strings_and_length_end_a_reply_alike_in_both_forms() {
             (json!({"stop": ["zz", "f"]}), "abcde", "stop"),
             (json!({"stop": ["gh!"]}), "abcdefgh", "stop"),
             (json!({"max_tokens": 5}), "ab", "length"),
-            (
-                json!({"max_completion_tokens": 5, "max_tokens": 5}),
-                "ab",
-                "length",
-            ),
+            (json!({"max_completion_tokens": 5, "max_tokens": 5}), "ab", "length"),
             (json!({"max_tokens": 1}), "", "length"),
         ];
         for (options, expected, expected_reason) in cases {
             let mut body = request("say abcdefgh");
-            body.as_object_mut()
-                .unwrap()
-                .extend(options.as_object().unwrap().clone());
+            body.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
             let (status, whole) = server.post(body.clone()).await;
             assert_eq!(status, 200, "{whole}");
             body["stream_options"] = json!({"include_usage": true});
             let (content, reason, usage) = joined(&server.stream(body).await);
-            assert_eq!(
-                (content.as_str(), reason.as_str()),
-                (expected, Some(expected_reason)),
-                "{options}"
-            );
+            assert_eq!((content.as_str(), reason.as_str()), (expected, Some(expected_reason)), "{options}");
             assert_eq!(whole["choices"][0]["message"]["content"], expected);
             assert_eq!(whole["choices"][0]["finish_reason"], expected_reason);
             assert_eq!(whole["usage"], usage);
         }
         server.until("glmserve_requests_running", 0).await;
         server.until("glmserve_streams_total{outcome=\"stop\"}", 6).await;
-        server
-            .until("glmserve_streams_total{outcome=\"length\"}", 6)
-            .await;
+        server.until("glmserve_streams_total{outcome=\"length\"}", 6).await;
         server.until("glmserve_empty_streams_total", 2).await;
     });
 }
@@ -175,16 +156,11 @@ fn a_failure_has_a_real_status_or_an_error_event() {
         assert_eq!((status, &body["error"]["code"]), (500, &json!("model_failed")));
         assert_eq!(body["error"]["type"], "server_error");
         let lines = server.stream(request("fail")).await;
-        let [.., error, done] = lines.as_slice() else {
-            panic!("{lines:?}")
-        };
+        let [.., error, done] = lines.as_slice() else { panic!("{lines:?}") };
         assert_eq!(done, "data: [DONE]");
         let error: Value = serde_json::from_str(&error["data: ".len()..]).unwrap();
         assert_eq!(error["error"]["code"], "model_failed");
-        assert!(
-            lines[1].contains("\"content\":\"x\""),
-            "what came before is delivered: {lines:?}"
-        );
+        assert!(lines[1].contains("\"content\":\"x\""), "what came before is delivered: {lines:?}");
         let (status, _) = server.post(request("say ok")).await;
         assert_eq!(status, 200, "others go on");
     });
@@ -193,11 +169,7 @@ fn a_failure_has_a_real_status_or_an_error_event() {
 #[test]
 fn a_reply_that_outgrows_its_log_is_an_error_and_frees_the_engine() {
     run(async {
-        let server = Server::start(Options {
-            max_reply_bytes: 4,
-            ..Options::default()
-        })
-        .await;
+        let server = Server::start(Options { max_reply_bytes: 4, ..Options::default() }).await;
         let (status, body) = server.post(request("slow 100")).await;
         assert_eq!((status, &body["error"]["code"]), (500, &json!("reply_too_large")));
         server.until("glmserve_requests_running", 0).await;
@@ -215,12 +187,7 @@ fn mistakes_are_refused_by_name_before_any_stream() {
             (json!({"messages": []}), 400, "messages", "invalid_value"),
             (json!({"messages": null}), 400, "messages", "invalid_value"),
             (json!({"temperature": 3}), 400, "temperature", "invalid_value"),
-            (
-                json!({"temperature": "warm"}),
-                400,
-                "temperature",
-                "invalid_value",
-            ),
+            (json!({"temperature": "warm"}), 400, "temperature", "invalid_value"),
             (json!({"top_p": 0}), 400, "top_p", "invalid_value"),
             (json!({"top_k": -2}), 400, "top_k", "invalid_value"),
             (json!({"max_tokens": 0}), 400, "max_tokens", "invalid_value"),
@@ -230,56 +197,16 @@ fn mistakes_are_refused_by_name_before_any_stream() {
                 "max_completion_tokens",
                 "invalid_value",
             ),
-            (
-                json!({"max_tokens": 1000}),
-                400,
-                "max_tokens",
-                "context_length_exceeded",
-            ),
-            (
-                json!({"max_completion_tokens": 1000}),
-                400,
-                "max_completion_tokens",
-                "context_length_exceeded",
-            ),
-            (
-                json!({"min_tokens": 9, "max_tokens": 8}),
-                400,
-                "min_tokens",
-                "invalid_value",
-            ),
+            (json!({"max_tokens": 1000}), 400, "max_tokens", "context_length_exceeded"),
+            (json!({"max_completion_tokens": 1000}), 400, "max_completion_tokens", "context_length_exceeded"),
+            (json!({"min_tokens": 9, "max_tokens": 8}), 400, "min_tokens", "invalid_value"),
             (json!({"stop": ""}), 400, "stop", "invalid_value"),
-            (
-                json!({"stop": ["a", "b", "c", "d", "e"]}),
-                400,
-                "stop",
-                "invalid_value",
-            ),
-            (
-                json!({"logit_bias": {"x": 1}}),
-                400,
-                "logit_bias.x",
-                "invalid_value",
-            ),
-            (
-                json!({"logit_bias": {"1": 101}}),
-                400,
-                "logit_bias",
-                "invalid_value",
-            ),
-            (
-                json!({"stream_options": {}, "stream": false}),
-                400,
-                "stream_options",
-                "invalid_value",
-            ),
+            (json!({"stop": ["a", "b", "c", "d", "e"]}), 400, "stop", "invalid_value"),
+            (json!({"logit_bias": {"x": 1}}), 400, "logit_bias.x", "invalid_value"),
+            (json!({"logit_bias": {"1": 101}}), 400, "logit_bias", "invalid_value"),
+            (json!({"stream_options": {}, "stream": false}), 400, "stream_options", "invalid_value"),
             (json!({"n": 2}), 400, "n", "unsupported_parameter"),
-            (
-                json!({"tools": [{"type": "function"}]}),
-                400,
-                "tools",
-                "unsupported_parameter",
-            ),
+            (json!({"tools": [{"type": "function"}]}), 400, "tools", "unsupported_parameter"),
             (json!({"frobnicate": 1}), 400, "frobnicate", "unknown_parameter"),
             (
                 message(json!({"role": "tool", "content": "x"})),
@@ -287,18 +214,8 @@ fn mistakes_are_refused_by_name_before_any_stream() {
                 "messages[0].role",
                 "unsupported_parameter",
             ),
-            (
-                message(json!({"role": "king", "content": "x"})),
-                400,
-                "messages[0].role",
-                "invalid_value",
-            ),
-            (
-                message(json!({"role": "user"})),
-                400,
-                "messages[0].content",
-                "invalid_value",
-            ),
+            (message(json!({"role": "king", "content": "x"})), 400, "messages[0].role", "invalid_value"),
+            (message(json!({"role": "user"})), 400, "messages[0].content", "invalid_value"),
             (
                 message(json!({"role": "user", "content": [{"type": "text"}]})),
                 400,
@@ -328,9 +245,7 @@ fn mistakes_are_refused_by_name_before_any_stream() {
             for stream in [false, true] {
                 let mut body = request("say hi");
                 body["stream"] = json!(stream);
-                body.as_object_mut()
-                    .unwrap()
-                    .extend(change.as_object().unwrap().clone());
+                body.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
                 let (got, answer) = server.post(body).await;
                 assert_eq!(got, status, "{change}: {answer}");
                 let error = &answer["error"];
@@ -343,12 +258,7 @@ fn mistakes_are_refused_by_name_before_any_stream() {
             }
         }
         assert!(
-            server
-                .state
-                .metrics
-                .encode()
-                .unwrap()
-                .contains("refused_total{code=\"unknown_parameter\"} 2")
+            server.state.metrics.encode().unwrap().contains("refused_total{code=\"unknown_parameter\"} 2")
         );
     });
 }
@@ -376,9 +286,6 @@ fn a_user_who_writes_special_tokens_writes_text() {
     run(async {
         let server = Server::start(Options::default()).await;
         let (_, answer) = server.post(request("say <|assistant|><|user|>")).await;
-        assert_eq!(
-            answer["choices"][0]["message"]["content"],
-            "<|assistant|><|user|>"
-        );
+        assert_eq!(answer["choices"][0]["message"]["content"], "<|assistant|><|user|>");
     });
 }

@@ -30,23 +30,13 @@ fn models_health_and_unknown_routes() {
         assert_eq!(models["data"][0]["max_model_len"], 256);
         assert_eq!(json("/v1/models/alias/of").await.1["id"], "alias/of");
         let (status, error) = json("/v1/models/nope").await;
-        assert_eq!(
-            (status, &error["error"]["code"]),
-            (404, &json!("model_not_found"))
-        );
+        assert_eq!((status, &error["error"]["code"]), (404, &json!("model_not_found")));
         for path in ["/nothing", "/v1/nothing"] {
             let (status, error) = json(path).await;
-            assert_eq!(
-                (status, &error["error"]["code"]),
-                (404, &json!("unknown_url")),
-                "{path}"
-            );
+            assert_eq!((status, &error["error"]["code"]), (404, &json!("unknown_url")), "{path}");
         }
         let (status, error) = json("/v1/chat/completions").await;
-        assert_eq!(
-            (status, &error["error"]["code"]),
-            (405, &json!("method_not_allowed"))
-        );
+        assert_eq!((status, &error["error"]["code"]), (405, &json!("method_not_allowed")));
         for path in ["/livez", "/readyz", "/health"] {
             assert_eq!(json(path).await.0, 200, "{path}");
         }
@@ -57,11 +47,7 @@ fn models_health_and_unknown_routes() {
 #[test]
 fn large_and_broken_bodies_are_refused_in_openai_shape() {
     run(async {
-        let server = Server::start(Options {
-            max_body_bytes: 1000,
-            ..Options::default()
-        })
-        .await;
+        let server = Server::start(Options { max_body_bytes: 1000, ..Options::default() }).await;
         let (status, error) = server.post(request(&"x".repeat(1000))).await;
         assert_eq!((status, &error["error"]["code"]), (413, &json!("body_too_large")));
         for body in ["", "{", "\u{FEFF}{}"] {
@@ -80,11 +66,7 @@ fn keys_guard_v1_only() {
         std::fs::write(&path, "# team\nsecret\n").unwrap();
         let keys = ApiKeys::load(&path).unwrap();
         std::fs::remove_file(path).unwrap();
-        let server = Server::start(Options {
-            keys: Some(keys),
-            ..Options::default()
-        })
-        .await;
+        let server = Server::start(Options { keys: Some(keys), ..Options::default() }).await;
         assert_eq!(server.get("/readyz").await.0, 200);
         let (status, text) = server.get("/v1/models").await;
         assert_eq!(status, 401);
@@ -92,33 +74,18 @@ fn keys_guard_v1_only() {
         let client = reqwest::Client::new();
         for (key, status) in [("secret", 200), ("secre", 401), ("", 401), ("# team", 401)] {
             let url = format!("http://{}/v1/models", server.address);
-            let response = client
-                .get(url)
-                .header("authorization", format!("Bearer {key}"))
-                .send()
-                .await
-                .unwrap();
+            let response =
+                client.get(url).header("authorization", format!("Bearer {key}")).send().await.unwrap();
             assert_eq!(response.status(), status, "{key}");
         }
-        assert!(
-            server
-                .state
-                .metrics
-                .encode()
-                .unwrap()
-                .contains("refused_total{code=\"invalid_api_key\"} 4")
-        );
+        assert!(server.state.metrics.encode().unwrap().contains("refused_total{code=\"invalid_api_key\"} 4"));
     });
 }
 
 #[test]
 fn queued_clients_that_vanish_leave_the_queue_empty() {
     run(async {
-        let server = Server::start(Options {
-            max_num_seqs: 2,
-            ..Options::default()
-        })
-        .await;
+        let server = Server::start(Options { max_num_seqs: 2, ..Options::default() }).await;
         for stream in [true, false] {
             let mut body = request("slow 10000");
             body["stream"] = json!(stream);
@@ -139,9 +106,7 @@ fn queued_clients_that_vanish_leave_the_queue_empty() {
             server.until("glmserve_requests_running", 0).await;
             server.until("glmserve_kv_cache_usage_ratio", 0).await;
         }
-        server
-            .until("glmserve_streams_total{outcome=\"abort\"}", 52)
-            .await;
+        server.until("glmserve_streams_total{outcome=\"abort\"}", 52).await;
         server.until("glmserve_streams_total{outcome=\"error\"}", 0).await;
     });
 }
@@ -149,12 +114,8 @@ fn queued_clients_that_vanish_leave_the_queue_empty() {
 #[test]
 fn overload_is_an_answer() {
     run(async {
-        let server = Server::start(Options {
-            max_num_seqs: 1,
-            max_num_waiting: 1,
-            ..Options::default()
-        })
-        .await;
+        let server =
+            Server::start(Options { max_num_seqs: 1, max_num_waiting: 1, ..Options::default() }).await;
         let mut held = Vec::new();
         for _ in 0..2 {
             held.push(server.open(&streaming("slow 200")).await);
@@ -166,14 +127,7 @@ fn overload_is_an_answer() {
         let error: Value = response.json().await.unwrap();
         assert_eq!(error["error"]["code"], "queue_full");
         assert_eq!(server.get("/readyz").await.0, 200);
-        assert!(
-            server
-                .state
-                .metrics
-                .encode()
-                .unwrap()
-                .contains("refused_total{code=\"queue_full\"} 1")
-        );
+        assert!(server.state.metrics.encode().unwrap().contains("refused_total{code=\"queue_full\"} 1"));
     });
 }
 
@@ -193,10 +147,7 @@ fn a_signal_lets_running_streams_end_and_refuses_new_ones() {
         assert_eq!(response.headers()["retry-after"], "5");
         assert_eq!(response.headers()["connection"], "close");
         let text = read_all(socket).await;
-        assert!(
-            text.contains("\"finish_reason\":\"stop\"") && text.contains("data: [DONE]"),
-            "{text}"
-        );
+        assert!(text.contains("\"finish_reason\":\"stop\"") && text.contains("data: [DONE]"), "{text}");
         server.ended().await.unwrap();
     });
 }
@@ -204,25 +155,16 @@ fn a_signal_lets_running_streams_end_and_refuses_new_ones() {
 #[test]
 fn a_stream_that_outlasts_the_drain_time_ends_with_a_typed_error() {
     run(async {
-        let server = Server::start(Options {
-            drain_timeout: Duration::from_millis(50),
-            ..Options::default()
-        })
-        .await;
+        let server =
+            Server::start(Options { drain_timeout: Duration::from_millis(50), ..Options::default() }).await;
         let socket = server.open(&streaming("slow 220")).await;
         let plain = server.open(&request("slow 220")).await;
         server.until("glmserve_requests_running", 2).await;
         server.signals.send(()).await.unwrap();
         let text = read_all(socket).await;
-        assert!(
-            text.contains("\"code\":\"shutting_down\"") && text.contains("data: [DONE]"),
-            "{text}"
-        );
+        assert!(text.contains("\"code\":\"shutting_down\"") && text.contains("data: [DONE]"), "{text}");
         let text = read_all(plain).await;
-        assert!(
-            text.starts_with("HTTP/1.1 503") && text.contains("shutting_down"),
-            "{text}"
-        );
+        assert!(text.starts_with("HTTP/1.1 503") && text.contains("shutting_down"), "{text}");
         server.ended().await.unwrap();
     });
 }
@@ -235,9 +177,6 @@ fn a_second_signal_ends_the_server_at_once() {
         server.until("glmserve_requests_running", 1).await;
         server.signals.send(()).await.unwrap();
         server.signals.send(()).await.unwrap();
-        tokio::time::timeout(Duration::from_secs(2), server.ended())
-            .await
-            .expect("at once")
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(2), server.ended()).await.expect("at once").unwrap();
     });
 }

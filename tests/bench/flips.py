@@ -7,6 +7,7 @@ A server whose rows do not depend on their batch prints 0.
 """
 
 import argparse
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -48,15 +49,17 @@ def main() -> None:
         together = list(pool.map(ask, PROMPTS))
     for prompt, first, second in zip(PROMPTS, alone, together, strict=True):
         if first != second:
-            same = next(
-                (i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second))
+            same = sum(
+                1
+                for _ in itertools.takewhile(
+                    lambda pair: pair[0] == pair[1], zip(first, second, strict=False)
+                )
             )
             print(f"differs from character {same} of {len(first)}: {prompt}")
     num_repeat = sum(a != b for a, b in zip(alone, again, strict=True))
     num_flips = sum(a != b for a, b in zip(alone, together, strict=True))
-    print(
-        f"alone twice: {num_repeat} of {len(PROMPTS)} differ; alone and together: {num_flips} of {len(PROMPTS)} differ"
-    )
+    print(f"alone twice: {num_repeat} of {len(PROMPTS)} differ")
+    print(f"alone and together: {num_flips} of {len(PROMPTS)} differ")
 
 
 if __name__ == "__main__":

@@ -27,16 +27,10 @@ fn random_request(rng: &mut Rng, max_model_len: usize) -> Request {
     // A shared start now and then, so that histories differ late.
     let is_common = rng.one_in(3);
     let token = |rng: &mut Rng, position| {
-        if is_common && position < 20 {
-            7
-        } else {
-            rng.range(0..=VOCAB_SIZE - 1) as u32
-        }
+        if is_common && position < 20 { 7 } else { rng.range(0..=VOCAB_SIZE - 1) as u32 }
     };
     Request {
-        prompt_token_ids: (0..num_prompt_tokens)
-            .map(|position| token(rng, position))
-            .collect(),
+        prompt_token_ids: (0..num_prompt_tokens).map(|position| token(rng, position)).collect(),
         sampling: SamplingParams {
             temperature: if rng.one_in(2) { 0.0 } else { 1.0 },
             top_k: rng.range(0..=5) as u32,
@@ -55,23 +49,13 @@ fn random_request(rng: &mut Rng, max_model_len: usize) -> Request {
 
 /// The same request alone in an engine with room for everything.
 fn isolated(request: &Request) -> Outcome {
-    let config = EngineConfig {
-        max_model_len: 4096,
-        max_num_batched_tokens: 4096,
-        ..Default::default()
-    };
+    let config = EngineConfig { max_model_len: 4096, max_num_batched_tokens: 4096, ..Default::default() };
     let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 256, 16), config, VOCAB_SIZE);
     engine.add(RequestId(0), request.clone(), Duration::ZERO);
-    let mut outcome = Outcome {
-        tokens: Vec::new(),
-        end: None,
-    };
+    let mut outcome = Outcome { tokens: Vec::new(), end: None };
     while !engine.is_idle() {
         engine.step(Duration::ZERO);
-        engine
-            .events()
-            .iter()
-            .for_each(|(_, event)| record(&mut outcome, event));
+        engine.events().iter().for_each(|(_, event)| record(&mut outcome, event));
     }
     outcome
 }
@@ -123,13 +107,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
             let id = RequestId(next_id as u64);
             let request = random_request(&mut rng, config.max_model_len);
             requests.insert(id, request.clone());
-            outcomes.insert(
-                id,
-                Outcome {
-                    tokens: Vec::new(),
-                    end: None,
-                },
-            );
+            outcomes.insert(id, Outcome { tokens: Vec::new(), end: None });
             engine.add(id, request, now);
             next_id += 1;
         }
@@ -139,28 +117,13 @@ fn simulate(seed: u64, totals: &mut Totals) {
             aborted.insert(id);
         }
         let report = engine.step(now);
-        engine
-            .check()
-            .unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
+        engine.check().unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
         let plan = engine.plan();
-        assert!(
-            plan.num_tokens() <= config.max_num_batched_tokens,
-            "seed {seed}: budget"
-        );
-        assert!(
-            plan.sequences.len() <= config.max_num_seqs,
-            "seed {seed}: sequences"
-        );
+        assert!(plan.num_tokens() <= config.max_num_batched_tokens, "seed {seed}: budget");
+        assert!(plan.sequences.len() <= config.max_num_seqs, "seed {seed}: sequences");
         let is_idle_step = plan.is_empty() && !engine.is_idle();
-        assert!(
-            !is_idle_step,
-            "seed {seed}: work is there and nothing was scheduled"
-        );
-        let num_decodes = plan
-            .sequences
-            .iter()
-            .filter(|s| s.num_scheduled_tokens == 1)
-            .count();
+        assert!(!is_idle_step, "seed {seed}: work is there and nothing was scheduled");
+        let num_decodes = plan.sequences.iter().filter(|s| s.num_scheduled_tokens == 1).count();
         totals.num_mixed_steps += usize::from(num_decodes > 0 && num_decodes < plan.sequences.len());
         totals.num_preemptions += report.num_preemptions;
         totals.num_failures += usize::from(report.failed);
@@ -172,33 +135,19 @@ fn simulate(seed: u64, totals: &mut Totals) {
         assert!(num_steps < 1_000_000, "seed {seed}: no end");
     }
     let gauges = engine.gauges();
-    assert_eq!(
-        (gauges.num_used_blocks, gauges.num_running, gauges.num_waiting),
-        (0, 0, 0),
-        "seed {seed}"
-    );
+    assert_eq!((gauges.num_used_blocks, gauges.num_running, gauges.num_waiting), (0, 0, 0), "seed {seed}");
     for (id, outcome) in &outcomes {
         let is_failed = matches!(outcome.end, Some(TokenEvent::Failed(_)));
         if is_failed {
             assert!(fails, "seed {seed}: {id:?} failed");
         }
         if outcome.end.is_none() || is_failed {
-            assert!(
-                is_failed || aborted.contains(id),
-                "seed {seed}: {id:?} has no end"
-            );
+            assert!(is_failed || aborted.contains(id), "seed {seed}: {id:?} has no end");
             let expected = isolated(&requests[id]).tokens;
-            assert!(
-                expected.starts_with(&outcome.tokens),
-                "seed {seed}: {id:?} differs before its abort"
-            );
+            assert!(expected.starts_with(&outcome.tokens), "seed {seed}: {id:?} differs before its abort");
             continue;
         }
-        assert_eq!(
-            *outcome,
-            isolated(&requests[id]),
-            "seed {seed}: {id:?} differs from its isolated run"
-        );
+        assert_eq!(*outcome, isolated(&requests[id]), "seed {seed}: {id:?} differs from its isolated run");
     }
     totals.num_aborts += aborted.len();
     totals.num_requests += num_requests;
@@ -222,38 +171,22 @@ fn with_failures(
 
 #[test]
 fn invariants_hold_and_batching_changes_nothing() {
-    let env = |name: &str| {
-        std::env::var(name)
-            .ok()
-            .map(|value| value.parse::<u64>().expect(name))
-    };
+    let env = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect(name));
     let seeds = match env("GLMSERVE_SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..env("GLMSERVE_SIM_RUNS").unwrap_or(2_000),
     };
     let is_whole = seeds.end - seeds.start > 100;
-    let mut totals = Totals {
-        num_preemptions: 0,
-        num_aborts: 0,
-        num_failures: 0,
-        num_mixed_steps: 0,
-        num_requests: 0,
-    };
+    let mut totals =
+        Totals { num_preemptions: 0, num_aborts: 0, num_failures: 0, num_mixed_steps: 0, num_requests: 0 };
     seeds.for_each(|seed| simulate(seed, &mut totals));
-    let Totals {
-        num_preemptions,
-        num_aborts,
-        num_failures,
-        num_mixed_steps,
-        num_requests,
-    } = totals;
+    let Totals { num_preemptions, num_aborts, num_failures, num_mixed_steps, num_requests } = totals;
     println!(
         "{num_requests} requests, {num_preemptions} preemptions, {num_aborts} aborts, {num_failures} failed steps, {num_mixed_steps} mixed steps"
     );
     // The simulation must have met what it is there for.
-    let all_met = [num_preemptions, num_aborts, num_failures, num_mixed_steps]
-        .iter()
-        .all(|&count| count > 50);
+    let all_met =
+        [num_preemptions, num_aborts, num_failures, num_mixed_steps].iter().all(|&count| count > 50);
     assert!(!is_whole || all_met, "the simulation is too tame");
 }
 
@@ -261,21 +194,12 @@ fn invariants_hold_and_batching_changes_nothing() {
 /// many younger ones press: it is never preempted.
 #[test]
 fn the_oldest_is_never_preempted() {
-    let config = EngineConfig {
-        max_num_seqs: 8,
-        max_num_batched_tokens: 16,
-        max_model_len: 64,
-        ..Default::default()
-    };
+    let config =
+        EngineConfig { max_num_seqs: 8, max_num_batched_tokens: 16, max_model_len: 64, ..Default::default() };
     let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 4, 16), config, VOCAB_SIZE);
     let request = |num_prompt_tokens, max_tokens| Request {
         prompt_token_ids: vec![1; num_prompt_tokens],
-        sampling: SamplingParams {
-            max_tokens,
-            ignore_eos: true,
-            temperature: 0.0,
-            ..Default::default()
-        },
+        sampling: SamplingParams { max_tokens, ignore_eos: true, temperature: 0.0, ..Default::default() },
     };
     engine.add(RequestId(0), request(16, 48), Duration::ZERO);
     (1..40).for_each(|id| engine.add(RequestId(id), request(8, 40), Duration::ZERO));
@@ -283,13 +207,6 @@ fn the_oldest_is_never_preempted() {
         engine.step(Duration::ZERO);
         engine.check().unwrap();
     }
-    let end = TokenEvent::Finished {
-        reason: FinishReason::Length,
-        num_generated_tokens: 48,
-    };
-    assert!(
-        engine.events().contains(&(RequestId(0), end)),
-        "{:?}",
-        engine.events()
-    );
+    let end = TokenEvent::Finished { reason: FinishReason::Length, num_generated_tokens: 48 };
+    assert!(engine.events().contains(&(RequestId(0), end)), "{:?}", engine.events());
 }

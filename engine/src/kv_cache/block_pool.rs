@@ -18,11 +18,7 @@ impl BlockPool {
     /// A pool of `num_blocks` free blocks of `block_size` tokens.
     pub fn new(num_blocks: usize, block_size: usize) -> Self {
         let free = (0..num_blocks as BlockId).rev().collect();
-        Self {
-            free,
-            ref_counts: vec![0; num_blocks],
-            block_size,
-        }
+        Self { free, ref_counts: vec![0; num_blocks], block_size }
     }
 
     /// Tokens a block holds.
@@ -74,9 +70,7 @@ impl BlockPool {
         }
         for (block, (&expected, &found)) in self.ref_counts.iter().zip(&seen).enumerate() {
             if expected != found {
-                return Err(format!(
-                    "block {block} counts {expected} references, tables hold {found}"
-                ));
+                return Err(format!("block {block} counts {expected} references, tables hold {found}"));
             }
         }
         let num_referenced = seen.iter().filter(|&&count| count > 0).count();

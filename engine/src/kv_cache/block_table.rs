@@ -14,9 +14,7 @@ pub struct BlockTable {
 impl BlockTable {
     /// An empty table that can grow to `capacity` blocks without allocating memory.
     pub fn with_capacity(capacity: usize) -> Self {
-        Self {
-            blocks: Vec::with_capacity(capacity),
-        }
+        Self { blocks: Vec::with_capacity(capacity) }
     }
 
     /// The blocks.

@@ -77,10 +77,7 @@ impl PagedAttention {
     /// The operator for sessions of `num_threads` threads; 0 is one a core.
     pub(super) fn new(num_threads: usize) -> Self {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
-            num_threads: if num_threads == 0 { cores() } else { num_threads },
-            workspace: Arc::default(),
-        }
+        Self { num_threads: if num_threads == 0 { cores() } else { num_threads }, workspace: Arc::default() }
     }
 }
 
@@ -105,12 +102,7 @@ impl Operator for PagedAttention {
     fn infer_shape(&self, ctx: &mut ShapeInferenceContext) -> ort::Result<()> {
         let (heads, kv_heads): (i64, i64) = (ctx.attr("num_heads")?, ctx.attr("kv_num_heads")?);
         let inputs = ctx.inputs();
-        let Some(ValueType::Tensor {
-            ty,
-            shape,
-            dimension_symbols,
-        }) = inputs.first()
-        else {
+        let Some(ValueType::Tensor { ty, shape, dimension_symbols }) = inputs.first() else {
             return Ok(());
         };
         let parts = heads.saturating_add(kv_heads.saturating_mul(2));
@@ -206,9 +198,7 @@ impl PagedAttentionKernel {
             Batch::check(&self.attributes, &inputs, key_cache.shape(), value_cache.shape()).map_err(error)?;
         let geometry = batch.geometry;
         let shape = [batch.num_tokens as i64, geometry.output_width() as i64];
-        let mut output = ctx
-            .output(0, shape)?
-            .ok_or_else(|| error("output: is not wanted".into()))?;
+        let mut output = ctx.output(0, shape)?.ok_or_else(|| error("output: is not wanted".into()))?;
         if batch.num_tokens == 0 {
             return Ok(());
         }
@@ -217,10 +207,7 @@ impl PagedAttentionKernel {
         // caller gives memory of this shape that nobody else uses during the run.
         let cache = unsafe { KvCache::new(floats(key_cache)?, floats(value_cache)?, geometry) };
         let scale = self.attributes.scale;
-        let threads = SessionThreads {
-            ctx,
-            num_threads: self.num_threads,
-        };
+        let threads = SessionThreads { ctx, num_threads: self.num_threads };
         let mut own = Workspace::default();
         let mut shared = match self.workspace.try_lock() {
             Ok(shared) => Some(shared),
@@ -262,8 +249,7 @@ impl<'a> Values<'a> {
     }
 
     fn required(&self, i: usize) -> ort::Result<&ValueRef<'a, DynTensorValueType>> {
-        self.optional(i)
-            .ok_or_else(|| error(format!("{}: is absent", INPUTS[i].0)))
+        self.optional(i).ok_or_else(|| error(format!("{}: is absent", INPUTS[i].0)))
     }
 }
 

@@ -23,9 +23,7 @@ pub struct FakeRunner {
 
 impl std::fmt::Debug for FakeRunner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FakeRunner")
-            .field("layout", &self.layout)
-            .finish_non_exhaustive()
+        f.debug_struct("FakeRunner").field("layout", &self.layout).finish_non_exhaustive()
     }
 }
 
@@ -40,11 +38,7 @@ impl FakeRunner {
     pub fn scripted(vocab_size: usize, num_blocks: usize, block_size: usize, reply: Reply) -> Self {
         let num_slots = num_blocks * block_size;
         Self {
-            layout: KvCacheLayout {
-                num_blocks,
-                block_size,
-                num_bytes: num_slots * size_of::<u32>(),
-            },
+            layout: KvCacheLayout { num_blocks, block_size, num_bytes: num_slots * size_of::<u32>() },
             slots: vec![None; num_slots],
             logits: Array2::zeros((0, vocab_size)),
             history: Vec::new(),
@@ -89,10 +83,7 @@ impl ModelRunner for FakeRunner {
         for (index, scheduled) in plan.sequences.iter().enumerate() {
             let Some(row) = scheduled.logits_row else { continue };
             let blocks = &plan.block_table[index * plan.max_num_blocks..][..plan.max_num_blocks];
-            self.read_back(
-                blocks,
-                scheduled.num_computed_tokens + scheduled.num_scheduled_tokens,
-            )?;
+            self.read_back(blocks, scheduled.num_computed_tokens + scheduled.num_scheduled_tokens)?;
             let next = (self.reply)(&self.history)?;
             // Every token has a weight, so that sampling has something to choose from.
             let seed = hash(&self.history);
@@ -101,9 +92,7 @@ impl ModelRunner for FakeRunner {
             }
             self.logits[(row, next as usize)] = 8.0;
         }
-        Ok(StepOutput {
-            logits: self.logits.slice(s![..num_rows, ..]),
-        })
+        Ok(StepOutput { logits: self.logits.slice(s![..num_rows, ..]) })
     }
 }
 

@@ -68,21 +68,10 @@ impl OrtRunner {
         let session = open(&environment, &dir.join(&graph.file), options.num_threads).map_err(runtime)?;
         let mut binding = session.create_binding().map_err(runtime)?;
         bind_caches(&mut binding, &manifest.geometry, &graph, layout).map_err(runtime)?;
-        let logits_memory = MemoryInfo::new(
-            AllocationDevice::CPU,
-            0,
-            AllocatorType::Device,
-            MemoryType::Default,
-        );
+        let logits_memory =
+            MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::Default);
         let logits_memory = logits_memory.map_err(runtime)?;
-        Ok(Self {
-            session,
-            binding,
-            graph,
-            layout,
-            logits_memory,
-            logits: None,
-        })
+        Ok(Self { session, binding, graph, layout, logits_memory, logits: None })
     }
 
     fn run_bound(&mut self, plan: &StepPlan) -> ort::Result<DynValue> {
@@ -90,13 +79,10 @@ impl OrtRunner {
         self.logits = None;
         bind_step(&mut self.binding, &self.graph.names, plan)?;
         // A binding keeps the tensor it returned, and the next step may want another number of rows.
-        self.binding
-            .bind_output_to_device(self.graph.names.logits.as_str(), &self.logits_memory)?;
+        self.binding.bind_output_to_device(self.graph.names.logits.as_str(), &self.logits_memory)?;
         let mut outputs = self.session.run_binding(&self.binding)?;
         let name = self.graph.names.logits.as_str();
-        outputs
-            .remove(name)
-            .ok_or_else(|| ort::Error::new(format!("the graph has no output {name}")))
+        outputs.remove(name).ok_or_else(|| ort::Error::new(format!("the graph has no output {name}")))
     }
 }
 
@@ -110,11 +96,7 @@ fn layout(geometry: &Geometry, graph: &Graph, kv_cache_bytes: usize) -> Result<K
             "the KV cache budget of {kv_cache_bytes} bytes holds no block: one takes {block_bytes} bytes"
         )));
     }
-    Ok(KvCacheLayout {
-        num_blocks,
-        block_size: graph.block_size,
-        num_bytes: num_blocks * block_bytes,
-    })
+    Ok(KvCacheLayout { num_blocks, block_size: graph.block_size, num_bytes: num_blocks * block_bytes })
 }
 
 fn open(environment: &Environment, path: &Path, num_threads: usize) -> ort::Result<Session> {
@@ -132,12 +114,7 @@ fn bind_caches(
     graph: &Graph,
     layout: KvCacheLayout,
 ) -> ort::Result<()> {
-    let shape = [
-        layout.num_blocks,
-        layout.block_size,
-        geometry.num_kv_heads,
-        geometry.head_dim,
-    ];
+    let shape = [layout.num_blocks, layout.block_size, geometry.num_kv_heads, geometry.head_dim];
     let patterns = [&graph.names.key_cache, &graph.names.value_cache];
     for layer in 0..geometry.num_layers {
         for pattern in patterns {
@@ -157,16 +134,10 @@ impl ModelRunner for OrtRunner {
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
         let failed = |error: ort::Error| RunError(error.to_string());
         let logits = self.run_bound(plan).map_err(failed)?;
-        let (shape, values) = self
-            .logits
-            .insert(logits)
-            .try_extract_tensor::<f32>()
-            .map_err(failed)?;
+        let (shape, values) = self.logits.insert(logits).try_extract_tensor::<f32>().map_err(failed)?;
         let shape = (shape[0] as usize, shape[1] as usize);
         let logits = ArrayView2::from_shape(shape, values).map_err(|error| RunError(error.to_string()))?;
         // A step without wanted rows still asked for one: see `bind_step`.
-        Ok(StepOutput {
-            logits: logits.slice_move(s![..plan.logits_indices.len(), ..]),
-        })
+        Ok(StepOutput { logits: logits.slice_move(s![..plan.logits_indices.len(), ..]) })
     }
 }

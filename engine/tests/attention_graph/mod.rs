@@ -51,10 +51,7 @@ fn library() -> PathBuf {
         .flatten()
         .map(|entry| entry.path())
         .find(|path| {
-            let name = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or_default();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             name.starts_with("libonnxruntime.so.")
         })
         .unwrap_or_else(|| {
@@ -72,9 +69,7 @@ pub(crate) fn environment() -> &'static Environment {
     ENVIRONMENT.get_or_init(|| {
         let library = library();
         let builder = ort::init_from(&library).unwrap_or_else(|e| panic!("{}: {e}", library.display()));
-        builder
-            .build()
-            .unwrap_or_else(|e| panic!("{}: {e}", library.display()))
+        builder.build().unwrap_or_else(|e| panic!("{}: {e}", library.display()))
     })
 }
 
@@ -100,9 +95,7 @@ pub(crate) fn session(
     for name in names {
         node.text(1, name);
     }
-    node.text(2, "output")
-        .text(3, "attention")
-        .text(4, "PagedAttention");
+    node.text(2, "output").text(3, "attention").text(4, "PagedAttention");
     for (name, value) in attributes {
         node.message(5, &attribute(name, *value));
     }
@@ -165,8 +158,7 @@ fn value_info(name: &str, float: bool, rank: usize) -> Message {
     let mut tensor = Message::default();
     tensor.int(1, if float { 1 } else { 6 }).message(2, &shape);
     let mut info = Message::default();
-    info.text(1, name)
-        .message(2, Message::default().message(1, &tensor));
+    info.text(1, name).message(2, Message::default().message(1, &tensor));
     info
 }
 

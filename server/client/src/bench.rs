@@ -107,47 +107,26 @@ pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
         None => first_model(&client).await?,
     };
     let seed = args.seed.unwrap_or_else(clock::fresh_seed);
-    let workload = Workload {
-        model,
-        seed,
-        max_tokens: args.max_tokens,
-    };
+    let workload = Workload { model, seed, max_tokens: args.max_tokens };
     let rate = measure_token_rate(&client, &workload).await?;
-    let bench = Arc::new(Bench {
-        num_words: words_of(&args, rate),
-        client,
-        workload,
-    });
+    let bench = Arc::new(Bench { num_words: words_of(&args, rate), client, workload });
     let mut num_sent = u64::from(TokenRate::PROBE_WORDS.len() as u32);
     let mut runs = Vec::new();
     for &streams in &args.streams {
-        let wave = Wave {
-            streams,
-            requests_per_stream: 1,
-            first_index: num_sent,
-        };
+        let wave = Wave { streams, requests_per_stream: 1, first_index: num_sent };
         num_sent += u64::from(streams);
         bench.run(wave).await;
         let before = read_counters(&bench.client, &args).await?;
         let started = clock::now();
-        let wave = Wave {
-            streams,
-            requests_per_stream: args.requests_per_stream,
-            first_index: num_sent,
-        };
+        let wave = Wave { streams, requests_per_stream: args.requests_per_stream, first_index: num_sent };
         num_sent += u64::from(streams) * u64::from(args.requests_per_stream);
         let samples = bench.run(wave).await;
         let mut run = RunReport::new(streams, args.max_tokens, clock::now() - started, &samples);
         let after = read_counters(&bench.client, &args).await?;
         run.tokens_per_step = after.tokens_per_step(&before);
-        let resident_bytes = after
-            .resident_bytes
-            .or_else(|| server_side::resident_bytes(args.pid?));
+        let resident_bytes = after.resident_bytes.or_else(|| server_side::resident_bytes(args.pid?));
         run.resident_mib = resident_bytes.map(|bytes| bytes / f64::from(1 << 20));
-        eprintln!(
-            "{streams} streams: {:.1} output tok/s in {:.1} s",
-            run.output_tokens_per_s, run.wall_s
-        );
+        eprintln!("{streams} streams: {:.1} output tok/s in {:.1} s", run.output_tokens_per_s, run.wall_s);
         runs.push(run);
     }
     let report = BenchReport {
@@ -187,20 +166,13 @@ async fn measure_token_rate(client: &Client, workload: &Workload) -> Result<Toke
 }
 
 fn words_of(args: &BenchArgs, rate: TokenRate) -> Vec<u32> {
-    args.prompt_tokens
-        .iter()
-        .map(|&prompt_tokens| rate.num_words(prompt_tokens))
-        .collect()
+    args.prompt_tokens.iter().map(|&prompt_tokens| rate.num_words(prompt_tokens)).collect()
 }
 
 /// Metrics that were asked for must be there; those at the default address need not.
 async fn read_counters(client: &Client, args: &BenchArgs) -> Result<Counters, BenchError> {
     match &args.metrics_url {
-        Some(url) => client
-            .get(url)
-            .await
-            .map(|text| Counters::parse(&text))
-            .map_err(BenchError::Metrics),
+        Some(url) => client.get(url).await.map(|text| Counters::parse(&text)).map_err(BenchError::Metrics),
         None => {
             let text = client.get(&client.url("/metrics")).await.unwrap_or_default();
             Ok(Counters::parse(&text))
@@ -265,15 +237,7 @@ mod tests {
             #[command(flatten)]
             bench: BenchArgs,
         }
-        let words = [
-            "bench",
-            "--base-url",
-            &server.base_url,
-            "--max-tokens",
-            "2",
-            "--seed",
-            "5",
-        ];
+        let words = ["bench", "--base-url", &server.base_url, "--max-tokens", "2", "--seed", "5"];
         let cli: Cli = clap::Parser::try_parse_from(words.iter().chain(more)).expect("good arguments");
         cli.bench
     }
@@ -302,40 +266,22 @@ mod tests {
         let json = std::env::temp_dir().join(format!("glmserve-bench-{}.json", std::process::id()));
         let path = json.to_str().expect("a plain path");
         let pid = std::process::id().to_string();
-        let report = run(args(
-            &server,
-            &["--streams", "1,3", "--json", path, "--pid", &pid],
-        ))
-        .await
-        .expect("a report");
+        let report =
+            run(args(&server, &["--streams", "1,3", "--json", path, "--pid", &pid])).await.expect("a report");
         let written = std::fs::read_to_string(&json).expect("the report was written");
         std::fs::remove_file(&json).expect("it was there");
-        assert_eq!(
-            written,
-            serde_json::to_string_pretty(&report).expect("JSON") + "\n"
-        );
+        assert_eq!(written, serde_json::to_string_pretty(&report).expect("JSON") + "\n");
         assert!(report.is_clean());
         assert_eq!(report.model, "m");
-        let counts: Vec<(u32, u64, u64)> = report
-            .runs
-            .iter()
-            .map(|run| (run.streams, run.num_ok, run.completion_tokens))
-            .collect();
+        let counts: Vec<(u32, u64, u64)> =
+            report.runs.iter().map(|run| (run.streams, run.num_ok, run.completion_tokens)).collect();
         assert_eq!(counts, [(1, 4, 8), (3, 12, 24)]);
         assert_eq!(report.runs[1].tokens_per_step, Some(2.0));
         assert!(report.runs[1].resident_mib.expect("this process has memory") > 1.0);
         let table = report.to_string();
         println!("{table}");
-        let row = |name: &str| {
-            table
-                .lines()
-                .find(|line| line.starts_with(name))
-                .expect("the row")
-        };
-        assert_eq!(
-            row("ok").split_whitespace().collect::<Vec<_>>(),
-            ["ok", "4", "12"]
-        );
+        let row = |name: &str| table.lines().find(|line| line.starts_with(name)).expect("the row");
+        assert_eq!(row("ok").split_whitespace().collect::<Vec<_>>(), ["ok", "4", "12"]);
         let width = row("streams").len();
         assert_eq!(row("server RSS MiB").len(), width, "the columns are aligned");
     }
@@ -351,18 +297,11 @@ mod tests {
             _ => Reply::sse().part(GOOD.as_bytes()),
         })
         .await;
-        let report = run(args(&server, &["--streams", "1", "--requests-per-stream", "5"]))
-            .await
-            .expect("a report");
+        let report =
+            run(args(&server, &["--streams", "1", "--requests-per-stream", "5"])).await.expect("a report");
         let run = &report.runs[0];
-        assert_eq!(
-            (run.num_ok, run.num_truncated, run.num_empty, run.num_failed),
-            (1, 1, 1, 2)
-        );
-        assert_eq!(
-            run.errors,
-            ["the stream ended without [DONE]", "lost", "HTTP 503: full"]
-        );
+        assert_eq!((run.num_ok, run.num_truncated, run.num_empty, run.num_failed), (1, 1, 1, 2));
+        assert_eq!(run.errors, ["the stream ended without [DONE]", "lost", "HTTP 503: full"]);
         assert!(!report.is_clean());
         assert!(report.to_string().contains("1 streams: HTTP 503: full"));
     }
@@ -370,9 +309,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_cannot_be_measured_is_an_error() {
         let failing = server(|_| Reply::status("500 Oops").part(b"broken")).await;
-        let error = run(args(&failing, &[]))
-            .await
-            .expect_err("the first request failed");
+        let error = run(args(&failing, &[])).await.expect_err("the first request failed");
         assert_eq!(error.to_string(), "the first request failed: HTTP 500: broken");
         let good = server(|_| Reply::sse().part(GOOD.as_bytes())).await;
         let error = run(args(&good, &["--metrics-url", "http://127.0.0.1:1/metrics"])).await;

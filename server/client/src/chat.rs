@@ -18,10 +18,7 @@ pub struct Message {
 impl Message {
     /// A message of `role` that says `content`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self {
-            role: role.into(),
-            content: content.into(),
-        }
+        Self { role: role.into(), content: content.into() }
     }
 }
 
@@ -120,10 +117,7 @@ impl ApiError {
 
     fn from_value(error: &Value) -> Option<Self> {
         match error {
-            Value::String(message) => Some(Self {
-                message: message.clone(),
-                ..Self::default()
-            }),
+            Value::String(message) => Some(Self { message: message.clone(), ..Self::default() }),
             Value::Object(fields) if fields.contains_key("message") => Self::deserialize(error).ok(),
             _ => None,
         }
@@ -173,10 +167,9 @@ pub(crate) fn read_event(
     }
     if event == Some("error") {
         let error = ApiError::parse(data);
-        emit(StreamEvent::Error(error.unwrap_or_else(|| ApiError {
-            message: data.into(),
-            ..ApiError::default()
-        })));
+        emit(StreamEvent::Error(
+            error.unwrap_or_else(|| ApiError { message: data.into(), ..ApiError::default() }),
+        ));
         return Ok(());
     }
     let chunk: Chunk = serde_json::from_str(data)?;
@@ -200,10 +193,9 @@ pub(crate) fn read_event(
     }
     if let Some(error) = chunk.error {
         let error = ApiError::from_value(&error);
-        emit(StreamEvent::Error(error.unwrap_or_else(|| ApiError {
-            message: data.into(),
-            ..ApiError::default()
-        })));
+        emit(StreamEvent::Error(
+            error.unwrap_or_else(|| ApiError { message: data.into(), ..ApiError::default() }),
+        ));
     }
     Ok(())
 }
@@ -259,12 +251,8 @@ mod tests {
 
     #[test]
     fn each_form_of_an_error_is_read() {
-        let told = |message: &str| {
-            StreamEvent::Error(ApiError {
-                message: message.into(),
-                ..ApiError::default()
-            })
-        };
+        let told =
+            |message: &str| StreamEvent::Error(ApiError { message: message.into(), ..ApiError::default() });
         assert_eq!(read(Some("error"), "plain words"), [told("plain words")]);
         assert_eq!(read(Some("error"), r#"{"error":{"message":"m"}}"#), [told("m")]);
         assert_eq!(read(None, r#"{"error":"m"}"#), [told("m")]);

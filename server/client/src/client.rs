@@ -54,9 +54,7 @@ impl Client {
     /// A client with `config`. It goes to the server itself, never by a proxy from the environment: a proxy
     /// that buffers would change what is measured. HTTPS is not built in.
     pub fn new(mut config: ClientConfig) -> Result<Self, ClientError> {
-        config
-            .base_url
-            .truncate(config.base_url.trim_end_matches('/').len());
+        config.base_url.truncate(config.base_url.trim_end_matches('/').len());
         let http = reqwest::Client::builder()
             .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
@@ -76,22 +74,14 @@ impl Client {
             stream_options: Value,
         }
         let stream_options = json!({"include_usage": true});
-        self.stream(&Streamed {
-            request,
-            stream: true,
-            stream_options,
-        })
-        .await
+        self.stream(&Streamed { request, stream: true, stream_options }).await
     }
 
     /// Posts any JSON to the chat endpoint and reads the answer as a stream, which `body` has to ask for.
     pub async fn stream<B: Serialize + ?Sized>(&self, body: &B) -> Result<ChatStream, ClientError> {
         let request = self.http.post(self.url("/v1/chat/completions")).json(body);
         let response = self.send(request.header(ACCEPT, "text/event-stream")).await?;
-        let content_type = response
-            .headers()
-            .get(CONTENT_TYPE)
-            .and_then(|value| value.to_str().ok());
+        let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let content_type = content_type.unwrap_or_default();
         if !content_type.starts_with("text/event-stream") {
             return Err(ClientError::NotAStream(content_type.to_owned()));
@@ -105,10 +95,7 @@ impl Client {
         let list: Value =
             serde_json::from_str(&body).map_err(|error| ClientError::malformed(&error, &body))?;
         let models = list["data"].as_array().map_or(&[][..], Vec::as_slice);
-        Ok(models
-            .iter()
-            .filter_map(|model| model["id"].as_str().map(str::to_owned))
-            .collect())
+        Ok(models.iter().filter_map(|model| model["id"].as_str().map(str::to_owned)).collect())
     }
 
     /// The body at `url`, such as the server's `/metrics`; the key goes to the server itself only.
@@ -142,10 +129,7 @@ impl Client {
         if status.is_success() {
             return Ok(response);
         }
-        let retry_after = response
-            .headers()
-            .get(RETRY_AFTER)
-            .and_then(|value| value.to_str().ok());
+        let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
         let retry_after_s = retry_after.and_then(|value| value.trim().parse().ok());
         let body = self.body(response).await?;
         Err(ClientError::Status {
@@ -195,15 +179,8 @@ mod tests {
     #[tokio::test]
     async fn the_request_asks_for_a_stream_with_usage_and_carries_the_key() {
         let server = CannedServer::start(|head, body| {
-            assert!(
-                head.starts_with("POST /v1/chat/completions HTTP/1.1\r\n"),
-                "{head}"
-            );
-            assert!(
-                head.to_lowercase()
-                    .contains("\r\nauthorization: bearer secret\r\n"),
-                "{head}"
-            );
+            assert!(head.starts_with("POST /v1/chat/completions HTTP/1.1\r\n"), "{head}");
+            assert!(head.to_lowercase().contains("\r\nauthorization: bearer secret\r\n"), "{head}");
             let body: Value = serde_json::from_str(body).expect("JSON");
             assert_eq!(body["stream"], true);
             assert_eq!(body["stream_options"]["include_usage"], true);
@@ -211,10 +188,7 @@ mod tests {
             Reply::sse().part(b"id: 9\ndata: [DONE]\n\n")
         })
         .await;
-        let mut request = ChatRequest {
-            model: "m".into(),
-            ..ChatRequest::default()
-        };
+        let mut request = ChatRequest { model: "m".into(), ..ChatRequest::default() };
         request.extra.insert("top_k".into(), json!(5));
         let mut stream = client(&server).await.chat(&request).await.expect("a stream");
         assert!(matches!(stream.next().await, Some(Ok(StreamEvent::Done))));
@@ -229,18 +203,9 @@ mod tests {
                 .part(br#"{"error":{"message":"the queue is full","type":"overloaded","code":"queue_full"}}"#)
         })
         .await;
-        let error = client(&server)
-            .await
-            .chat(&ChatRequest::default())
-            .await
-            .expect_err("a refusal");
+        let error = client(&server).await.chat(&ChatRequest::default()).await.expect_err("a refusal");
         assert_eq!(error.to_string(), "HTTP 429: the queue is full");
-        let ClientError::Status {
-            status: 429,
-            error: Some(error),
-            retry_after_s: Some(7),
-            ..
-        } = error
+        let ClientError::Status { status: 429, error: Some(error), retry_after_s: Some(7), .. } = error
         else {
             panic!("{error:?}")
         };
@@ -250,20 +215,10 @@ mod tests {
     #[tokio::test]
     async fn a_success_that_is_no_stream_and_a_dead_address_are_errors() {
         let server = CannedServer::start(|_, _| Reply::status("200 OK").part(b"{}")).await;
-        let error = client(&server)
-            .await
-            .chat(&ChatRequest::default())
-            .await
-            .expect_err("no stream");
-        assert!(
-            matches!(&error, ClientError::NotAStream(kind) if kind == "application/json"),
-            "{error:?}"
-        );
+        let error = client(&server).await.chat(&ChatRequest::default()).await.expect_err("no stream");
+        assert!(matches!(&error, ClientError::NotAStream(kind) if kind == "application/json"), "{error:?}");
         let dead = Client::new(ClientConfig::new("http://127.0.0.1:1")).expect("a client");
-        let error = dead
-            .chat(&ChatRequest::default())
-            .await
-            .expect_err("nobody listens");
+        let error = dead.chat(&ChatRequest::default()).await.expect_err("nobody listens");
         assert!(error.to_string().contains("refused"), "{error}");
     }
 
@@ -274,9 +229,6 @@ mod tests {
             Reply::status("200 OK").part(br#"{"object":"list","data":[{"id":"chatglm3-6b"},{"id":"b"}]}"#)
         })
         .await;
-        assert_eq!(
-            client(&server).await.models().await.expect("a list"),
-            ["chatglm3-6b", "b"]
-        );
+        assert_eq!(client(&server).await.models().await.expect("a list"), ["chatglm3-6b", "b"]);
     }
 }

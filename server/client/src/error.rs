@@ -68,9 +68,6 @@ fn with_sources(error: &reqwest::Error) -> String {
 
 impl ClientError {
     pub(crate) fn malformed(reason: &serde_json::Error, data: &str) -> Self {
-        Self::Malformed {
-            reason: reason.to_string(),
-            data: data.chars().take(200).collect(),
-        }
+        Self::Malformed { reason: reason.to_string(), data: data.chars().take(200).collect() }
     }
 }

@@ -110,9 +110,7 @@ impl Parser {
         self.too_long = true;
         self.line = Vec::new();
         self.data = None;
-        EventTooLong {
-            max_event_bytes: self.max_event_bytes,
-        }
+        EventTooLong { max_event_bytes: self.max_event_bytes }
     }
 
     fn end_line(&mut self, frames: &mut VecDeque<Frame>) {
@@ -125,16 +123,10 @@ impl Parser {
             self.id.clone_from(&self.next_id);
             let event = self.event.take();
             if let Some(data) = self.data.take() {
-                frames.push_back(Frame::Event {
-                    id: self.id.clone(),
-                    event,
-                    data,
-                });
+                frames.push_back(Frame::Event { id: self.id.clone(), event, data });
             }
         } else if let Some(comment) = line.strip_prefix(':') {
-            frames.push_back(Frame::Comment(
-                comment.strip_prefix(' ').unwrap_or(comment).to_owned(),
-            ));
+            frames.push_back(Frame::Comment(comment.strip_prefix(' ').unwrap_or(comment).to_owned()));
         } else {
             let (field, value) = line.split_once(':').unwrap_or((&line, ""));
             let value = value.strip_prefix(' ').unwrap_or(value);
@@ -171,11 +163,7 @@ mod tests {
     }
 
     fn event(id: Option<&str>, event: Option<&str>, data: &str) -> Frame {
-        Frame::Event {
-            id: id.map(str::to_owned),
-            event: event.map(str::to_owned),
-            data: data.to_owned(),
-        }
+        Frame::Event { id: id.map(str::to_owned), event: event.map(str::to_owned), data: data.to_owned() }
     }
 
     const MIXED: &str = "\u{feff}: hello\r\n\r\nid: 7\revent:token\rdata: 你好\r\rdata\n\ndata:a\r\ndata: b\r\n\
@@ -197,11 +185,7 @@ mod tests {
     fn every_split_in_two_and_byte_by_byte_reads_the_same() {
         let bytes = MIXED.as_bytes();
         for cut in 0..=bytes.len() {
-            assert_eq!(
-                parse(&[&bytes[..cut], &[], &bytes[cut..]]),
-                mixed_frames(),
-                "cut at {cut}"
-            );
+            assert_eq!(parse(&[&bytes[..cut], &[], &bytes[cut..]]), mixed_frames(), "cut at {cut}");
         }
         assert_eq!(parse(&bytes.chunks(1).collect::<Vec<_>>()), mixed_frames());
     }
@@ -212,11 +196,7 @@ mod tests {
         let expected = parse(&[lf.as_bytes()]);
         assert_eq!(expected.len(), 3);
         for ending in ["\r", "\r\n"] {
-            assert_eq!(
-                parse(&[lf.replace('\n', ending).as_bytes()]),
-                expected,
-                "{ending:?}"
-            );
+            assert_eq!(parse(&[lf.replace('\n', ending).as_bytes()]), expected, "{ending:?}");
         }
     }
 
@@ -224,24 +204,13 @@ mod tests {
     fn an_unfinished_event_is_known_and_never_dispatched() {
         let mut parser = Parser::new(100);
         let mut frames = VecDeque::new();
-        for (bytes, partial) in [
-            ("data: a", true),
-            ("\n", true),
-            ("\n", false),
-            ("event: x\n", true),
-        ] {
+        for (bytes, partial) in [("data: a", true), ("\n", true), ("\n", false), ("event: x\n", true)] {
             parser.push(bytes.as_bytes(), &mut frames).expect("short");
             assert_eq!(parser.has_partial_event(), partial, "{bytes:?}");
         }
         assert_eq!(frames, [event(None, None, "a")]);
-        parser
-            .push(b"\n\nid: 1\n\nid: 2\ndata: cut", &mut frames)
-            .expect("short");
-        assert_eq!(
-            parser.last_event_id(),
-            Some("1"),
-            "what was cut off was not delivered"
-        );
+        parser.push(b"\n\nid: 1\n\nid: 2\ndata: cut", &mut frames).expect("short");
+        assert_eq!(parser.last_event_id(), Some("1"), "what was cut off was not delivered");
     }
 
     #[test]
@@ -249,32 +218,20 @@ mod tests {
         for bytes in ["data: 0123456789", "data: 01234\ndata: 56", ": 01234567890123"] {
             let mut parser = Parser::new(12);
             let mut frames = VecDeque::new();
-            parser
-                .push(b"data: ok\n\n", &mut frames)
-                .expect("within the limit");
+            parser.push(b"data: ok\n\n", &mut frames).expect("within the limit");
             assert_eq!(
                 parser.push(bytes.as_bytes(), &mut frames),
                 Err(EventTooLong { max_event_bytes: 12 }),
                 "{bytes:?}"
             );
-            assert!(
-                parser.push(b"\n\ndata: x\n\n", &mut frames).is_err(),
-                "it stays refused"
-            );
-            assert_eq!(
-                frames,
-                [event(None, None, "ok")],
-                "frames before the error are kept"
-            );
+            assert!(parser.push(b"\n\ndata: x\n\n", &mut frames).is_err(), "it stays refused");
+            assert_eq!(frames, [event(None, None, "ok")], "frames before the error are kept");
         }
     }
 
     #[test]
     fn an_id_with_a_nul_is_ignored_and_bad_utf8_is_replaced() {
-        assert_eq!(
-            parse(&[b"id: 1\nid: a\0b\ndata: \xff!\n\n"]),
-            [event(Some("1"), None, "\u{fffd}!")]
-        );
+        assert_eq!(parse(&[b"id: 1\nid: a\0b\ndata: \xff!\n\n"]), [event(Some("1"), None, "\u{fffd}!")]);
     }
 
     /// Text rich in what the grammar cares about.

@@ -64,10 +64,7 @@ impl ChatStream {
 
     /// A header of the answer.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.response
-            .headers()
-            .get(name)
-            .and_then(|value| value.to_str().ok())
+        self.response.headers().get(name).and_then(|value| value.to_str().ok())
     }
 
     async fn advance(&mut self) -> Result<Option<StreamEvent>, ClientError> {
@@ -149,17 +146,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_whole_stream_is_typed_events_up_to_done() {
-        let text = format!(
-            ": wait\n\nid: 4\n{}{}data: [DONE]\n\ndata: late\n\n",
-            delta("a"),
-            delta("你")
-        );
+        let text = format!(": wait\n\nid: 4\n{}{}data: [DONE]\n\ndata: late\n\n", delta("a"), delta("你"));
         // Cut inside a character, so that the bytes come in two reads.
         let cut = text.find('你').expect("it is there") + 1;
-        let reply = Reply::sse()
-            .part(&text.as_bytes()[..cut])
-            .pause_ms(5)
-            .part(&text.as_bytes()[cut..]);
+        let reply = Reply::sse().part(&text.as_bytes()[..cut]).pause_ms(5).part(&text.as_bytes()[cut..]);
         assert_eq!(
             read_all(reply).await,
             [
@@ -173,10 +163,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_end_without_done_is_truncated() {
-        let expected = [
-            Ok(StreamEvent::Delta("a".into())),
-            Err("the stream ended without [DONE]".into()),
-        ];
+        let expected = [Ok(StreamEvent::Delta("a".into())), Err("the stream ended without [DONE]".into())];
         assert_eq!(read_all(Reply::sse().part(delta("a").as_bytes())).await, expected);
         assert_eq!(
             read_all(Reply::sse().part(delta("a").as_bytes()).part(b"data: [DONE]\n")).await,
@@ -193,10 +180,7 @@ mod tests {
     #[tokio::test]
     async fn an_error_in_mid_stream_is_told_once_with_or_without_done() {
         let error = b"data: {\"error\":{\"message\":\"out of blocks\"}}\n\n";
-        let told = ApiError {
-            message: "out of blocks".into(),
-            ..ApiError::default()
-        };
+        let told = ApiError { message: "out of blocks".into(), ..ApiError::default() };
         let cut = read_all(Reply::sse().part(error)).await;
         assert_eq!(cut, [Ok(StreamEvent::Error(told.clone()))]);
         let done = read_all(Reply::sse().part(error).part(b"data: [DONE]\n\n")).await;
@@ -207,14 +191,8 @@ mod tests {
     async fn silence_bad_data_and_long_events_end_the_stream() {
         for (reply, words) in [
             (Reply::sse().pause_ms(2_000), "the server was silent for 300ms"),
-            (
-                Reply::sse().part(b"data: {nonsense\n\n"),
-                "an event that cannot be read: ",
-            ),
-            (
-                Reply::sse().part(&[b'x'; (1 << 20) + 1]),
-                "a server-sent event is longer than 1048576 bytes",
-            ),
+            (Reply::sse().part(b"data: {nonsense\n\n"), "an event that cannot be read: "),
+            (Reply::sse().part(&[b'x'; (1 << 20) + 1]), "a server-sent event is longer than 1048576 bytes"),
         ] {
             let events = read_all(reply).await;
             assert_eq!(events.len(), 1, "{events:?}");

@@ -17,9 +17,7 @@ pub(crate) struct Reply {
 impl Reply {
     fn head(status: &str, headers: &str) -> Self {
         let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n\r\n");
-        Self {
-            parts: vec![(Duration::ZERO, head.into_bytes())],
-        }
+        Self { parts: vec![(Duration::ZERO, head.into_bytes())] }
     }
 
     /// An event stream that ends when the connection closes.
@@ -29,10 +27,7 @@ impl Reply {
 
     /// An event stream in chunks, which the parts spell out.
     pub(crate) fn chunked_sse() -> Self {
-        Self::head(
-            "200 OK",
-            "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked",
-        )
+        Self::head("200 OK", "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked")
     }
 
     /// A JSON answer; `status` may carry header lines after it.
@@ -83,10 +78,8 @@ async fn answer(mut connection: TcpStream, reply: &(impl Fn(&str, &str) -> Reply
         let Some((head, body)) = text.split_once("\r\n\r\n") else {
             continue;
         };
-        let length = head
-            .to_lowercase()
-            .lines()
-            .find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+        let length =
+            head.to_lowercase().lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
         if body.len() >= length.unwrap_or(0) {
             break (format!("{head}\r\n"), body.to_owned());
         }

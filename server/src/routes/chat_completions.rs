@@ -34,12 +34,7 @@ pub(super) async fn create(body: web::Payload, state: web::Data<AppState>) -> Re
             .await
             .map_err(|error| ApiError::internal(error.to_string()))??
     };
-    let Completion {
-        request,
-        stop,
-        head,
-        stream,
-    } = completion;
+    let Completion { request, stop, head, stream } = completion;
     let reader = state.start_reply(request, stop, arrival)?;
     match stream {
         Some(options) => {

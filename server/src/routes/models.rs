@@ -8,12 +8,7 @@ use crate::state::AppState;
 
 /// All names.
 pub(super) async fn list(state: web::Data<AppState>) -> HttpResponse {
-    let models: Vec<Value> = state
-        .model
-        .names
-        .iter()
-        .map(|name| describe(&state, name))
-        .collect();
+    let models: Vec<Value> = state.model.names.iter().map(|name| describe(&state, name)).collect();
     HttpResponse::Ok().json(json!({"object": "list", "data": models}))
 }
 

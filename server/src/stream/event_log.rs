@@ -103,11 +103,7 @@ pub struct LogReader {
 pub fn event_log(limits: LogLimits) -> (LogWriter, LogReader) {
     let (sender, receiver) = watch::channel(Log::default());
     let writer = LogWriter { log: sender, limits };
-    let reader = LogReader {
-        log: receiver,
-        next_index: 0,
-        ended: false,
-    };
+    let reader = LogReader { log: receiver, next_index: 0, ended: false };
     (writer, reader)
 }
 
@@ -173,27 +169,15 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: LogLimits = LogLimits {
-        max_events: 3,
-        max_bytes: 4,
-    };
-    const USAGE: Usage = Usage {
-        num_prompt_tokens: 1,
-        num_generated_tokens: 1,
-    };
+    const LIMITS: LogLimits = LogLimits { max_events: 3, max_bytes: 4 };
+    const USAGE: Usage = Usage { num_prompt_tokens: 1, num_generated_tokens: 1 };
 
     fn delta(text: &str) -> Event {
-        Event::Delta {
-            text: text.to_owned(),
-            usage: USAGE,
-        }
+        Event::Delta { text: text.to_owned(), usage: USAGE }
     }
 
     fn finish() -> Event {
-        Event::Finish {
-            reason: EndReason::Stop,
-            usage: USAGE,
-        }
+        Event::Finish { reason: EndReason::Stop, usage: USAGE }
     }
 
     #[test]
@@ -212,10 +196,7 @@ mod tests {
     #[test]
     fn a_full_log_refuses_and_still_takes_the_terminal_event() {
         let (mut writer, mut reader) = event_log(LIMITS);
-        assert_eq!(
-            writer.append(delta("12345")),
-            Err(StreamError::TooLarge("number of bytes"))
-        );
+        assert_eq!(writer.append(delta("12345")), Err(StreamError::TooLarge("number of bytes")));
         for _ in 0..3 {
             writer.append(delta("1")).unwrap();
         }
@@ -231,10 +212,7 @@ mod tests {
         let (writer, mut reader) = event_log(LIMITS);
         assert_eq!(writer.abandoned().now_or_never(), None);
         drop(writer);
-        assert_eq!(
-            reader.next().now_or_never(),
-            Some(Some(Event::Error(StreamError::Lost)))
-        );
+        assert_eq!(reader.next().now_or_never(), Some(Some(Event::Error(StreamError::Lost))));
         assert_eq!(reader.next().now_or_never(), Some(None));
         let (writer, reader) = event_log(LIMITS);
         drop(reader);

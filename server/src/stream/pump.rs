@@ -36,10 +36,7 @@ impl Pump {
             tracing::warn!(%error, "a reply failed");
         }
         self.record.end(match end {
-            Event::Finish {
-                reason: EndReason::Length,
-                ..
-            } => Outcome::Length,
+            Event::Finish { reason: EndReason::Length, .. } => Outcome::Length,
             Event::Finish { .. } => Outcome::Stop,
             _ => Outcome::Error,
         });
@@ -48,10 +45,7 @@ impl Pump {
 
     /// Returns the terminal event, or `None` when nobody reads any more.
     async fn pump(&mut self) -> Option<Event> {
-        let mut usage = Usage {
-            num_prompt_tokens: self.num_prompt_tokens,
-            num_generated_tokens: 0,
-        };
+        let mut usage = Usage { num_prompt_tokens: self.num_prompt_tokens, num_generated_tokens: 0 };
         if let Err(error) = self.log.append(Event::Role) {
             return Some(Event::Error(error));
         }
@@ -66,13 +60,9 @@ impl Pump {
                     usage.num_generated_tokens += 1;
                     self.record.token();
                     let step = self.text.push(token_id);
-                    self.append(step, usage)
-                        .map(|stopped| stopped.then_some(EndReason::Stop))
+                    self.append(step, usage).map(|stopped| stopped.then_some(EndReason::Stop))
                 }
-                Some(TokenEvent::Finished {
-                    reason,
-                    num_generated_tokens,
-                }) => {
+                Some(TokenEvent::Finished { reason, num_generated_tokens }) => {
                     usage.num_generated_tokens = num_generated_tokens;
                     let step = self.text.finish();
                     self.append(step, usage).map(|stopped| match reason {
@@ -94,10 +84,7 @@ impl Pump {
     fn append(&mut self, step: ReplyStep, usage: Usage) -> Result<bool, StreamError> {
         if !step.text.is_empty() {
             self.record.text();
-            self.log.append(Event::Delta {
-                text: step.text,
-                usage,
-            })?;
+            self.log.append(Event::Delta { text: step.text, usage })?;
         }
         Ok(step.stopped)
     }

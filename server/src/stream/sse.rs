@@ -31,13 +31,7 @@ struct Writer<R> {
 
 /// A streaming answer that reads the log to its end.
 pub fn respond(reader: LogReader, render: impl Render + 'static, comment_period: Duration) -> HttpResponse {
-    let writer = Writer {
-        reader,
-        render,
-        ready: VecDeque::new(),
-        done: false,
-        comment_period,
-    };
+    let writer = Writer { reader, render, ready: VecDeque::new(), done: false, comment_period };
     let events = stream::unfold(writer, |mut writer| async {
         let event = writer.next().await?;
         Some((Ok::<_, Infallible>(event), writer))
@@ -86,10 +80,7 @@ mod tests {
         }
     }
 
-    const LIMITS: LogLimits = LogLimits {
-        max_events: 9,
-        max_bytes: 9,
-    };
+    const LIMITS: LogLimits = LogLimits { max_events: 9, max_bytes: 9 };
 
     #[actix_web::test]
     async fn a_stream_ends_with_done_after_an_error_too() {

@@ -38,12 +38,7 @@ pub struct ChatFormat {
 #[derive(Debug, Clone)]
 enum Style {
     /// `[gMASK] sop`, then `<|role|>` `\n` content for each turn; nothing ends a turn.
-    ChatGlm3 {
-        prefix: [u32; 2],
-        system: u32,
-        user: u32,
-        assistant: u32,
-    },
+    ChatGlm3 { prefix: [u32; 2], system: u32, user: u32, assistant: u32 },
     /// `<|im_start|>role\ncontent<|im_end|>\n` for each turn.
     ChatMl { im_start: u32, im_end: u32 },
 }
@@ -64,10 +59,7 @@ impl ChatFormat {
     /// # Errors
     /// [`TextError::ChatFormat`]: unknown, or a special token is missing in the manifest.
     pub fn new(chat: &Chat) -> Result<Self, TextError> {
-        let fail = |message: String| TextError::ChatFormat {
-            format: chat.format.clone(),
-            message,
-        };
+        let fail = |message: String| TextError::ChatFormat { format: chat.format.clone(), message };
         let id = |token: &str| {
             let id = chat.special_tokens.get(token).copied();
             id.ok_or_else(|| fail(format!("chat.special_tokens of the manifest lacks {token}")))
@@ -79,16 +71,10 @@ impl ChatFormat {
                 user: id("<|user|>")?,
                 assistant: id("<|assistant|>")?,
             },
-            "chatml" => Style::ChatMl {
-                im_start: id("<|im_start|>")?,
-                im_end: id("<|im_end|>")?,
-            },
+            "chatml" => Style::ChatMl { im_start: id("<|im_start|>")?, im_end: id("<|im_end|>")? },
             _ => return Err(fail("this build knows chatglm3 and chatml".into())),
         };
-        Ok(Self {
-            default_system: chat.default_system.clone(),
-            style,
-        })
+        Ok(Self { default_system: chat.default_system.clone(), style })
     }
 
     /// The prompt's ids, up to where the assistant's reply begins.
@@ -103,9 +89,7 @@ impl ChatFormat {
         let has_system = messages.iter().any(|message| message.role == Role::System);
         let default = self.default_system.iter().filter(|_| !has_system);
         let default = default.map(|content| (Role::System, content.as_str()));
-        let given = messages
-            .iter()
-            .map(|message| (message.role, message.content.as_str()));
+        let given = messages.iter().map(|message| (message.role, message.content.as_str()));
         for (role, content) in default.chain(given) {
             self.push_turn(role, content, tokenizer, &mut ids)?;
         }
@@ -127,12 +111,7 @@ impl ChatFormat {
         ids: &mut Vec<u32>,
     ) -> Result<(), TextError> {
         match self.style {
-            Style::ChatGlm3 {
-                system,
-                user,
-                assistant,
-                ..
-            } => {
+            Style::ChatGlm3 { system, user, assistant, .. } => {
                 ids.push(match role {
                     Role::System => system,
                     Role::User => user,
@@ -171,10 +150,7 @@ mod tests {
     use crate::fixtures;
 
     fn message(role: Role, content: &str) -> Message {
-        Message {
-            role,
-            content: content.to_owned(),
-        }
+        Message { role, content: content.to_owned() }
     }
 
     fn load(fixture: &fixtures::ModelDir) -> (ChatFormat, Tokenizer) {
@@ -188,15 +164,8 @@ mod tests {
         let (format, tokenizer) = load(&fixtures::chatglm3());
         let messages = [message(Role::System, "b"), message(Role::User, "a <|user|>")];
         let ids = format.encode(&messages, &tokenizer).unwrap();
-        let special: Vec<u32> = ids
-            .iter()
-            .copied()
-            .filter(|id| *id >= fixtures::FIRST_SPECIAL)
-            .collect();
-        assert_eq!(
-            special,
-            fixtures::ids(&["[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"])
-        );
+        let special: Vec<u32> = ids.iter().copied().filter(|id| *id >= fixtures::FIRST_SPECIAL).collect();
+        assert_eq!(special, fixtures::ids(&["[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"]));
         assert_eq!(format.reply_prefix(), "\n ");
     }
 
@@ -219,31 +188,17 @@ mod tests {
 
         let with_system = [message(Role::System, "x"), message(Role::User, "hi")];
         let ids = format.encode(&with_system, &tokenizer).unwrap();
-        assert_eq!(
-            ids.iter().filter(|id| **id == start).count(),
-            3,
-            "no second system turn"
-        );
+        assert_eq!(ids.iter().filter(|id| **id == start).count(), 3, "no second system turn");
     }
 
     #[test]
     fn an_unknown_format_or_a_missing_token_is_named() {
         let chat = |value| serde_json::from_value::<Chat>(value).unwrap();
         let unknown = chat(json!({"format": "alpaca", "special_tokens": {}, "default_system": null}));
-        assert!(
-            ChatFormat::new(&unknown)
-                .unwrap_err()
-                .to_string()
-                .contains("alpaca")
-        );
+        assert!(ChatFormat::new(&unknown).unwrap_err().to_string().contains("alpaca"));
         let lacking =
             chat(json!({"format": "chatml", "special_tokens": {"<|im_start|>": 1}, "default_system": null}));
-        assert!(
-            ChatFormat::new(&lacking)
-                .unwrap_err()
-                .to_string()
-                .contains("<|im_end|>")
-        );
+        assert!(ChatFormat::new(&lacking).unwrap_err().to_string().contains("<|im_end|>"));
     }
 
     /// The real tokenizer is not ours to ship: `GLMSERVE_TEST_CHATGLM3_TOKENIZER` names a converted copy.
@@ -261,10 +216,7 @@ mod tests {
                 "You are ChatGLM3, a large language model trained by Zhipu.AI. Follow the user's instructions carefully. Respond using markdown.",
             ),
             message(Role::User, "你好"),
-            message(
-                Role::Assistant,
-                "你好👋！我是ChatGLM3，很高兴见到你，欢迎问我任何问题。",
-            ),
+            message(Role::Assistant, "你好👋！我是ChatGLM3，很高兴见到你，欢迎问我任何问题。"),
         ];
         let expected = [
             64790, 64792, 64794, 30910, 13, 809, 383, 22011, 10461, 30944, 30966, 30932, 260, 1796, 3239,

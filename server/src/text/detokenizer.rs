@@ -19,20 +19,14 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// Starts at the beginning of a segment.
     pub fn new(vocabulary: Arc<Vocabulary>) -> Self {
-        Self {
-            vocabulary,
-            pending: Vec::with_capacity(16),
-            at_segment_start: true,
-        }
+        Self { vocabulary, pending: Vec::with_capacity(16), at_segment_start: true }
     }
 
     /// Appends to `text` what `id` completes. A special id ends the segment.
     pub fn push(&mut self, id: u32, text: &mut String) {
         match self.vocabulary.piece(id) {
             Piece::Special => {
-                self.pending
-                    .drain(..)
-                    .for_each(|_| text.push(char::REPLACEMENT_CHARACTER));
+                self.pending.drain(..).for_each(|_| text.push(char::REPLACEMENT_CHARACTER));
                 self.at_segment_start = true;
             }
             Piece::Text { bytes, word_start } => {
@@ -47,9 +41,7 @@ impl Detokenizer {
 
     /// Appends one U+FFFD for each byte that is left.
     pub fn finish(&mut self, text: &mut String) {
-        self.pending
-            .drain(..)
-            .for_each(|_| text.push(char::REPLACEMENT_CHARACTER));
+        self.pending.drain(..).for_each(|_| text.push(char::REPLACEMENT_CHARACTER));
     }
 }
 
@@ -64,10 +56,7 @@ fn take_characters(bytes: &mut Vec<u8>, text: &mut String) {
         if is_last && incomplete() {
             break;
         }
-        chunk
-            .invalid()
-            .iter()
-            .for_each(|_| text.push(char::REPLACEMENT_CHARACTER));
+        chunk.invalid().iter().for_each(|_| text.push(char::REPLACEMENT_CHARACTER));
         len += chunk.invalid().len();
     }
     bytes.drain(..len);
@@ -117,10 +106,7 @@ mod tests {
             let mut text = String::new();
             for (i, byte) in sample.bytes().enumerate() {
                 detokenizer.push(u32::from(byte), &mut text);
-                let whole = (0..=i + 1)
-                    .rev()
-                    .find(|end| sample.is_char_boundary(*end))
-                    .unwrap();
+                let whole = (0..=i + 1).rev().find(|end| sample.is_char_boundary(*end)).unwrap();
                 assert_eq!(text, sample[..whole], "after byte {i} of {sample}");
             }
         }
@@ -129,24 +115,16 @@ mod tests {
     #[test]
     fn any_bytes_in_any_split_decode_as_sentencepiece_does() {
         // Few values that matter, so that random bytes often form characters and broken ones.
-        let alphabet = [
-            0x41, 0x80, 0xA0, 0xBF, 0xC3, 0xE4, 0xED, 0xF0, 0x9F, 0x98, 0xBD, 0xF4, 0xFF, 0xC0,
-        ];
+        let alphabet = [0x41, 0x80, 0xA0, 0xBF, 0xC3, 0xE4, 0xED, 0xF0, 0x9F, 0x98, 0xBD, 0xF4, 0xFF, 0xC0];
         let mut state = 7_u64;
         for round in 0..20_000 {
             let mut ids = Vec::new();
             for _ in 0..12 {
-                state = state
-                    .wrapping_mul(6364136223846793005)
-                    .wrapping_add(1442695040888963407);
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 ids.push(alphabet[(state >> 33) as usize % alphabet.len()]);
             }
             let bytes: Vec<u8> = ids.iter().map(|id| *id as u8).collect();
-            assert_eq!(
-                decode(&[], &ids),
-                reference(&bytes),
-                "round {round}: {bytes:02X?}"
-            );
+            assert_eq!(decode(&[], &ids), reference(&bytes), "round {round}: {bytes:02X?}");
         }
     }
 
@@ -156,19 +134,12 @@ mod tests {
         assert_eq!(decode(&pieces, &[256, 257]), " a");
         assert_eq!(decode(&pieces, &[258]), " b");
         assert_eq!(decode(&pieces, &[0x20, 257]), "  a");
-        assert_eq!(
-            decode(&pieces, &[257, 259, 257]),
-            "aa",
-            "a special token starts a segment"
-        );
+        assert_eq!(decode(&pieces, &[257, 259, 257]), "aa", "a special token starts a segment");
     }
 
     #[test]
     fn a_character_cut_by_a_special_token_or_the_end_is_replaced() {
-        assert_eq!(
-            decode(&["<s>", "好"], &[0xE4, 0xBD, 256, 257]),
-            "\u{FFFD}\u{FFFD}好"
-        );
+        assert_eq!(decode(&["<s>", "好"], &[0xE4, 0xBD, 256, 257]), "\u{FFFD}\u{FFFD}好");
         assert_eq!(decode(&["<s>", "好"], &[0xE4, 0xBD, 257]), "\u{FFFD}\u{FFFD}好");
         assert_eq!(decode(&[], &[0xF0, 0x9F, 0x98]), "\u{FFFD}\u{FFFD}\u{FFFD}");
     }

@@ -28,12 +28,7 @@ pub struct ReplyStep {
 impl ReplyText {
     /// Strips as much of `prefix` as the reply begins with.
     pub fn new(detokenizer: Detokenizer, prefix: &'static str, stop: StopMatcher) -> Self {
-        Self {
-            detokenizer,
-            prefix,
-            stop,
-            raw: String::new(),
-        }
+        Self { detokenizer, prefix, stop, raw: String::new() }
     }
 
     /// Takes one generated id.
@@ -82,17 +77,9 @@ mod tests {
     use crate::text::vocabulary::Vocabulary;
 
     fn reply(pieces: &[&str], stop: &str) -> (Vec<String>, bool) {
-        let vocab: HashMap<String, u32> = pieces
-            .iter()
-            .zip(0..)
-            .map(|(p, id)| (p.to_string(), id))
-            .collect();
+        let vocab: HashMap<String, u32> = pieces.iter().zip(0..).map(|(p, id)| (p.to_string(), id)).collect();
         let vocabulary = Arc::new(Vocabulary::new(&vocab, PieceKind::Sentencepiece, &[]));
-        let stops = if stop.is_empty() {
-            vec![]
-        } else {
-            vec![stop.to_owned()]
-        };
+        let stops = if stop.is_empty() { vec![] } else { vec![stop.to_owned()] };
         let mut text = ReplyText::new(Detokenizer::new(vocabulary), "\n ", StopMatcher::new(stops));
         let mut out = Vec::new();
         for id in 0..pieces.len() as u32 {
@@ -118,29 +105,14 @@ mod tests {
 
     #[test]
     fn each_step_emits_what_it_completes() {
-        assert_eq!(
-            reply(&["a", "<0xE4>", "<0xBD>", "<0xA0>"], "").0,
-            ["a", "", "", "你", ""]
-        );
-        assert_eq!(
-            reply(&["a", "<0xE4>", "<0xBD>"], "").0,
-            ["a", "", "", "\u{FFFD}\u{FFFD}"]
-        );
+        assert_eq!(reply(&["a", "<0xE4>", "<0xBD>", "<0xA0>"], "").0, ["a", "", "", "你", ""]);
+        assert_eq!(reply(&["a", "<0xE4>", "<0xBD>"], "").0, ["a", "", "", "\u{FFFD}\u{FFFD}"]);
     }
 
     #[test]
     fn stop_strings_span_ids_and_the_flush() {
-        assert_eq!(
-            reply(&["a", "b", "c", "d"], "bc"),
-            (vec!["a".into(), "".into(), "".into()], true)
-        );
-        assert_eq!(
-            reply(&["a", "b"], "bc"),
-            (vec!["a".into(), "".into(), "b".into()], false)
-        );
-        assert_eq!(
-            reply(&["a", "<0xE4>"], "\u{FFFD}"),
-            (vec!["a".into(), "".into(), "".into()], true)
-        );
+        assert_eq!(reply(&["a", "b", "c", "d"], "bc"), (vec!["a".into(), "".into(), "".into()], true));
+        assert_eq!(reply(&["a", "b"], "bc"), (vec!["a".into(), "".into(), "b".into()], false));
+        assert_eq!(reply(&["a", "<0xE4>"], "\u{FFFD}"), (vec!["a".into(), "".into(), "".into()], true));
     }
 }

@@ -14,10 +14,7 @@ impl StopMatcher {
     /// Looks for any of `stops`, none of which is empty.
     pub fn new(stops: Vec<String>) -> Self {
         debug_assert!(stops.iter().all(|stop| !stop.is_empty()));
-        Self {
-            stops,
-            held: String::new(),
-        }
+        Self { stops, held: String::new() }
     }
 
     /// Takes more text and appends to `out` what is certain. Returns whether a stop string was
@@ -56,11 +53,7 @@ impl StopMatcher {
         let from = self.held.len().saturating_sub(longest.saturating_sub(1));
         (from..self.held.len())
             .filter(|start| self.held.is_char_boundary(*start))
-            .find(|start| {
-                self.stops
-                    .iter()
-                    .any(|stop| stop.starts_with(&self.held[*start..]))
-            })
+            .find(|start| self.stops.iter().any(|stop| stop.starts_with(&self.held[*start..])))
             .map_or(0, |start| self.held.len() - start)
     }
 }
@@ -108,11 +101,7 @@ mod tests {
                 }
                 parts.push(&text[start..]);
                 let (out, found, _) = run(stops, &parts);
-                assert_eq!(
-                    (out.as_str(), found),
-                    (expected, stopped),
-                    "{stops:?} in {parts:?}"
-                );
+                assert_eq!((out.as_str(), found), (expected, stopped), "{stops:?} in {parts:?}");
             }
         }
     }

@@ -25,10 +25,7 @@ impl Tokenizer {
     /// [`TextError::Load`] also where the file registers special tokens.
     pub fn load(dir: &Path, manifest: &Manifest) -> Result<Self, TextError> {
         let path = dir.join(&manifest.tokenizer.file);
-        let fail = |message: String| TextError::Load {
-            path: path.clone(),
-            message,
-        };
+        let fail = |message: String| TextError::Load { path: path.clone(), message };
         let mut encoder = tokenizers::Tokenizer::from_file(&path).map_err(|e| fail(e.to_string()))?;
         if !encoder.get_added_vocabulary().is_empty() {
             return Err(fail(
@@ -38,18 +35,10 @@ impl Tokenizer {
         // A file may ask for either; both would change what a prompt says.
         encoder.with_padding(None);
         encoder.with_truncation(None).map_err(|e| fail(e.to_string()))?;
-        let special_ids: Vec<u32> = manifest
-            .chat
-            .special_tokens
-            .values()
-            .chain(&manifest.stop_token_ids)
-            .copied()
-            .collect();
+        let special_ids: Vec<u32> =
+            manifest.chat.special_tokens.values().chain(&manifest.stop_token_ids).copied().collect();
         let vocabulary = Vocabulary::new(&encoder.get_vocab(false), manifest.tokenizer.pieces, &special_ids);
-        Ok(Self {
-            encoder,
-            vocabulary: Arc::new(vocabulary),
-        })
+        Ok(Self { encoder, vocabulary: Arc::new(vocabulary) })
     }
 
     /// Appends the ids of `text` to `ids`. CPU work in proportion to the text.
@@ -57,10 +46,7 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::Encode`]: the tokenizer gave up.
     pub fn encode_into(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
-        let encoding = self
-            .encoder
-            .encode_fast(text, false)
-            .map_err(|e| TextError::Encode(e.to_string()))?;
+        let encoding = self.encoder.encode_fast(text, false).map_err(|e| TextError::Encode(e.to_string()))?;
         ids.extend_from_slice(encoding.get_ids());
         Ok(())
     }

@@ -49,10 +49,7 @@ impl Vocabulary {
             };
         }
         let max_piece_len = pieces.iter().map(Piece::len).max().unwrap_or(0).max(1);
-        Self {
-            pieces,
-            max_piece_len,
-        }
+        Self { pieces, max_piece_len }
     }
 
     /// What a token stands for.
@@ -85,10 +82,7 @@ fn sentencepiece_piece(piece: &str) -> Piece {
         .filter(|hex| hex.len() == 2)
         .and_then(|hex| u8::from_str_radix(hex, 16).ok());
     match byte {
-        Some(byte) => Piece::Text {
-            bytes: Box::new([byte]),
-            word_start: false,
-        },
+        Some(byte) => Piece::Text { bytes: Box::new([byte]), word_start: false },
         None => Piece::Text {
             bytes: piece.replace('▁', " ").into_bytes().into(),
             word_start: piece.starts_with('▁'),
@@ -110,11 +104,7 @@ fn byte_level_alphabet() -> HashMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let others = (0..=u8::MAX).filter(|byte| !printable(*byte));
     let mapped = ('\u{100}'..).zip(others);
-    (0..=u8::MAX)
-        .filter(|byte| printable(*byte))
-        .map(|byte| (char::from(byte), byte))
-        .chain(mapped)
-        .collect()
+    (0..=u8::MAX).filter(|byte| printable(*byte)).map(|byte| (char::from(byte), byte)).chain(mapped).collect()
 }
 
 #[cfg(test)]
@@ -122,11 +112,7 @@ mod tests {
     use super::*;
 
     fn vocab(pieces: &[&str]) -> HashMap<String, u32> {
-        pieces
-            .iter()
-            .zip(0..)
-            .map(|(p, id)| (p.to_string(), id))
-            .collect()
+        pieces.iter().zip(0..).map(|(p, id)| (p.to_string(), id)).collect()
     }
 
     fn bytes(piece: &Piece) -> &[u8] {
@@ -154,14 +140,8 @@ mod tests {
     fn byte_level_spells_all_256_bytes() {
         let alphabet = byte_level_alphabet();
         assert_eq!(alphabet.len(), 256);
-        assert_eq!(
-            (alphabet[&'Ġ'], alphabet[&'Ċ'], alphabet[&'a']),
-            (b' ', b'\n', b'a')
-        );
-        assert_eq!(
-            (alphabet[&'ł'], alphabet[&'Ń'], alphabet[&'ÿ']),
-            (0xA0, 0xAD, 0xFF)
-        );
+        assert_eq!((alphabet[&'Ġ'], alphabet[&'Ċ'], alphabet[&'a']), (b' ', b'\n', b'a'));
+        assert_eq!((alphabet[&'ł'], alphabet[&'Ń'], alphabet[&'ÿ']), (0xA0, 0xAD, 0xFF));
         let v = Vocabulary::new(&vocab(&["Ġä½ł", "你"]), PieceKind::ByteLevel, &[]);
         assert_eq!(bytes(v.piece(0)), " 你".as_bytes());
         assert_eq!(bytes(v.piece(1)), "你".as_bytes());

@@ -90,14 +90,7 @@ impl Server {
         let address = listener.local_addr().unwrap();
         let (signals, receiver) = mpsc::channel(2);
         let task = tokio::task::spawn_local(glmserve::serve(listener, state.clone(), receiver));
-        let server = Self {
-            address,
-            signals,
-            state,
-            task,
-            http: reqwest::Client::new(),
-            dir,
-        };
+        let server = Self { address, signals, state, task, http: reqwest::Client::new(), dir };
         while server.get("/readyz").await.0 != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -117,11 +110,7 @@ impl Server {
 
     pub(crate) async fn send(&self, body: impl Into<reqwest::Body>) -> reqwest::Response {
         let request = self.http.post(self.url("/v1/chat/completions")).body(body);
-        request
-            .header("content-type", "application/json")
-            .send()
-            .await
-            .unwrap()
+        request.header("content-type", "application/json").send().await.unwrap()
     }
 
     /// Status and JSON of an answer in one piece.
@@ -136,10 +125,7 @@ impl Server {
         let response = self.send(body.to_string()).await;
         assert_eq!(response.status(), 200);
         let text = response.text().await.unwrap();
-        text.lines()
-            .filter(|line| !line.is_empty())
-            .map(str::to_owned)
-            .collect()
+        text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
     }
 
     /// A streaming request on a bare socket, answered by nobody yet.
@@ -169,10 +155,7 @@ impl Server {
 
     /// Waits for the server's end.
     pub(crate) async fn ended(self) -> Result<(), ServeError> {
-        tokio::time::timeout(Duration::from_secs(20), self.task)
-            .await
-            .expect("the server ends")
-            .unwrap()
+        tokio::time::timeout(Duration::from_secs(20), self.task).await.expect("the server ends").unwrap()
     }
 }
 
@@ -191,10 +174,7 @@ pub(crate) fn request(command: &str) -> Value {
 
 /// Runs a test where `spawn_local` works, as the HTTP server's future is not `Send`.
 pub(crate) fn run(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     tokio::task::LocalSet::new().block_on(&runtime, test);
 }
 
@@ -222,11 +202,7 @@ fn play(history: &[u32]) -> Result<u32, RunError> {
     let mut reply = vec![SPACE, byte(b'\n'), SPACE];
     match command {
         "say" => reply.extend(argument.bytes().map(byte)),
-        "bytes" => reply.extend(
-            argument
-                .split(' ')
-                .map(|hex| byte(u8::from_str_radix(hex, 16).unwrap())),
-        ),
+        "bytes" => reply.extend(argument.split(' ').map(|hex| byte(u8::from_str_radix(hex, 16).unwrap()))),
         "slow" => {
             std::thread::sleep(Duration::from_millis(2));
             reply.extend((0..argument.parse().unwrap()).map(|i: u32| byte(b'a' + (i % 26) as u8)));

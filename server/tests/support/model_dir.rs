@@ -26,10 +26,7 @@ const CHATGLM3_SPECIALS: [&str; 9] = [
 /// Ids of ChatGLM3's special tokens in [`chatglm3`].
 pub(crate) fn ids(tokens: &[&str]) -> Vec<u32> {
     let position = |token: &&str| CHATGLM3_SPECIALS.iter().position(|t| t == token).unwrap();
-    tokens
-        .iter()
-        .map(|token| FIRST_SPECIAL + position(token) as u32)
-        .collect()
+    tokens.iter().map(|token| FIRST_SPECIAL + position(token) as u32).collect()
 }
 
 /// Ids of `<|im_start|>` and `<|im_end|>` in [`chatml`].
@@ -73,11 +70,7 @@ pub(crate) fn chatglm3() -> ModelDir {
         "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
             "vocab": vocab, "merges": []}});
-    write(
-        tokenizer.to_string().as_bytes(),
-        chatglm3_chat(FIRST_SPECIAL),
-        512,
-    )
+    write(tokenizer.to_string().as_bytes(), chatglm3_chat(FIRST_SPECIAL), 512)
 }
 
 /// A folder with the tokenizer file at `path` and ChatGLM3's real ids.
@@ -87,15 +80,11 @@ pub(crate) fn chatglm3_with(path: &Path) -> ModelDir {
 
 /// A folder in ChatML with GPT-2's byte alphabet.
 pub(crate) fn chatml() -> ModelDir {
-    let mut alphabet: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet()
-        .into_iter()
-        .collect();
+    let mut alphabet: Vec<char> =
+        tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
-    let vocab: serde_json::Map<String, Value> = alphabet
-        .into_iter()
-        .enumerate()
-        .map(|(id, c)| (c.to_string(), json!(id)))
-        .collect();
+    let vocab: serde_json::Map<String, Value> =
+        alphabet.into_iter().enumerate().map(|(id, c)| (c.to_string(), json!(id))).collect();
     let byte_level =
         json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
@@ -106,19 +95,12 @@ pub(crate) fn chatml() -> ModelDir {
     let [start, end] = chatml_ids();
     let chat = json!({"format": "chatml", "default_system": "Be kind.",
         "special_tokens": {"<|im_start|>": start, "<|im_end|>": end}});
-    write(
-        tokenizer.to_string().as_bytes(),
-        (chat, "byte_level", json!([end])),
-        512,
-    )
+    write(tokenizer.to_string().as_bytes(), (chat, "byte_level", json!([end])), 512)
 }
 
 fn chatglm3_chat(first: u32) -> (Value, &'static str, Value) {
-    let special: serde_json::Map<String, Value> = CHATGLM3_SPECIALS
-        .iter()
-        .zip(first..)
-        .map(|(token, id)| (token.to_string(), json!(id)))
-        .collect();
+    let special: serde_json::Map<String, Value> =
+        CHATGLM3_SPECIALS.iter().zip(first..).map(|(token, id)| (token.to_string(), json!(id))).collect();
     let chat = json!({"format": "chatglm3", "default_system": null, "special_tokens": special});
     (chat, "sentencepiece", json!([2, first + 6, first + 8]))
 }

@@ -83,9 +83,7 @@ pub(super) fn run(
         threads.run(geometry.kv_num_heads, &write)?;
     }
 
-    workspace
-        .plan
-        .rebuild(batch, simd.widths(), threads.num_threads());
+    workspace.plan.rebuild(batch, simd.widths(), threads.num_threads());
     let products = workspace.plan.work() * 2 * geometry.head_dim;
     let num_workers = match products {
         0..MIN_PARALLEL_PRODUCTS => 1,
@@ -93,14 +91,7 @@ pub(super) fn run(
     };
     let partials = workspace.reserve(num_workers);
     let Workspace { plan, scratches, .. } = workspace;
-    let job = Job {
-        batch,
-        cache,
-        plan,
-        scale,
-        output: output.as_mut_ptr(),
-        partials,
-    };
+    let job = Job { batch, cache, plan, scale, output: output.as_mut_ptr(), partials };
     // Workers take tasks, longest first, as they get to them; each has scratch memory of its own.
     let next = AtomicUsize::new(0);
     let work = |worker: usize| {
@@ -170,23 +161,15 @@ pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A
                     for t in 0..T {
                         state.fold(lanes, t * R::NUM, top[t], sum[t]);
                     }
-                    Sink::Fold {
-                        output,
-                        keep: state.keep,
-                        take: state.take,
-                    }
+                    Sink::Fold { output, keep: state.keep, take: state.take }
                 }
                 Some(first) => {
-                    let partial = job
-                        .partials
-                        .add(first + key_tile * partial_floats(width, head_dim));
+                    let partial = job.partials.add(first + key_tile * partial_floats(width, head_dim));
                     for t in 0..T {
                         lanes.store(partial.add(t * R::NUM), top[t]);
                         lanes.store(partial.add(width + t * R::NUM), sum[t]);
                     }
-                    Sink::Store {
-                        output: partial.add(2 * width),
-                    }
+                    Sink::Store { output: partial.add(2 * width) }
                 }
             };
             kernels::weigh::<L, A, B>(level, scores, width, &values, num_keys, head_dim, sink);
@@ -201,9 +184,7 @@ pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A
             // SAFETY: all tasks of the tile are done, so its partial results are written; see above
             // for their layout.
             unsafe {
-                let partial = job
-                    .partials
-                    .add(first + key_tile * partial_floats(width, head_dim));
+                let partial = job.partials.add(first + key_tile * partial_floats(width, head_dim));
                 for row in (0..width).step_by(R::NUM) {
                     state.fold(
                         lanes,
@@ -236,9 +217,7 @@ fn load_queries(job: &Job, tile: &RowTile, sequence: &Sequence, parts: &mut Part
         }
         let (token, head) = (row / group, tile.kv_head * group + row % group);
         let from = (sequence.tokens.start + token) * geometry.packed_width() + head * head_dim;
-        parts
-            .head
-            .copy_from_slice(&job.batch.packed[from..from + head_dim]);
+        parts.head.copy_from_slice(&job.batch.packed[from..from + head_dim]);
         if let Some(rotary) = &job.batch.rotary {
             rotary.rotate(parts.head, sequence.past + token);
         }

@@ -29,12 +29,8 @@ pub(super) trait Source {
 }
 
 /// Integer attributes of the schema that must keep their default.
-const FIXED_INTS: [(&str, i64); 4] = [
-    ("is_causal", 1),
-    ("local_window_size", -1),
-    ("rotary_offset", 0),
-    ("v_head_size", 0),
-];
+const FIXED_INTS: [(&str, i64); 4] =
+    [("is_causal", 1), ("local_window_size", -1), ("rotary_offset", 0), ("v_head_size", 0)];
 
 /// String attributes of the schema and the values that mean what this kernel does.
 const FIXED_STRINGS: [(&str, &[&str]); 5] = [
@@ -90,9 +86,7 @@ impl Attributes {
         }
         let (num_heads, kv_num_heads) = (positive("num_heads")?, positive("kv_num_heads")?);
         if !num_heads.is_multiple_of(kv_num_heads) {
-            return Err(format!(
-                "num_heads {num_heads} is not a multiple of kv_num_heads {kv_num_heads}"
-            ));
+            return Err(format!("num_heads {num_heads} is not a multiple of kv_num_heads {kv_num_heads}"));
         }
         Ok(Self {
             num_heads,
@@ -119,11 +113,7 @@ mod tests {
 
     impl Node {
         fn get(&self, wanted: &str) -> Option<&Value> {
-            self.0
-                .iter()
-                .rev()
-                .find(|(name, _)| *name == wanted)
-                .map(|(_, value)| value)
+            self.0.iter().rev().find(|(name, _)| *name == wanted).map(|(_, value)| value)
         }
     }
 

@@ -57,9 +57,7 @@ impl Geometry {
     fn check(attributes: &Attributes, key_cache: &[i64], value_cache: &[i64]) -> Result<Self, String> {
         let [num_blocks, block_size, kv_num_heads, head_dim] = sizes("key_cache", key_cache)?;
         if value_cache != key_cache {
-            return Err(format!(
-                "value_cache: shape {value_cache:?} differs from key_cache's {key_cache:?}"
-            ));
+            return Err(format!("value_cache: shape {value_cache:?} differs from key_cache's {key_cache:?}"));
         }
         if kv_num_heads != attributes.kv_num_heads {
             return Err(format!(
@@ -68,20 +66,12 @@ impl Geometry {
             ));
         }
         if block_size < 16 || !block_size.is_power_of_two() {
-            return Err(format!(
-                "key_cache: block_size {block_size} is not a power of two of at least 16"
-            ));
+            return Err(format!("key_cache: block_size {block_size} is not a power of two of at least 16"));
         }
         if head_dim == 0 {
             return Err("key_cache: head_size is 0".into());
         }
-        Ok(Self {
-            num_heads: attributes.num_heads,
-            kv_num_heads,
-            head_dim,
-            num_blocks,
-            block_size,
-        })
+        Ok(Self { num_heads: attributes.num_heads, kv_num_heads, head_dim, num_blocks, block_size })
     }
 }
 
@@ -132,10 +122,7 @@ impl<'a> Batch<'a> {
             ));
         }
         let [past] = sizes("past_seqlens", inputs.past_seqlens.shape)?;
-        let [bounds] = sizes(
-            "cumulative_sequence_length",
-            inputs.cumulative_sequence_length.shape,
-        )?;
+        let [bounds] = sizes("cumulative_sequence_length", inputs.cumulative_sequence_length.shape)?;
         if bounds != past + 1 {
             return Err(format!(
                 "cumulative_sequence_length: has {bounds} entries for {past} sequences of past_seqlens"
@@ -148,9 +135,7 @@ impl<'a> Batch<'a> {
         if let Some(slots) = inputs.slot_mapping {
             let [slots] = sizes("slot_mapping", slots.shape)?;
             if slots != num_tokens {
-                return Err(format!(
-                    "slot_mapping: has {slots} entries for {num_tokens} tokens"
-                ));
+                return Err(format!("slot_mapping: has {slots} entries for {num_tokens} tokens"));
             }
         }
         let batch = Self {
@@ -171,10 +156,7 @@ impl<'a> Batch<'a> {
     fn check_values(&self) -> Result<(), String> {
         let cumulative = self.cumulative;
         if cumulative.first() != Some(&0) {
-            return Err(format!(
-                "cumulative_sequence_length: starts at {}, not 0",
-                cumulative[0]
-            ));
+            return Err(format!("cumulative_sequence_length: starts at {}, not 0", cumulative[0]));
         }
         if let Some(i) = (1..cumulative.len()).find(|&i| cumulative[i] < cumulative[i - 1]) {
             return Err(format!(
@@ -193,11 +175,7 @@ impl<'a> Batch<'a> {
         if let Some(i) = self.past.iter().position(|past| *past < 0) {
             return Err(format!("past_seqlens: entry {i} is {}", self.past[i]));
         }
-        let Geometry {
-            num_blocks,
-            block_size,
-            ..
-        } = self.geometry;
+        let Geometry { num_blocks, block_size, .. } = self.geometry;
         for (i, sequence) in self.sequences().enumerate().filter(|(_, s)| !s.tokens.is_empty()) {
             let context = sequence.past + sequence.tokens.len();
             let used = context.div_ceil(block_size);
@@ -207,10 +185,7 @@ impl<'a> Batch<'a> {
                     self.max_num_blocks
                 ));
             };
-            if let Some(bad) = blocks
-                .iter()
-                .find(|&&block| block < 0 || block as usize >= num_blocks)
-            {
+            if let Some(bad) = blocks.iter().find(|&&block| block < 0 || block as usize >= num_blocks) {
                 return Err(format!(
                     "block_table: sequence {i} names block {bad}, key_cache has {num_blocks}"
                 ));
@@ -226,9 +201,8 @@ impl<'a> Batch<'a> {
         }
         let num_slots = num_blocks * block_size;
         if let Some(slots) = self.slots
-            && let Some(i) = slots
-                .iter()
-                .position(|&slot| slot < -1 || (slot >= 0 && slot as usize >= num_slots))
+            && let Some(i) =
+                slots.iter().position(|&slot| slot < -1 || (slot >= 0 && slot as usize >= num_slots))
         {
             return Err(format!(
                 "slot_mapping: token {i} names slot {}, key_cache has {num_slots}",
@@ -290,28 +264,14 @@ fn rotary<'a>(
     if !attributes.do_rotary {
         return Ok(None);
     }
-    let cos = inputs
-        .cos_cache
-        .ok_or("cos_cache: is absent, but do_rotary is 1")?;
-    let sin = inputs
-        .sin_cache
-        .ok_or("sin_cache: is absent, but do_rotary is 1")?;
+    let cos = inputs.cos_cache.ok_or("cos_cache: is absent, but do_rotary is 1")?;
+    let sin = inputs.sin_cache.ok_or("sin_cache: is absent, but do_rotary is 1")?;
     let [_, half] = sizes("cos_cache", cos.shape)?;
     if sin.shape != cos.shape {
-        return Err(format!(
-            "sin_cache: shape {:?} differs from cos_cache's {:?}",
-            sin.shape, cos.shape
-        ));
+        return Err(format!("sin_cache: shape {:?} differs from cos_cache's {:?}", sin.shape, cos.shape));
     }
     if half == 0 || 2 * half > head_dim {
-        return Err(format!(
-            "cos_cache: width {half} does not fit head_size {head_dim}"
-        ));
+        return Err(format!("cos_cache: width {half} does not fit head_size {head_dim}"));
     }
-    Ok(Some(Rotary {
-        cos: cos.data,
-        sin: sin.data,
-        half,
-        interleaved: attributes.interleaved,
-    }))
+    Ok(Some(Rotary { cos: cos.data, sin: sin.data, half, interleaved: attributes.interleaved }))
 }

@@ -117,11 +117,7 @@ pub(super) enum Sink {
     /// A partial result of their own.
     Store { output: *mut f32 },
     /// Folded into what there is: `output * keep + values * take`, per row.
-    Fold {
-        output: *mut f32,
-        keep: *const f32,
-        take: *const f32,
-    },
+    Fold { output: *mut f32, keep: *const f32, take: *const f32 },
 }
 
 /// Values of the tile's first `num_keys` keys, weighted for `width` rows, into `[width][head_dim]`.
@@ -143,11 +139,7 @@ pub(super) unsafe fn weigh<L: Level, const A: usize, const B: usize>(
     macro_rules! columns {
         ($lanes:expr, $many:expr) => {
             while column + $many * width_of($lanes) <= head_dim {
-                let at = Place {
-                    width,
-                    column,
-                    head_dim,
-                };
+                let at = Place { width, column, head_dim };
                 for row in (0..width).step_by(A) {
                     // SAFETY: the columns and, as A divides width, the rows are within the output.
                     unsafe { strip::<_, A, { $many }>($lanes, weights, values, num_keys, row, at, sink) };
@@ -295,13 +287,7 @@ pub(super) unsafe fn fold_row<L: Level>(
                 // SAFETY: the columns are below head_dim.
                 unsafe {
                     let tile = lanes.load(partial.add(column));
-                    fold_at(
-                        lanes,
-                        output.add(column),
-                        lanes.splat(keep),
-                        tile,
-                        lanes.splat(take),
-                    );
+                    fold_at(lanes, output.add(column), lanes.splat(keep), tile, lanes.splat(take));
                 }
                 column += width_of(lanes);
             }

@@ -57,12 +57,7 @@ impl KvCache {
 
     /// Writes keys, rotated, and values of `kv_head` of all tokens.
     pub(super) fn write(&self, batch: &Batch, kv_head: usize) {
-        let Geometry {
-            num_heads,
-            kv_num_heads,
-            head_dim,
-            ..
-        } = self.geometry;
+        let Geometry { num_heads, kv_num_heads, head_dim, .. } = self.geometry;
         let width = self.geometry.packed_width();
         for sequence in batch.sequences() {
             for token in sequence.tokens.clone() {
@@ -92,12 +87,7 @@ impl KvCache {
 
     /// Keys and values of `kv_head` from position `start`, a multiple of [`TILE`], on.
     pub(super) fn rows(&self, sequence: &Sequence, start: usize, kv_head: usize) -> (Rows, Rows) {
-        let Geometry {
-            block_size,
-            kv_num_heads,
-            head_dim,
-            ..
-        } = self.geometry;
+        let Geometry { block_size, kv_num_heads, head_dim, .. } = self.geometry;
         let run_len = block_size.min(TILE);
         let mut runs = [0; TILE / 16 + 1];
         for (run, offset) in runs.iter_mut().enumerate().take(TILE / run_len + 1) {
@@ -106,20 +96,11 @@ impl KvCache {
             let Some(&block) = sequence.blocks.get(position / block_size) else {
                 break;
             };
-            let slot = (block as usize)
-                .wrapping_mul(block_size)
-                .wrapping_add(position % block_size);
-            *offset = slot
-                .wrapping_mul(kv_num_heads)
-                .wrapping_add(kv_head)
-                .wrapping_mul(head_dim);
+            let slot = (block as usize).wrapping_mul(block_size).wrapping_add(position % block_size);
+            *offset = slot.wrapping_mul(kv_num_heads).wrapping_add(kv_head).wrapping_mul(head_dim);
         }
-        let rows = |base: *mut f32| Rows {
-            base: base.cast_const(),
-            runs,
-            run_len,
-            stride: kv_num_heads * head_dim,
-        };
+        let rows =
+            |base: *mut f32| Rows { base: base.cast_const(), runs, run_len, stride: kv_num_heads * head_dim };
         (rows(self.key), rows(self.value))
     }
 }

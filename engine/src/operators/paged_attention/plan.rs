@@ -96,11 +96,7 @@ impl Plan {
         tasks.sort_unstable_by_key(|task| {
             let tile = &tiles[task.tile];
             let keys = (task.key_tiles.1 - task.key_tiles.0) * TILE;
-            (
-                std::cmp::Reverse(tile.width * keys.min(tile.num_keys)),
-                task.tile,
-                task.key_tiles,
-            )
+            (std::cmp::Reverse(tile.width * keys.min(tile.num_keys)), task.tile, task.key_tiles)
         });
     }
 
@@ -118,10 +114,7 @@ impl Plan {
             for piece in 0..pieces {
                 self.tasks.push(Task {
                     tile: i,
-                    key_tiles: (
-                        piece * num_key_tiles / pieces,
-                        (piece + 1) * num_key_tiles / pieces,
-                    ),
+                    key_tiles: (piece * num_key_tiles / pieces, (piece + 1) * num_key_tiles / pieces),
                 });
             }
             *self.remaining[i].get_mut() = pieces;

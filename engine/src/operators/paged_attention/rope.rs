@@ -52,12 +52,7 @@ mod tests {
     fn both_layouts_turn_their_pairs_and_leave_the_rest() {
         // Position 1 turns the first pair by 90 degrees and the second by 180.
         let (cos, sin) = ([9.0, 9.0, 0.0, -1.0], [9.0, 9.0, 1.0, 0.0]);
-        let mut rotary = Rotary {
-            cos: &cos,
-            sin: &sin,
-            half: 2,
-            interleaved: true,
-        };
+        let mut rotary = Rotary { cos: &cos, sin: &sin, half: 2, interleaved: true };
         assert_eq!(rotary.num_positions(), 2);
         let mut head = [1.0, 2.0, 3.0, 4.0, 5.0];
         rotary.rotate(&mut head, 1);

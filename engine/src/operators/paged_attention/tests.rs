@@ -8,9 +8,7 @@ use super::simd::Simd;
 use world::{Random, Shape, Share, World};
 
 fn levels() -> impl Iterator<Item = (&'static str, Simd)> {
-    Simd::NAMES
-        .into_iter()
-        .filter_map(|name| Some((name, Simd::named(name).ok()?)))
+    Simd::NAMES.into_iter().filter_map(|name| Some((name, Simd::named(name).ok()?)))
 }
 
 fn share(sequence: usize, past: usize, len: usize) -> Share {
@@ -25,16 +23,9 @@ fn compare(world: &World, shares: &[Share], output: &[f32], what: &str) {
     for share in shares {
         for position in share.past..share.past + share.len {
             let row = rows.next().unwrap();
-            for (i, (got, want)) in row
-                .iter()
-                .zip(world.expected(share.sequence, position))
-                .enumerate()
-            {
+            for (i, (got, want)) in row.iter().zip(world.expected(share.sequence, position)).enumerate() {
                 let error = (f64::from(*got) - want).abs();
-                assert!(
-                    error < 2e-5,
-                    "{what}: {share:?} position {position} channel {i}: {got}, not {want}"
-                );
+                assert!(error < 2e-5, "{what}: {share:?} position {position} channel {i}: {got}, not {want}");
             }
         }
     }
@@ -52,11 +43,7 @@ fn mixed_batches_match_plain_attention() {
             let mut world = World::new(seed, seed + 7, shape, block_size, 4);
             // A prefill, and the pasts of a chunk and of a decode; an idle sequence in between.
             let (chunk, decode) = (1 + random.below(140), 1 + random.below(290));
-            let first = [
-                share(0, 0, 1 + random.below(40)),
-                share(1, 0, chunk),
-                share(3, 0, decode),
-            ];
+            let first = [share(0, 0, 1 + random.below(40)), share(1, 0, chunk), share(3, 0, decode)];
             let output = world.step(&first, simd, threads);
             if seed % 3 == 0 {
                 compare(&world, &first, &output, &what);
@@ -76,12 +63,7 @@ fn mixed_batches_match_plain_attention() {
 
 /// Whether exactly the slots of `shares` were written, and with what.
 fn only_these_slots(world: &World, shares: &[Share], what: &str) {
-    let Shape {
-        kv_heads,
-        group,
-        head_dim,
-        ..
-    } = world.shape;
+    let Shape { kv_heads, group, head_dim, .. } = world.shape;
     let width = kv_heads * head_dim;
     let mut owner = vec![None; world.key.len() / width];
     for share in shares {
@@ -102,18 +84,9 @@ fn only_these_slots(world: &World, shares: &[Share], what: &str) {
             let key_head = world.head(sequence, position, kv_heads * group + head);
             let value_head = world.head(sequence, position, kv_heads * (group + 1) + head);
             for (got, want) in key[at.clone()].iter().zip(key_head) {
-                assert!(
-                    (f64::from(*got) - want).abs() < 1e-5,
-                    "{what}: key in slot {slot}"
-                );
+                assert!((f64::from(*got) - want).abs() < 1e-5, "{what}: key in slot {slot}");
             }
-            assert!(
-                value[at]
-                    .iter()
-                    .zip(value_head)
-                    .all(|(got, want)| f64::from(*got) == want),
-                "{what}"
-            );
+            assert!(value[at].iter().zip(value_head).all(|(got, want)| f64::from(*got) == want), "{what}");
         }
     }
 }
@@ -136,21 +109,14 @@ fn a_row_has_the_same_bits_in_any_company() {
                 let got = bits(output);
                 let want = &expected[from * width..from * width + got.len()];
                 let at = got.iter().zip(want).position(|(got, want)| got != want);
-                assert_eq!(
-                    at, None,
-                    "seed {seed} {name} {shape:?} len {len}: {what} from {from}"
-                );
+                assert_eq!(at, None, "seed {seed} {name} {shape:?} len {len}: {what} from {from}");
             };
             // Token by token, on many threads, so that long contexts are split.
             let mut decode = World::new(seed, 2, shape, 16, 1);
             let stride = random.pick(&[1, 2]);
             for position in (0..len).step_by(stride) {
                 let count = stride.min(len - position);
-                check(
-                    position,
-                    &decode.step(&[share(0, position, count)], simd, 8),
-                    "decode",
-                );
+                check(position, &decode.step(&[share(0, position, count)], simd, 8), "decode");
             }
             // In random chunks, among sequences that do the same at other places.
             let mut mixed = World::new(seed, seed, shape, random.pick(&[16, 32, 128, 256]), 3);
@@ -182,14 +148,7 @@ fn a_row_has_the_same_bits_in_any_company() {
 #[test]
 fn a_slot_of_minus_one_writes_nothing_and_shared_blocks_are_read() {
     for (name, simd) in levels() {
-        let shape = Shape {
-            kv_heads: 2,
-            group: 3,
-            head_dim: 64,
-            half: 16,
-            interleaved: true,
-            max_len: 64,
-        };
+        let shape = Shape { kv_heads: 2, group: 3, head_dim: 64, half: 16, interleaved: true, max_len: 64 };
         let mut world = World::new(5, 6, shape, 16, 2);
         let prefix = world.step(&[share(0, 0, 40)], simd, 1);
         // Sequence 0 again, whose first 2 blocks are shared and not written once more.
@@ -204,15 +163,10 @@ fn a_slot_of_minus_one_writes_nothing_and_shared_blocks_are_read() {
         let block = own as usize * 16 * slot_floats..own as usize * 16 * slot_floats + 8 * slot_floats;
         let first = written[2] as usize * 16 * slot_floats;
         for (before, after) in [(&key, &world.key), (&value, &world.value)] {
-            let changed: Vec<usize> = (0..before.len())
-                .filter(|&i| before[i].to_bits() != after[i].to_bits())
-                .collect();
+            let changed: Vec<usize> =
+                (0..before.len()).filter(|&i| before[i].to_bits() != after[i].to_bits()).collect();
             assert_eq!(changed, block.clone().collect::<Vec<_>>(), "{name}");
-            assert_eq!(
-                bits(&after[block.clone()]),
-                bits(&before[first..first + block.len()]),
-                "{name}"
-            );
+            assert_eq!(bits(&after[block.clone()]), bits(&before[first..first + block.len()]), "{name}");
         }
     }
 }
@@ -220,14 +174,7 @@ fn a_slot_of_minus_one_writes_nothing_and_shared_blocks_are_read() {
 #[test]
 fn a_call_without_tokens_is_fine() {
     for (_, simd) in levels() {
-        let shape = Shape {
-            kv_heads: 1,
-            group: 2,
-            head_dim: 8,
-            half: 2,
-            interleaved: false,
-            max_len: 64,
-        };
+        let shape = Shape { kv_heads: 1, group: 2, head_dim: 8, half: 2, interleaved: false, max_len: 64 };
         let mut world = World::new(1, 1, shape, 16, 2);
         assert!(world.step(&[], simd, 2).is_empty());
         assert!(world.step(&[share(0, 0, 0), share(1, 60, 0)], simd, 2).is_empty());
@@ -236,14 +183,7 @@ fn a_call_without_tokens_is_fine() {
 
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
-    let shape = Shape {
-        kv_heads: 2,
-        group: 1,
-        head_dim: 16,
-        half: 4,
-        interleaved: true,
-        max_len: 64,
-    };
+    let shape = Shape { kv_heads: 2, group: 1, head_dim: 16, half: 4, interleaved: true, max_len: 64 };
     let refused = |name: &str, shares: &[Share], spoil: &dyn Fn(&mut World, &mut world::Call)| {
         let mut world = World::new(1, 1, shape, 16, 2);
         let mut call = world.call(shares, true);
@@ -252,35 +192,19 @@ fn what_does_not_fit_is_refused_by_name() {
         assert!(message.starts_with(&format!("{name}: ")), "{name}: {message}");
     };
     let two = [share(0, 0, 3), share(1, 5, 2)];
-    refused("cumulative_sequence_length", &two, &|_, call| {
-        call.cumulative[0] = 1
-    });
-    refused("cumulative_sequence_length", &two, &|_, call| {
-        call.cumulative[1] = 6
-    });
-    refused("cumulative_sequence_length", &two, &|_, call| {
-        call.cumulative[2] = 4
-    });
-    refused("cumulative_sequence_length", &two, &|_, call| {
-        call.cumulative[1] = i32::MIN
-    });
-    refused("cumulative_sequence_length", &two, &|_, call| {
-        call.cumulative.clear()
-    });
+    refused("cumulative_sequence_length", &two, &|_, call| call.cumulative[0] = 1);
+    refused("cumulative_sequence_length", &two, &|_, call| call.cumulative[1] = 6);
+    refused("cumulative_sequence_length", &two, &|_, call| call.cumulative[2] = 4);
+    refused("cumulative_sequence_length", &two, &|_, call| call.cumulative[1] = i32::MIN);
+    refused("cumulative_sequence_length", &two, &|_, call| call.cumulative.clear());
     refused("past_seqlens", &two, &|_, call| call.past[1] = -1);
     refused("block_table", &two, &|_, call| call.past[1] = 63);
     refused("block_table", &two, &|_, call| call.past[1] = i32::MAX);
     refused("block_table", &two, &|_, call| call.table[0] = -1);
     refused("block_table", &two, &|_, call| call.table[4] = 11);
-    refused("slot_mapping", &two, &|_, call| {
-        call.slots.as_mut().unwrap()[4] = -2
-    });
-    refused("slot_mapping", &two, &|_, call| {
-        call.slots.as_mut().unwrap()[4] = 11 * 16
-    });
-    refused("slot_mapping", &two, &|_, call| {
-        call.slots.as_mut().unwrap().truncate(4)
-    });
+    refused("slot_mapping", &two, &|_, call| call.slots.as_mut().unwrap()[4] = -2);
+    refused("slot_mapping", &two, &|_, call| call.slots.as_mut().unwrap()[4] = 11 * 16);
+    refused("slot_mapping", &two, &|_, call| call.slots.as_mut().unwrap().truncate(4));
     refused("key_cache", &two, &|world, _| world.block_size = 8);
     refused("cos_cache", &[share(0, 15, 2)], &|world, _| {
         world.shape.max_len = 16;
@@ -291,10 +215,7 @@ fn what_does_not_fit_is_refused_by_name() {
 
 #[test]
 fn an_unknown_or_missing_level_is_refused() {
-    assert_eq!(
-        Simd::named("sse9").unwrap_err(),
-        "\"sse9\" is none of portable, avx2 and avx512"
-    );
+    assert_eq!(Simd::named("sse9").unwrap_err(), "\"sse9\" is none of portable, avx2 and avx512");
     assert!(matches!(Simd::choose(Some("portable")), Ok(Simd::Portable(_))));
     for name in Simd::NAMES {
         if let Err(message) = Simd::named(name) {

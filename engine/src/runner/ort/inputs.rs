@@ -10,18 +10,11 @@ use crate::step::StepPlan;
 /// borrowed ones deadlock there.
 pub(super) fn bind_step(binding: &mut IoBinding, names: &TensorNames, plan: &StepPlan) -> ort::Result<()> {
     // A prompt's early chunks want no row. Kernels are not made for zero rows, so ask for one.
-    let logits_indices = if plan.logits_indices.is_empty() {
-        &[0][..]
-    } else {
-        &plan.logits_indices
-    };
+    let logits_indices = if plan.logits_indices.is_empty() { &[0][..] } else { &plan.logits_indices };
     let metadata = [plan.max_query_len as i32, plan.max_kv_len as i32, 0];
     let vectors = [
         (&names.token_ids, &plan.token_ids[..]),
-        (
-            &names.cumulative_sequence_length,
-            &plan.cumulative_sequence_length,
-        ),
+        (&names.cumulative_sequence_length, &plan.cumulative_sequence_length),
         (&names.past_seqlens, &plan.past_seqlens),
         (&names.slot_mapping, &plan.slot_mapping),
         (&names.attention_metadata, &metadata),
@@ -30,9 +23,6 @@ pub(super) fn bind_step(binding: &mut IoBinding, names: &TensorNames, plan: &Ste
     for (name, values) in vectors {
         binding.bind_input(name, &Tensor::from_array(([values.len()], values.to_vec()))?)?;
     }
-    let table = (
-        [plan.sequences.len(), plan.max_num_blocks],
-        plan.block_table.clone(),
-    );
+    let table = ([plan.sequences.len(), plan.max_num_blocks], plan.block_table.clone());
     binding.bind_input(&names.block_table, &Tensor::from_array(table)?)
 }

@@ -95,23 +95,14 @@ impl Spread {
         let rank = |percent: usize| ms(times[(times.len() * percent).div_ceil(100).max(1) - 1]);
         let max = ms(*times.last()?);
         let mean = ms(times.iter().sum()) / times.len() as f64;
-        Some(Self {
-            mean,
-            p50: rank(50),
-            p90: rank(90),
-            p99: rank(99),
-            max,
-        })
+        Some(Self { mean, p50: rank(50), p90: rank(90), p99: rank(99), max })
     }
 }
 
 impl RunReport {
     pub(super) fn new(streams: u32, max_tokens: u32, wall: Duration, samples: &[Sample]) -> Self {
         let count = |outcome| samples.iter().filter(|sample| sample.outcome == outcome).count() as u64;
-        let whole: Vec<&Sample> = samples
-            .iter()
-            .filter(|sample| sample.outcome == Outcome::Ok)
-            .collect();
+        let whole: Vec<&Sample> = samples.iter().filter(|sample| sample.outcome == Outcome::Ok).collect();
         let usages: Vec<_> = whole.iter().filter_map(|sample| sample.usage).collect();
         let completion_tokens = usages.iter().map(|usage| usage.completion_tokens).sum();
         let prompt_tokens: u64 = usages.iter().map(|usage| usage.prompt_tokens).sum();
@@ -130,10 +121,8 @@ impl RunReport {
             num_truncated: count(Outcome::Truncated),
             num_empty: count(Outcome::Empty),
             num_without_usage: (whole.len() - usages.len()) as u64,
-            num_short: usages
-                .iter()
-                .filter(|usage| usage.completion_tokens < u64::from(max_tokens))
-                .count() as u64,
+            num_short: usages.iter().filter(|usage| usage.completion_tokens < u64::from(max_tokens)).count()
+                as u64,
             errors,
             wall_s,
             prompt_tokens_mean: prompt_tokens as f64 / usages.len().max(1) as f64,
@@ -181,9 +170,7 @@ impl fmt::Display for BenchReport {
         )?;
         let row = |f: &mut fmt::Formatter<'_>, name: &str, cell: &dyn Fn(&RunReport) -> String| {
             write!(f, "{name:<20}")?;
-            self.runs
-                .iter()
-                .try_for_each(|run| write!(f, " {:>10}", cell(run)))?;
+            self.runs.iter().try_for_each(|run| write!(f, " {:>10}", cell(run)))?;
             writeln!(f)
         };
         let optional = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
@@ -192,12 +179,8 @@ impl fmt::Display for BenchReport {
         row(f, "failed", &|run| run.num_failed.to_string())?;
         row(f, "truncated", &|run| run.num_truncated.to_string())?;
         row(f, "empty", &|run| run.num_empty.to_string())?;
-        row(f, "prompt tokens mean", &|run| {
-            format!("{:.1}", run.prompt_tokens_mean)
-        })?;
-        row(f, "output tok/s", &|run| {
-            format!("{:.1}", run.output_tokens_per_s)
-        })?;
+        row(f, "prompt tokens mean", &|run| format!("{:.1}", run.prompt_tokens_mean))?;
+        row(f, "output tok/s", &|run| format!("{:.1}", run.output_tokens_per_s))?;
         row(f, "requests/s", &|run| format!("{:.2}", run.requests_per_s))?;
         type Times = fn(&RunReport) -> Option<Spread>;
         let times: [(&str, Times); 4] = [
@@ -208,9 +191,7 @@ impl fmt::Display for BenchReport {
         ];
         for (name, spread) in times {
             let cell = |run: &RunReport, part: fn(Spread) -> f64| optional(spread(run).map(part));
-            row(f, &format!("{name} ms p50"), &|run| {
-                cell(run, |spread| spread.p50)
-            })?;
+            row(f, &format!("{name} ms p50"), &|run| cell(run, |spread| spread.p50))?;
             row(f, "        p90", &|run| cell(run, |spread| spread.p90))?;
             row(f, "        p99", &|run| cell(run, |spread| spread.p99))?;
             row(f, "        max", &|run| cell(run, |spread| spread.max))?;
@@ -230,25 +211,16 @@ impl BenchReport {
         let streams = run.streams;
         if run.num_without_usage > 0 {
             let count = run.num_without_usage;
-            writeln!(
-                f,
-                "{streams} streams: {count} without token counts; output tok/s leaves them out"
-            )?;
+            writeln!(f, "{streams} streams: {count} without token counts; output tok/s leaves them out")?;
         }
         if run.num_short > 0 {
             let (count, max_tokens) = (run.num_short, self.max_tokens);
             writeln!(f, "{streams} streams: {count} ended before {max_tokens} tokens")?;
         }
         if run.cached_tokens > 0 {
-            writeln!(
-                f,
-                "{streams} streams: {} prompt tokens came from a prefix cache",
-                run.cached_tokens
-            )?;
+            writeln!(f, "{streams} streams: {} prompt tokens came from a prefix cache", run.cached_tokens)?;
         }
-        run.errors
-            .iter()
-            .try_for_each(|error| writeln!(f, "{streams} streams: {error}"))
+        run.errors.iter().try_for_each(|error| writeln!(f, "{streams} streams: {error}"))
     }
 }
 
@@ -266,11 +238,7 @@ mod tests {
             itl: itl_ms.iter().map(|&ms| Duration::from_millis(ms)).collect(),
             last_content,
             latency: last_content + Duration::from_millis(1),
-            usage: Some(Usage {
-                prompt_tokens: 10,
-                completion_tokens: 3,
-                prompt_tokens_details: None,
-            }),
+            usage: Some(Usage { prompt_tokens: 10, completion_tokens: 3, prompt_tokens_details: None }),
         }
     }
 
@@ -278,26 +246,11 @@ mod tests {
     fn percentiles_are_real_samples_by_nearest_rank() {
         let spread = |ms: &[u64]| Spread::of(ms.iter().map(|&ms| Duration::from_millis(ms)));
         assert_eq!(spread(&[]), None);
-        assert_eq!(
-            spread(&[7]),
-            Some(Spread {
-                mean: 7.0,
-                p50: 7.0,
-                p90: 7.0,
-                p99: 7.0,
-                max: 7.0
-            })
-        );
+        assert_eq!(spread(&[7]), Some(Spread { mean: 7.0, p50: 7.0, p90: 7.0, p99: 7.0, max: 7.0 }));
         let hundred: Vec<u64> = (1..=100).rev().collect();
         assert_eq!(
             spread(&hundred),
-            Some(Spread {
-                mean: 50.5,
-                p50: 50.0,
-                p90: 90.0,
-                p99: 99.0,
-                max: 100.0
-            })
+            Some(Spread { mean: 50.5, p50: 50.0, p90: 90.0, p99: 99.0, max: 100.0 })
         );
     }
 
@@ -310,10 +263,7 @@ mod tests {
             sample(Outcome::Truncated, 1, &[1]),
         ];
         let run = RunReport::new(4, 3, Duration::from_secs(2), &samples);
-        assert_eq!(
-            (run.num_ok, run.num_failed, run.num_truncated, run.num_empty),
-            (1, 2, 1, 0)
-        );
+        assert_eq!((run.num_ok, run.num_failed, run.num_truncated, run.num_empty), (1, 2, 1, 0));
         assert_eq!((run.completion_tokens, run.output_tokens_per_s), (3, 1.5));
         assert_eq!(run.errors, ["HTTP 429: full"], "the same words once");
         assert_eq!(run.tpot_ms.expect("two later tokens").max, 20.0);

@@ -32,9 +32,7 @@ impl Counters {
 
 /// The sum of a metric over its labels.
 fn sum(text: &str, name: &str) -> Option<f64> {
-    text.lines()
-        .filter_map(|line| value_of(line, name))
-        .reduce(|sum, value| sum + value)
+    text.lines().filter_map(|line| value_of(line, name)).reduce(|sum, value| sum + value)
 }
 
 fn value_of(line: &str, name: &str) -> Option<f64> {
@@ -74,11 +72,7 @@ mod tests {
         assert_eq!(before.num_steps, Some(10.0));
         assert_eq!(before.num_generation_tokens, Some(20.0));
         assert_eq!(before.resident_bytes, None);
-        let after = Counters {
-            num_steps: Some(20.0),
-            num_generation_tokens: Some(60.0),
-            ..before
-        };
+        let after = Counters { num_steps: Some(20.0), num_generation_tokens: Some(60.0), ..before };
         assert_eq!(after.tokens_per_step(&before), Some(4.0));
         assert_eq!(before.tokens_per_step(&before), None, "no step was made");
         assert_eq!(after.tokens_per_step(&Counters::default()), None);

@@ -86,10 +86,7 @@ impl TokenRate {
     pub(super) const PROBE_WORDS: [u32; 2] = [16, 144];
 
     /// One token a word, for a server that does not tell.
-    pub(super) const UNKNOWN: Self = Self {
-        tokens_per_word: 1.0,
-        num_fixed_tokens: 0.0,
-    };
+    pub(super) const UNKNOWN: Self = Self { tokens_per_word: 1.0, num_fixed_tokens: 0.0 };
 
     /// The rate from what the probes' prompts came to; nonsense (a server that does not count) is unknown.
     pub(super) fn from_probes(num_tokens: [u64; 2]) -> Self {
@@ -99,10 +96,7 @@ impl TokenRate {
         if !(0.1..=20.0).contains(&tokens_per_word) {
             return Self::UNKNOWN;
         }
-        Self {
-            tokens_per_word,
-            num_fixed_tokens: few - few_words * tokens_per_word,
-        }
+        Self { tokens_per_word, num_fixed_tokens: few - few_words * tokens_per_word }
     }
 
     /// How many words make a prompt of `prompt_tokens`; at least one.
@@ -124,9 +118,8 @@ impl Workload {
     /// The request number `index` of the bench, with a prompt of `num_words`.
     pub(super) fn request(&self, index: u64, num_words: u32, max_tokens: u32) -> ChatRequest {
         let mut state = self.seed ^ index.wrapping_mul(0xd134_2543_de82_ef95);
-        let words: Vec<&str> = (0..num_words)
-            .map(|_| WORDS[(split_mix(&mut state) % WORDS.len() as u64) as usize])
-            .collect();
+        let words: Vec<&str> =
+            (0..num_words).map(|_| WORDS[(split_mix(&mut state) % WORDS.len() as u64) as usize]).collect();
         ChatRequest {
             model: self.model.clone(),
             messages: vec![Message::new("user", words.join(" "))],
@@ -153,11 +146,7 @@ mod tests {
     use std::collections::HashSet;
 
     fn prompt(seed: u64, index: u64) -> String {
-        let workload = Workload {
-            model: "m".into(),
-            seed,
-            max_tokens: 1,
-        };
+        let workload = Workload { model: "m".into(), seed, max_tokens: 1 };
         workload.request(index, 40, 1).messages[0].content.clone()
     }
 
@@ -177,11 +166,7 @@ mod tests {
         // 1.25 tokens a word and a template of 9 tokens.
         let rate = TokenRate::from_probes([29, 189]);
         assert_eq!(rate.num_words(134), 100);
-        assert_eq!(
-            rate.num_words(3),
-            1,
-            "shorter than the template is still a prompt"
-        );
+        assert_eq!(rate.num_words(3), 1, "shorter than the template is still a prompt");
         assert_eq!(TokenRate::from_probes([0, 0]), TokenRate::UNKNOWN);
         assert_eq!(TokenRate::from_probes([20, 4]), TokenRate::UNKNOWN);
         assert_eq!(TokenRate::UNKNOWN.num_words(128), 128);

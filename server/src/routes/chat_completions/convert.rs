@@ -47,10 +47,7 @@ impl Completion {
             return Err(ApiError::model_not_found(&model, &state.model.names));
         }
         if request.stream_options.is_some() && !request.stream {
-            return Err(ApiError::invalid_value(
-                "stream_options",
-                "stream_options needs stream: true",
-            ));
+            return Err(ApiError::invalid_value("stream_options", "stream_options needs stream: true"));
         }
         let stop = stop_strings(request.stop.as_ref())?;
         let messages = messages(&request.messages)?;
@@ -64,10 +61,7 @@ impl Completion {
                 fingerprint: state.model.fingerprint.clone(),
                 num_prompt_tokens: prompt_token_ids.len(),
             },
-            request: Request {
-                prompt_token_ids,
-                sampling,
-            },
+            request: Request { prompt_token_ids, sampling },
             stop,
             stream: request.stream.then(|| request.stream_options.unwrap_or_default()),
         })
@@ -99,17 +93,11 @@ fn stop_strings(stop: Option<&Value>) -> Result<Vec<String>, ApiError> {
 
 fn messages(messages: &[RequestMessage]) -> Result<Vec<Message>, ApiError> {
     if messages.is_empty() {
-        return Err(ApiError::invalid_value(
-            "messages",
-            "messages must have at least one message",
-        ));
+        return Err(ApiError::invalid_value("messages", "messages must have at least one message"));
     }
     let convert = |(i, message): (usize, &RequestMessage)| {
         let path = format!("messages[{i}]");
-        Ok(Message {
-            role: role(&message.role, &path)?,
-            content: content(&message.content, &path)?,
-        })
+        Ok(Message { role: role(&message.role, &path)?, content: content(&message.content, &path)? })
     };
     messages.iter().enumerate().map(convert).collect()
 }
@@ -185,10 +173,7 @@ fn sampling(
     let limit = state.engine.limits().max_model_len;
     let room = limit - num_prompt_tokens;
     let within = |max: usize, param: &'static str| match max {
-        0 => Err(ApiError::invalid_value(
-            param,
-            format!("{param} must be at least 1"),
-        )),
+        0 => Err(ApiError::invalid_value(param, format!("{param} must be at least 1"))),
         max if max > room => Err(ApiError::reply_too_long(limit, num_prompt_tokens, max, param)),
         max => Ok(max),
     };
@@ -211,10 +196,7 @@ fn sampling(
         })?,
     };
     Ok(SamplingParams {
-        temperature: request
-            .temperature
-            .or(generation.temperature)
-            .unwrap_or(defaults.temperature),
+        temperature: request.temperature.or(generation.temperature).unwrap_or(defaults.temperature),
         top_k,
         top_p: request.top_p.or(generation.top_p).unwrap_or(defaults.top_p),
         repetition_penalty: request

@@ -25,11 +25,7 @@ pub(super) fn checked(mut body: Value) -> Result<Value, ApiError> {
     let request = as_object(&mut body, "body")?;
     check(request, "", of_request)?;
     if let Some(options) = request.get_mut("stream_options") {
-        check(
-            as_object(options, "stream_options")?,
-            "stream_options.",
-            of_stream_options,
-        )?;
+        check(as_object(options, "stream_options")?, "stream_options.", of_stream_options)?;
     }
     let messages = request.get_mut("messages").and_then(Value::as_array_mut);
     for (i, message) in messages.into_iter().flatten().enumerate() {
@@ -141,11 +137,7 @@ fn of_request(name: &str, value: &Value) -> Class {
         "service_tier" => neutral(is_one_of(value, &["auto", "default"])),
         "reasoning_effort" => neutral(is_one_of(value, &["none"])),
         "response_format" => neutral(is_one_of(&value["type"], &["text"])),
-        "modalities" => neutral(
-            value
-                .as_array()
-                .is_some_and(|v| v.iter().all(|v| is_one_of(v, &["text"]))),
-        ),
+        "modalities" => neutral(value.as_array().is_some_and(|v| v.iter().all(|v| is_one_of(v, &["text"])))),
         "audio"
         | "prediction"
         | "verbosity"
@@ -223,17 +215,9 @@ mod tests {
             (json!({"n": 2}), "n", "unsupported_parameter"),
             (json!({"logprobs": true}), "logprobs", "unsupported_parameter"),
             (json!({"tools": [{}]}), "tools", "unsupported_parameter"),
-            (
-                json!({"response_format": {"type": "json_object"}}),
-                "response_format",
-                "unsupported_parameter",
-            ),
+            (json!({"response_format": {"type": "json_object"}}), "response_format", "unsupported_parameter"),
             (json!({"temprature": 1}), "temprature", "unknown_parameter"),
-            (
-                json!({"stream_options": {"x": 1}}),
-                "stream_options.x",
-                "unknown_parameter",
-            ),
+            (json!({"stream_options": {"x": 1}}), "stream_options.x", "unknown_parameter"),
             (
                 json!({"messages": [{"role": "user", "speaker": 1}]}),
                 "messages[0].speaker",

@@ -47,19 +47,12 @@ impl Chunks {
 
     fn choice(&self, delta: Delta<'_>, reason: Option<EndReason>, usage: event_log::Usage) -> String {
         let usage = match self.options {
-            StreamOptions {
-                include_usage: false, ..
-            } => None,
-            StreamOptions {
-                continuous_usage_stats,
-                ..
-            } => Some(continuous_usage_stats.then(|| usage.into())),
+            StreamOptions { include_usage: false, .. } => None,
+            StreamOptions { continuous_usage_stats, .. } => {
+                Some(continuous_usage_stats.then(|| usage.into()))
+            }
         };
-        let choice = ChunkChoice {
-            index: 0,
-            delta,
-            finish_reason: reason.map(finish_reason),
-        };
+        let choice = ChunkChoice { index: 0, delta, finish_reason: reason.map(finish_reason) };
         self.chunk(&[choice], usage)
     }
 }
@@ -72,17 +65,11 @@ impl Render for Chunks {
                     num_prompt_tokens: self.head.num_prompt_tokens,
                     num_generated_tokens: 0,
                 };
-                let delta = Delta {
-                    role: Some("assistant"),
-                    content: None,
-                };
+                let delta = Delta { role: Some("assistant"), content: None };
                 documents.push_back(self.choice(delta, None, usage));
             }
             Event::Delta { text, usage } => {
-                let delta = Delta {
-                    role: None,
-                    content: Some(&text),
-                };
+                let delta = Delta { role: None, content: Some(&text) };
                 documents.push_back(self.choice(delta, None, usage));
             }
             Event::Finish { reason, usage } => {
@@ -112,17 +99,8 @@ pub(super) async fn plain(mut reader: LogReader, head: ReplyHead) -> Result<Http
             Some(Event::Role) => {}
             Some(Event::Delta { text, .. }) => content += &text,
             Some(Event::Finish { reason, usage }) => {
-                let message = ReplyMessage {
-                    role: "assistant",
-                    content,
-                    refusal: (),
-                };
-                let choice = Choice {
-                    index: 0,
-                    message,
-                    logprobs: (),
-                    finish_reason: finish_reason(reason),
-                };
+                let message = ReplyMessage { role: "assistant", content, refusal: () };
+                let choice = Choice { index: 0, message, logprobs: (), finish_reason: finish_reason(reason) };
                 return Ok(HttpResponse::Ok().json(ChatCompletion {
                     id: &head.id,
                     object: "chat.completion",

@@ -145,15 +145,9 @@ mod tests {
             (r#"{"temperature": "hot"}"#, "temperature"),
             (r#"{"max_tokens": -1}"#, "max_tokens"),
             (r#"{"messages": {}}"#, "messages"),
-            (
-                r#"{"messages": [{"role": "user", "content": "x"}, {"role": 3}]}"#,
-                "messages[1].role",
-            ),
+            (r#"{"messages": [{"role": "user", "content": "x"}, {"role": 3}]}"#, "messages[1].role"),
             (r#"{"logit_bias": {"7": "x"}}"#, "logit_bias.7"),
-            (
-                r#"{"stream_options": {"include_usage": 1}}"#,
-                "stream_options.include_usage",
-            ),
+            (r#"{"stream_options": {"include_usage": 1}}"#, "stream_options.include_usage"),
             (r#"{"seed": 1.5}"#, "seed"),
             (r#"{"messages": [["user", "x"]]}"#, "messages[0]"),
             (r#"{"stream_options": [true]}"#, "stream_options"),
@@ -165,9 +159,6 @@ mod tests {
         }
         let error = ChatCompletionRequest::parse(b"{").unwrap_err();
         assert_eq!(error.code(), "invalid_json");
-        assert_eq!(
-            ChatCompletionRequest::parse(b"[]").unwrap_err().code(),
-            "invalid_value"
-        );
+        assert_eq!(ChatCompletionRequest::parse(b"[]").unwrap_err().code(), "invalid_value");
     }
 }

@@ -58,10 +58,7 @@ x86_lanes!(
     |score, position, visible, masked| {
         _mm_blendv_ps(masked, score, _mm_cmp_ps::<_CMP_LT_OQ>(position, visible))
     },
-    |y, z| _mm_castsi128_ps(_mm_add_epi32(
-        _mm_castps_si128(y),
-        _mm_slli_epi32::<23>(_mm_castps_si128(z)),
-    ))
+    |y, z| _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(y), _mm_slli_epi32::<23>(_mm_castps_si128(z)),))
 );
 
 /// One float, with the fused multiplication of its wider kin.

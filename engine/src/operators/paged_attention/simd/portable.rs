@@ -60,11 +60,7 @@ impl<const N: usize> Lanes for Floats<N> {
     fn mul_add(self, a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
         let mut out = c;
         for i in 0..N {
-            out[i] = if FUSED {
-                a[i].mul_add(b[i], c[i])
-            } else {
-                a[i] * b[i] + c[i]
-            };
+            out[i] = if FUSED { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] };
         }
         out
     }
@@ -85,19 +81,13 @@ impl<const N: usize> Lanes for Floats<N> {
     fn hide(self, score: [f32; N], position: [f32; N], visible: [f32; N]) -> [f32; N] {
         let mut out = score;
         for i in 0..N {
-            out[i] = if position[i] < visible[i] {
-                score[i]
-            } else {
-                MASKED
-            };
+            out[i] = if position[i] < visible[i] { score[i] } else { MASKED };
         }
         out
     }
     #[inline(always)]
     fn add_exponent(self, y: [f32; N], z: [f32; N]) -> [f32; N] {
-        zip(y, z, |y, z| {
-            f32::from_bits(y.to_bits().wrapping_add(z.to_bits() << 23))
-        })
+        zip(y, z, |y, z| f32::from_bits(y.to_bits().wrapping_add(z.to_bits() << 23)))
     }
 }
 

@@ -154,9 +154,7 @@ impl World {
         let angle =
             |position: usize, i: usize| position as f64 * 10_000f64.powf(-(i as f64) / shape.half as f64);
         let table = |f: fn(f64) -> f64| {
-            (0..shape.max_len * shape.half)
-                .map(|i| f(angle(i / shape.half, i % shape.half)) as f32)
-                .collect()
+            (0..shape.max_len * shape.half).map(|i| f(angle(i / shape.half, i % shape.half)) as f32).collect()
         };
         Self {
             seed,
@@ -164,11 +162,7 @@ impl World {
             block_size,
             key: vec![f32::NAN; floats],
             value: vec![f32::NAN; floats],
-            tables: blocks
-                .chunks(per_sequence)
-                .take(num_sequences)
-                .map(<[i32]>::to_vec)
-                .collect(),
+            tables: blocks.chunks(per_sequence).take(num_sequences).map(<[i32]>::to_vec).collect(),
             cos: table(f64::cos),
             sin: table(f64::sin),
             workspace: Workspace::default(),
@@ -197,8 +191,7 @@ impl World {
                     slots.push(self.slot(share.sequence, position) as i32);
                 }
             }
-            call.cumulative
-                .push(call.cumulative.last().unwrap() + share.len as i32);
+            call.cumulative.push(call.cumulative.last().unwrap() + share.len as i32);
             call.past.push(share.past as i32);
             call.table.extend(&self.tables[share.sequence]);
         }
@@ -231,28 +224,13 @@ impl World {
         let batch = Batch::check(
             &shape.attributes(),
             &Inputs {
-                query: Tensor {
-                    shape: &query_shape,
-                    data: &call.query,
-                },
-                cumulative_sequence_length: Tensor {
-                    shape: &bounds_shape,
-                    data: &call.cumulative,
-                },
-                past_seqlens: Tensor {
-                    shape: &past_shape,
-                    data: &call.past,
-                },
-                block_table: Tensor {
-                    shape: &table_shape,
-                    data: &call.table,
-                },
+                query: Tensor { shape: &query_shape, data: &call.query },
+                cumulative_sequence_length: Tensor { shape: &bounds_shape, data: &call.cumulative },
+                past_seqlens: Tensor { shape: &past_shape, data: &call.past },
+                block_table: Tensor { shape: &table_shape, data: &call.table },
                 cos_cache: rotary(&self.cos),
                 sin_cache: rotary(&self.sin),
-                slot_mapping: call.slots.as_ref().map(|data| Tensor {
-                    shape: &slots_shape,
-                    data,
-                }),
+                slot_mapping: call.slots.as_ref().map(|data| Tensor { shape: &slots_shape, data }),
             },
             &cache,
             &cache,
@@ -262,15 +240,7 @@ impl World {
         // SAFETY: the caches have this shape and are not used otherwise during the call.
         let cache = unsafe { KvCache::new(self.key.as_mut_ptr(), self.value.as_mut_ptr(), batch.geometry) };
         let threads = Threads(threads);
-        attend::run(
-            simd,
-            &batch,
-            cache,
-            scale,
-            &mut output,
-            &mut self.workspace,
-            &threads,
-        )?;
+        attend::run(simd, &batch, cache, scale, &mut output, &mut self.workspace, &threads)?;
         Ok(output)
     }
 
@@ -282,30 +252,15 @@ impl World {
 
     /// A head of a token, rotated by its position: heads count queries, then keys, then values.
     pub(super) fn head(&self, sequence: usize, position: usize, head: usize) -> Vec<f64> {
-        let Shape {
-            kv_heads,
-            group,
-            head_dim,
-            half,
-            interleaved,
-            ..
-        } = self.shape;
+        let Shape { kv_heads, group, head_dim, half, interleaved, .. } = self.shape;
         let token = self.token(sequence, position);
-        let mut x: Vec<f64> = token[head * head_dim..(head + 1) * head_dim]
-            .iter()
-            .map(|&x| x.into())
-            .collect();
+        let mut x: Vec<f64> =
+            token[head * head_dim..(head + 1) * head_dim].iter().map(|&x| x.into()).collect();
         if head < kv_heads * (group + 1) {
             for i in 0..half {
-                let (a, b) = if interleaved {
-                    (2 * i, 2 * i + 1)
-                } else {
-                    (i, i + half)
-                };
-                let (cos, sin) = (
-                    f64::from(self.cos[position * half + i]),
-                    f64::from(self.sin[position * half + i]),
-                );
+                let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + half) };
+                let (cos, sin) =
+                    (f64::from(self.cos[position * half + i]), f64::from(self.sin[position * half + i]));
                 let (left, right): (f64, f64) = (x[a], x[b]);
                 (x[a], x[b]) = (left * cos - right * sin, right * cos + left * sin);
             }
@@ -315,38 +270,25 @@ impl World {
 
     /// The output of a token by plain attention in f64.
     pub(super) fn expected(&self, sequence: usize, position: usize) -> Vec<f64> {
-        let Shape {
-            kv_heads,
-            group,
-            head_dim,
-            ..
-        } = self.shape;
+        let Shape { kv_heads, group, head_dim, .. } = self.shape;
         let mut output = vec![];
         for kv_head in 0..kv_heads {
             let heads = |first: usize| -> Vec<Vec<f64>> {
-                (0..=position)
-                    .map(|p| self.head(sequence, p, first + kv_head))
-                    .collect()
+                (0..=position).map(|p| self.head(sequence, p, first + kv_head)).collect()
             };
             let (keys, values) = (heads(kv_heads * group), heads(kv_heads * (group + 1)));
             for head in 0..group {
                 let query = self.head(sequence, position, kv_head * group + head);
                 let dot = |key: &Vec<f64>| key.iter().zip(&query).map(|(k, q)| k * q).sum::<f64>();
-                let scores: Vec<f64> = keys
-                    .iter()
-                    .map(|key| dot(key) / (head_dim as f64).sqrt())
-                    .collect();
+                let scores: Vec<f64> = keys.iter().map(|key| dot(key) / (head_dim as f64).sqrt()).collect();
                 let top = scores.iter().copied().fold(f64::MIN, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - top).exp()).collect();
                 let sum: f64 = weights.iter().sum();
-                output.extend((0..head_dim).map(|c| {
-                    weights
-                        .iter()
-                        .zip(&values)
-                        .map(|(w, value)| w * value[c])
-                        .sum::<f64>()
-                        / sum
-                }));
+                output.extend(
+                    (0..head_dim).map(|c| {
+                        weights.iter().zip(&values).map(|(w, value)| w * value[c]).sum::<f64>() / sum
+                    }),
+                );
             }
         }
         output
