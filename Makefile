@@ -15,7 +15,7 @@ EXPORTER := $(shell find export -name '*.py' -not -path '*/tests/*') export/pypr
 # ONNX Runtime's library comes out of its Python wheel; the name carries the version.
 export GLMSERVE_ORT_LIB ?= $(firstword $(wildcard $(CURDIR)/.venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*))
 
-.PHONY: help serve test lint test-rust test-python test-deploy bench build model clean
+.PHONY: help serve test lint test-rust test-python test-deploy bench quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -84,8 +84,11 @@ test-python:
 test-deploy:
 	deploy/validate.sh
 
-bench: build model ## serve the default model and measure it at 1, 4 and 16 streams
-	tests/bench.sh $(ARGS)
+bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
+	tests/bench/run.sh $(ARGS)
+
+quality: .venv/serve.stamp build ## measure what each precision costs the default model
+	.venv/bin/python tests/bench/quality.py
 
 clean: ## remove everything that was made
 	rm -rf .venv .models .tools target

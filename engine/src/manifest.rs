@@ -308,3 +308,46 @@ impl Geometry {
         2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.num_bytes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The exporter's tests compare what they write with this same file.
+    const GOLDEN: &str = include_str!("../../export/tests/golden/manifest.json");
+
+    fn parse(text: &str) -> Result<Manifest, LoadError> {
+        Manifest::parse(text, PathBuf::from("manifest.json"))
+    }
+
+    #[test]
+    fn the_golden_manifest_of_the_exporter_is_understood() {
+        let manifest = parse(GOLDEN).unwrap();
+        assert_eq!(manifest.schema_version, SCHEMA_VERSION);
+        assert_eq!(manifest.graph.output, OutputKind::Logits);
+        assert!(manifest.files.contains_key(&manifest.graph.file));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let golden: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
+        let cases = [
+            ("/schema_version", serde_json::json!(2), "schema_version 2"),
+            ("/geometry/num_layers", serde_json::json!(0), "geometry.num_layers"),
+            ("/geometry/rotary_dim", serde_json::json!(3), "geometry.rotary_dim"),
+            ("/geometry/num_kv_heads", serde_json::json!(1000), "num_attention_heads"),
+            ("/graph/block_size", serde_json::json!(48), "graph.block_size"),
+            ("/graph/output", serde_json::json!("topk"), "topk"),
+            ("/graph/names/key_cache", serde_json::json!("key"), "{layer}"),
+            ("/stop_token_ids", serde_json::json!([]), "stop_token_ids"),
+            ("/stop_token_ids/0", serde_json::json!(1_000_000), "1000000"),
+            ("/files", serde_json::json!({}), "files"),
+        ];
+        for (pointer, value, words) in cases {
+            let mut damaged = golden.clone();
+            *damaged.pointer_mut(pointer).unwrap() = value;
+            let error = parse(&damaged.to_string()).unwrap_err().to_string();
+            assert!(error.contains(words), "{pointer}: {error}");
+        }
+    }
+}
