@@ -63,7 +63,13 @@ impl OrtRunner {
             ));
         }
         let layout = layout(&manifest.geometry, &graph, options.kv_cache_bytes)?;
-        let environment = ort::init_from(&options.library).map_err(runtime)?;
+        let environment = ort::init_from(&options.library).map_err(|error| {
+            LoadError::Config(format!(
+                "cannot load ONNX Runtime from {} ({error}): name the library, which the Python package \
+                 onnxruntime 1.31.1 holds as onnxruntime/capi/libonnxruntime.so.1.31.1",
+                options.library.display()
+            ))
+        })?;
         let environment = environment.with_name("glmserve").build().map_err(runtime)?;
         let session = open(&environment, &dir.join(&graph.file), options.num_threads).map_err(runtime)?;
         let mut binding = session.create_binding().map_err(runtime)?;
