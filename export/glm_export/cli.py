@@ -103,7 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(f"{options.out}: {options.precision}, {digest}")
         if options.check:
-            print(check.compare(options.checkpoint, options.out, options.glmserve, options.max_model_len))
+            print(
+                check.compare(
+                    options.checkpoint,
+                    options.out,
+                    options.precision,
+                    options.glmserve,
+                    options.max_model_len,
+                )
+            )
     except (ExportError, OSError) as error:
         print(f"glm-export: {error}", file=sys.stderr)
         return 1
