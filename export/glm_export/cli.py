@@ -53,7 +53,8 @@ def export(
     tensors = Checkpoint(checkpoint)
     tensors.require(weights.shapes(settings), weights.IGNORED)
     with output_folder(out, force) as folder:
-        tokenizer.write(settings.tokenizer, checkpoint, folder)
+        first_special = min(settings.chat.special_tokens.values())
+        tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
         graph.write(settings, tensors, scheme, block_size, folder)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():

@@ -186,6 +186,8 @@ def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
         found = raw.get(key, False if key in ("multi_query_attention", "tie_word_embeddings") else wanted)
         if bool(found) is not wanted:
             raise ExportError(f"config.json: {key} is {found}, only {str(wanted).lower()} is supported")
+    if "codegeex" in str(raw.get("_name_or_path", "")).lower():
+        raise ExportError("config.json: codegeex2 has no role tokens; its chat format is not supported")
     if raw.get("quantization_bit"):
         raise ExportError("config.json: quantization_bit is set; export the unquantised checkpoint")
     if raw.get("pre_seq_len"):

@@ -219,3 +219,10 @@ def test_inv_freq_is_ignored(tmp_path, tiny_checkpoint):
         tmp_path / "model.safetensors",
     )
     Checkpoint(tmp_path).require(weights.shapes(settings), weights.IGNORED)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    save_file({"w": np.array([[0, 1], [value, 2]], np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match=r"w: rows 0 to 1 hold values that are not finite"):
+        read(tmp_path)
