@@ -96,7 +96,8 @@ def test_flipped_bytes_are_an_error_or_other_numbers(tmp_path, file):
         try:
             read(tmp_path)
         except ExportError as error:
-            assert file in str(error)  # noqa: PT017 - most damage is refused, some only changes numbers
+            # Most damage is refused, some only changes numbers, some makes them no numbers.
+            assert file in str(error) or "not finite" in str(error)  # noqa: PT017
             refused += 1
     assert refused > 50
 
