@@ -13,6 +13,9 @@ use crate::error::LoadError;
 /// The schema version that this build reads and that `glm-export` of the same release writes.
 pub const SCHEMA_VERSION: u64 = 1;
 
+/// Larger than any size of a network, small enough that a product of a few of them does not overflow.
+const MAX_SIZE: usize = 1 << 24;
+
 /// What `glm-export` says about a model folder.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -169,6 +172,26 @@ pub struct TensorNames {
     pub logits: String,
 }
 
+impl TensorNames {
+    /// The int32 inputs that change from step to step.
+    pub fn small_inputs(&self) -> [&str; 7] {
+        [
+            &self.token_ids,
+            &self.cumulative_sequence_length,
+            &self.past_seqlens,
+            &self.block_table,
+            &self.slot_mapping,
+            &self.attention_metadata,
+            &self.logits_indices,
+        ]
+    }
+
+    /// Names of a layer's key and value cache.
+    pub fn caches(&self, layer: usize) -> [String; 2] {
+        [&self.key_cache, &self.value_cache].map(|pattern| pattern.replace("{layer}", &layer.to_string()))
+    }
+}
+
 /// The tokenizer file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -226,7 +249,7 @@ pub struct FileEntry {
 }
 
 impl Manifest {
-    /// Reads and checks `dir/manifest.json`.
+    /// Reads and checks `dir/manifest.json`, and the sizes of the files that it lists.
     ///
     /// # Errors
     /// [`LoadError`] names the file, and the field where one is wrong.
@@ -234,7 +257,9 @@ impl Manifest {
         let path = dir.join("manifest.json");
         let text =
             std::fs::read_to_string(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
-        Self::parse(&text, path)
+        let manifest = Self::parse(&text, path)?;
+        manifest.check_files(dir)?;
+        Ok(manifest)
     }
 
     fn parse(text: &str, path: PathBuf) -> Result<Self, LoadError> {
@@ -251,6 +276,22 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Compares the files of `dir` with their sizes in the manifest: a cut copy is the commonest damage.
+    ///
+    /// # Errors
+    /// [`LoadError`] names the first file that is missing or of another size.
+    fn check_files(&self, dir: &Path) -> Result<(), LoadError> {
+        for (name, entry) in &self.files {
+            let path = dir.join(name);
+            let found = path.metadata().map_err(|source| LoadError::Io { path: path.clone(), source })?.len();
+            if found != entry.bytes {
+                let message = format!("it says that {name} has {} bytes, but it has {found}", entry.bytes);
+                return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), String> {
         let g = &self.geometry;
         let positive = [
@@ -260,10 +301,11 @@ impl Manifest {
             ("num_kv_heads", g.num_kv_heads),
             ("head_dim", g.head_dim),
             ("vocab_size", g.vocab_size),
+            ("padded_vocab_size", g.padded_vocab_size),
             ("max_model_len", g.max_model_len),
         ];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("geometry.{name} is 0"));
+        if let Some((name, value)) = positive.iter().find(|(_, value)| !(1..=MAX_SIZE).contains(value)) {
+            return Err(format!("geometry.{name} is {value}, not between 1 and {MAX_SIZE}"));
         }
         if !g.num_attention_heads.is_multiple_of(g.num_kv_heads) {
             return Err(format!(
@@ -292,6 +334,9 @@ impl Manifest {
             if !self.files.contains_key(file) {
                 return Err(format!("files does not list {file}"));
             }
+        }
+        if let Some(file) = self.files.keys().find(|file| file.contains(['/', '\\'])) {
+            return Err(format!("files lists {file}, which is not in the folder itself"));
         }
         for pattern in [&self.graph.names.key_cache, &self.graph.names.value_cache] {
             if !pattern.contains("{layer}") {
@@ -336,12 +381,14 @@ mod tests {
             ("/geometry/num_layers", serde_json::json!(0), "geometry.num_layers"),
             ("/geometry/rotary_dim", serde_json::json!(3), "geometry.rotary_dim"),
             ("/geometry/num_kv_heads", serde_json::json!(1000), "num_attention_heads"),
+            ("/geometry/hidden_size", serde_json::json!(1u64 << 40), "geometry.hidden_size"),
             ("/graph/block_size", serde_json::json!(48), "graph.block_size"),
             ("/graph/output", serde_json::json!("topk"), "topk"),
             ("/graph/names/key_cache", serde_json::json!("key"), "{layer}"),
             ("/stop_token_ids", serde_json::json!([]), "stop_token_ids"),
             ("/stop_token_ids/0", serde_json::json!(1_000_000), "1000000"),
             ("/files", serde_json::json!({}), "files"),
+            ("/files", serde_json::json!({"../x": {"bytes": 1, "sha256": ""}}), "files"),
         ];
         for (pointer, value, words) in cases {
             let mut damaged = golden.clone();
