@@ -18,10 +18,10 @@ import yaml
 DEPLOY = Path(__file__).resolve().parent
 METRICS = DEPLOY.parent / "server" / "src" / "metrics.rs"
 PROBES = {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
-# kubernetes-validate has the core schemas only. Of this custom resource the fields in use are checked by
-# name, as its v1 definition spells them; an unknown field is an error, so add it here when you use it.
 # What the server itself takes after the drain: ending the streams that are left, and flushing.
 GOODBYES_S = 15
+# kubernetes-validate has the core schemas only. Of this custom resource the fields in use are checked by
+# name, as its v1 definition spells them; an unknown field is an error, so add it here when you use it.
 POD_MONITOR_SPEC = {"jobLabel", "selector", "podMetricsEndpoints"}
 POD_METRICS_ENDPOINT = {"port", "path", "interval"}
 
