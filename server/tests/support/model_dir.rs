@@ -111,7 +111,8 @@ fn write(tokenizer: &[u8], (chat, pieces, stops): (Value, &str, Value), vocab_si
     let dir = std::env::temp_dir().join(format!("glmserve-test-{}-{number}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("tokenizer.json"), tokenizer).unwrap();
-    let file = json!({"bytes": 0, "sha256": ""});
+    std::fs::write(dir.join("model.onnx"), "").unwrap();
+    let file = |num_bytes: usize| json!({"bytes": num_bytes, "sha256": ""});
     let manifest = json!({
         "schema_version": 1, "generator": "test",
         "model": {"name": "test-model", "architecture": "chatglm3", "license": null, "origin": null},
@@ -125,7 +126,7 @@ fn write(tokenizer: &[u8], (chat, pieces, stops): (Value, &str, Value), vocab_si
         "tokenizer": {"file": "tokenizer.json", "pieces": pieces},
         "chat": chat, "stop_token_ids": stops,
         "generation": {"temperature": 0.8, "top_p": 0.8},
-        "files": {"model.onnx": file, "tokenizer.json": file},
+        "files": {"model.onnx": file(0), "tokenizer.json": file(tokenizer.len())},
         "digest": "sha256:0123456789abcdef0123456789abcdef"});
     std::fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
     ModelDir(dir)
