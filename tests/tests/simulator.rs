@@ -44,6 +44,7 @@ fn random_request(rng: &mut Rng, max_model_len: usize) -> Request {
             stop_token_ids: vec![3, 50],
             ..Default::default()
         },
+        deadline: None,
     }
 }
 
@@ -54,7 +55,7 @@ fn isolated(request: &Request) -> Outcome {
     engine.add(RequestId(0), request.clone(), Duration::ZERO);
     let mut outcome = Outcome { tokens: Vec::new(), end: None };
     while !engine.is_idle() {
-        engine.step(Duration::ZERO);
+        engine.step(Duration::ZERO, usize::MAX);
         engine.events().iter().for_each(|(_, event)| record(&mut outcome, event));
     }
     outcome
@@ -63,6 +64,7 @@ fn isolated(request: &Request) -> Outcome {
 fn record(outcome: &mut Outcome, event: &TokenEvent) {
     assert!(outcome.end.is_none(), "{event:?} after the end");
     match event {
+        TokenEvent::Admitted => {}
         TokenEvent::Token { token_id } => outcome.tokens.push(*token_id),
         end => outcome.end = Some(end.clone()),
     }
@@ -87,6 +89,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         max_model_len: (num_blocks * block_size).min(200),
         max_num_waiting: 1000,
         watermark_permille: rng.range(0..=200),
+        ..Default::default()
     };
     let fails = rng.one_in(4);
     let mut failing = Rng::new(seed ^ 1);
@@ -116,7 +119,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
             engine.abort(id);
             aborted.insert(id);
         }
-        let report = engine.step(now);
+        let report = engine.step(now, usize::MAX);
         engine.check().unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
         let plan = engine.plan();
         assert!(plan.num_tokens() <= config.max_num_batched_tokens, "seed {seed}: budget");
@@ -200,11 +203,12 @@ fn the_oldest_is_never_preempted() {
     let request = |num_prompt_tokens, max_tokens| Request {
         prompt_token_ids: vec![1; num_prompt_tokens],
         sampling: SamplingParams { max_tokens, ignore_eos: true, temperature: 0.0, ..Default::default() },
+        deadline: None,
     };
     engine.add(RequestId(0), request(16, 48), Duration::ZERO);
     (1..40).for_each(|id| engine.add(RequestId(id), request(8, 40), Duration::ZERO));
     for _ in 0..48 {
-        engine.step(Duration::ZERO);
+        engine.step(Duration::ZERO, usize::MAX);
         engine.check().unwrap();
     }
     let end = TokenEvent::Finished { reason: FinishReason::Length, num_generated_tokens: 48 };
