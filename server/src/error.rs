@@ -188,6 +188,10 @@ impl From<SubmitError> for ApiError {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, QUEUE_FULL, error.to_string())
                     .retry_after(RETRY_QUEUE_FULL_S)
             }
+            SubmitError::DeadlineUnmeetable { retry_after, .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "deadline_unmeetable", error.to_string())
+                    .retry_after(retry_after.as_secs_f64().ceil() as u32)
+            }
             SubmitError::Unavailable(_) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, error.to_string())
                     .retry_after(RETRY_UNAVAILABLE_S)
@@ -242,7 +246,10 @@ mod tests {
 
     #[test]
     fn a_full_queue_says_when_to_come_back() {
-        let error = ApiError::from(SubmitError::QueueFull { num_requests: 3 });
+        let error = ApiError::from(SubmitError::QueueFull {
+            num_requests: 3,
+            retry_after: std::time::Duration::from_secs(1),
+        });
         let response = error.error_response();
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers().get("retry-after").unwrap(), "1");

@@ -111,6 +111,7 @@ async fn warm_up(state: &AppState) -> Result<(), ServeError> {
     let mut events = state.engine.submit(Request {
         prompt_token_ids: state.model.chat.encode(&[message], &state.model.tokenizer)?,
         sampling,
+        deadline: None,
     })?;
     while let Some(event) = events.recv().await {
         if let TokenEvent::Failed(error) = event {

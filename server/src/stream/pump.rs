@@ -56,6 +56,7 @@ impl Pump {
                 event = self.events.recv() => event,
             };
             let result = match event {
+                Some(TokenEvent::Admitted) => Ok(None),
                 Some(TokenEvent::Token { token_id }) => {
                     usage.num_generated_tokens += 1;
                     self.record.token();

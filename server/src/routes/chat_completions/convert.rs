@@ -61,7 +61,7 @@ impl Completion {
                 fingerprint: state.model.fingerprint.clone(),
                 num_prompt_tokens: prompt_token_ids.len(),
             },
-            request: Request { prompt_token_ids, sampling },
+            request: Request { prompt_token_ids, sampling, deadline: None },
             stop,
             stream: request.stream.then(|| request.stream_options.unwrap_or_default()),
         })
