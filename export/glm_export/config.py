@@ -7,6 +7,7 @@ refused by name.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from glm_export.error import ExportError
 ROPE_BASE = 10_000.0
 OVERRIDES_FILE = "glm_export.json"
 OVERRIDES = {"name", "license", "origin", "rope_ratio", "vocab_size", "tokenizer", "chat"}
+
+
+# As in the engine's manifest.rs: beyond any network's, so a typing error.
+LARGEST_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -283,13 +288,15 @@ class _Fields:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.raw.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ExportError(f"{self.file}: {key} is {value!r}, expected a positive whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
+            raise ExportError(
+                f"{self.file}: {key} is {value!r}, expected a positive whole number up to {LARGEST_SIZE}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ExportError(f"{self.file}: {key} is {value!r}, expected a positive number")
         return float(value)
 
@@ -297,7 +304,7 @@ class _Fields:
         """A sampling default; top_k counts, the others measure, and 0 has a meaning for each."""
         value = self.raw[key]
         kinds = int if key == "top_k" else int | float
-        if not isinstance(value, kinds) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise ExportError(f"{self.file}: {key} is {value!r}, expected a number that is not negative")
         return value
 
