@@ -70,7 +70,9 @@ impl OrtRunner {
                 options.library.display()
             ))
         })?;
-        let environment = environment.with_name("glmserve").build().map_err(runtime)?;
+        // On by default in the library: it would send usage, model name and machine to its makers.
+        let environment = environment.with_name("glmserve").with_telemetry(false);
+        let environment = environment.build().map_err(runtime)?;
         let session = open(&environment, &dir.join(&graph.file), options.num_threads).map_err(runtime)?;
         check_contract(&session, &manifest.geometry, &graph)?;
         let mut binding = session.create_binding().map_err(runtime)?;

@@ -111,6 +111,8 @@ impl<R: ModelRunner> Worker<R> {
         let num_delivered = self.deliver(0, start);
         self.publish(start);
         self.publish_stall_limit();
+        // Before the run, too: a long step must not hide what changed at its start.
+        self.observe_gauges();
         let mut report = self.engine.run_step();
         let end = clock.now();
         self.deliver(num_delivered, end);
@@ -120,7 +122,14 @@ impl<R: ModelRunner> Worker<R> {
         self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
         self.shared.num_idle_refusals.store(0, Ordering::Relaxed);
         self.observer.step(&report);
-        self.observer.gauges(&self.engine.gauges());
+        self.observe_gauges();
+    }
+
+    /// Reports the state; what is still in the command channel waits as well.
+    fn observe_gauges(&self) {
+        let mut gauges = self.engine.gauges();
+        gauges.num_waiting += self.commands.len();
+        self.observer.gauges(&gauges);
     }
 
     fn handle(&mut self, command: Command) {
