@@ -5,9 +5,10 @@
 //! is free or in exactly the tables that count it. Only the last of the running list is preempted:
 //! the newest detached sequence, else the newest. So its first, the probe or else the oldest attached
 //! sequence, is only ever preempted to let a probe in, and since no sequence larger than the pool is
-//! let in, it always advances. A detached sequence can lose its blocks to younger ones, but these are
-//! let in only after it has gained a token since the last time. The queue's order is by deadlines
-//! that are never far after arrival. Hence nothing starves.
+//! let in, it always advances. A detached sequence can lose its blocks to younger ones, but those are
+//! let in only by a step that has budget left, in which every running sequence gains a token: it
+//! advances from one loss to the next. The queue's order is by deadlines that are never far after
+//! arrival. Hence nothing starves.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -239,16 +240,10 @@ impl Scheduler {
     /// in only if all its known tokens fit beside what the running ones still have to compute.
     fn admit(&mut self, now: Duration, prefill_budget: &mut usize, outcome: &mut ScheduleOutcome) {
         let mut num_reserved = self.num_reserved();
-        let is_set_back = |sequence: &Sequence| sequence.is_detached && sequence.is_set_back();
-        let mut must_wait = self.running.iter().any(|running| is_set_back(&running.sequence));
         while self.running.len() < self.config.max_num_seqs && *prefill_budget > 0 {
             let Some(WaitingSequence(next)) = self.waiting.front() else {
                 return;
             };
-            if must_wait && next.admission.is_none() {
-                return;
-            }
-            must_wait |= is_set_back(next);
             let num_tokens = next.tokens().len();
             if !self.has_room(num_tokens, num_reserved) {
                 return;

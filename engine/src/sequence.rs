@@ -33,8 +33,6 @@ pub struct Sequence {
     pub is_detached: bool,
     /// Its place among all admitted sequences, from its first admission on. Preemption keeps it.
     pub admission: Option<u64>,
-    /// Number of tokens when it was last preempted, 0 if it never was.
-    pub num_tokens_at_preemption: usize,
     /// Prompt tokens computed at least once: recomputation does not count again.
     pub num_reported_prompt_tokens: usize,
 }
@@ -60,7 +58,6 @@ impl Sequence {
             is_probe: false,
             is_detached: false,
             admission: None,
-            num_tokens_at_preemption: 0,
             num_reported_prompt_tokens: 0,
         }
     }
@@ -78,11 +75,6 @@ impl Sequence {
     /// The output so far.
     pub fn output(&self) -> &[u32] {
         &self.tokens[self.num_prompt_tokens..]
-    }
-
-    /// Whether it was preempted and has gained nothing since.
-    pub fn is_set_back(&self) -> bool {
-        self.tokens.len() <= self.num_tokens_at_preemption
     }
 
     /// Appends a sampled token.
@@ -152,8 +144,7 @@ impl RunningSequence {
     }
 
     /// Gives the blocks up; everything will be computed again.
-    pub fn preempt(mut self, pool: &mut BlockPool) -> WaitingSequence {
-        self.sequence.num_tokens_at_preemption = self.sequence.tokens.len();
+    pub fn preempt(self, pool: &mut BlockPool) -> WaitingSequence {
         self.block_table.release(pool);
         WaitingSequence(self.sequence)
     }

@@ -115,12 +115,13 @@ impl<R: ModelRunner> Worker<R> {
         self.observe_gauges();
         let mut report = self.engine.run_step();
         let end = clock.now();
-        self.deliver(num_delivered, end);
         report.duration = end - start;
-        self.learn(&report);
         self.note_progress(end);
         self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
         self.shared.num_idle_refusals.store(0, Ordering::Relaxed);
+        // Before the events: whoever sees a failure finds the fault set.
+        self.learn(&report);
+        self.deliver(num_delivered, end);
         self.observer.step(&report);
         self.observe_gauges();
     }
@@ -184,20 +185,24 @@ impl<R: ModelRunner> Worker<R> {
             let Some(client) = self.clients.get_mut(id) else {
                 continue;
             };
-            // Fails only if the receiver was dropped: the next step aborts the request.
-            let _ = client.events.try_send(event.clone());
             if matches!(event, TokenEvent::Admitted) {
                 client.admitted_at = Some(now);
             }
-            if event.is_terminal() {
-                // A probe is shorter than what users ask for, and a failure is no measure at all.
-                let is_measure = !client.is_probe && matches!(event, TokenEvent::Finished { .. });
-                if let Some(admitted_at) = client.admitted_at.filter(|_| is_measure) {
-                    self.costs.observe_residence(now.saturating_sub(admitted_at));
-                }
-                self.shared.release(client.is_probe);
-                self.clients.remove(id);
+            if !event.is_terminal() {
+                // Fails only if the receiver was dropped: the next step aborts the request.
+                let _ = client.events.try_send(event.clone());
+                continue;
             }
+            // A probe is shorter than what users ask for, and a failure is no measure at all.
+            let is_measure = !client.is_probe && matches!(event, TokenEvent::Finished { .. });
+            if let Some(admitted_at) = client.admitted_at.filter(|_| is_measure) {
+                self.costs.observe_residence(now.saturating_sub(admitted_at));
+                self.shared.costs.publish(&self.costs);
+            }
+            // Whoever sees the end finds the place free.
+            self.shared.release(client.is_probe);
+            let _ = client.events.try_send(event.clone());
+            self.clients.remove(id);
         }
         self.engine.events().len()
     }
@@ -315,8 +320,8 @@ impl<R: ModelRunner> Worker<R> {
 
     fn end(&mut self, id: RequestId, error: SequenceError) {
         if let Some(client) = self.clients.remove(&id) {
-            let _ = client.events.try_send(TokenEvent::Failed(error));
             self.shared.release(client.is_probe);
+            let _ = client.events.try_send(TokenEvent::Failed(error));
         }
     }
 
