@@ -229,7 +229,7 @@ mod tests {
     fn serve(arguments: &[&str]) -> Result<ServeArgs, String> {
         let arguments = ["glmserve", "serve", "--model", "m"].iter().chain(arguments);
         match Cli::try_parse_from(arguments).map_err(|error| error.to_string())?.command {
-            Command::Serve(args) => Ok(args),
+            Command::Serve(args) => Ok(*args),
             other => panic!("{other:?}"),
         }
     }

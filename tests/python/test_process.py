@@ -94,7 +94,7 @@ def test_a_missing_folder_is_named():
 def server(start_server):
     """Two streams at a time of a model that is slow enough for tests to act meanwhile."""
     return start_server(
-        DEFAULT_MODEL, "--max-num-seqs", "2", "--max-num-waiting", "30", "--drain-timeout", "1"
+        DEFAULT_MODEL, "--max-num-seqs", "2", "--max-num-waiting", "30", "--drain-timeout", "4"
     )
 
 
