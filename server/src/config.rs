@@ -250,6 +250,6 @@ mod tests {
     fn names_are_split_at_commas_and_zero_is_refused() {
         let args = serve(&["--served-model-name", "a,b", "--served-model-name", "c"]).unwrap();
         assert_eq!(args.served_model_name, ["a", "b", "c"]);
-        assert!(serve(&["--max-num-seqs", "0"]).unwrap_err().contains("at least 1"));
+        assert!(serve(&["--max-num-seqs", "0"]).unwrap_err().contains("from 1 to"));
     }
 }
