@@ -123,6 +123,7 @@ impl Server {
         let task = tokio::task::spawn_local(glmserve::serve(listener, state.clone(), receiver));
         let server = Self { address, signals, state, task, http: reqwest::Client::new(), dir };
         while server.get("/readyz").await.0 != 200 {
+            assert!(!server.task.is_finished(), "the server ended");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         server
