@@ -2,12 +2,13 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use glmserve::stream::time_limits::TimeLimits;
 use serde_json::{Value, json};
 use support::events::{Events, complete_text};
 use support::{Options, Server, request, run, streaming};
+use tokio::time::Instant;
 
 const MS: Duration = Duration::from_millis(1);
 
