@@ -13,6 +13,7 @@ pub mod retry;
 pub mod seal;
 pub mod sse;
 pub mod stream;
+pub mod terminal;
 #[cfg(test)]
 mod testing;
 
