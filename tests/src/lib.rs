@@ -1,3 +1,4 @@
-//! Owns what the system tests share: a seeded generator, and later servers and clients in process.
+//! Owns what the system tests share: a seeded generator and a proxy that breaks connections.
 
+pub mod fault_proxy;
 pub mod rng;

@@ -46,7 +46,7 @@ pub(super) struct Sample {
 
 /// The stream that is measured.
 enum Source {
-    Plain(ChatStream),
+    Plain(Box<ChatStream>),
     Resuming(Box<ResumingStream>),
 }
 
@@ -100,7 +100,7 @@ impl Sample {
                 let stream = client.chat_resuming(request, RetryPolicy::default()).await?;
                 Source::Resuming(Box::new(stream))
             }
-            false => Source::Plain(client.chat(request).await?),
+            false => Source::Plain(Box::new(client.chat(request).await?)),
         };
         while let Some(event) = stream.next().await {
             match event? {
