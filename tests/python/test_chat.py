@@ -1,4 +1,4 @@
-"""The two clients that people start with: `glmserve chat` and the Python example, over a network that breaks."""
+"""The clients that people start with: `glmserve chat` and the Python example, over connections that break."""
 
 import importlib.util
 import itertools

@@ -10,7 +10,7 @@ from proxies import PROXIES, Proxy, read_stream
 
 MODEL = "smollm2-135m-instruct"
 LONG = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 4000, "ignore_eos": True}
-SHORT = LONG | {"max_tokens": 60}
+SHORT = LONG | {"max_tokens": 30}
 # A proxy gives up after this much silence, and a waiting stream is silent for longer.
 PROXY_TIMEOUT_S = 3
 WAIT_S = 8
@@ -54,7 +54,7 @@ def wait_behind_a_long_stream(server, proxies) -> dict:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         with httpx_stream(server.url, LONG):
             server.wait_metric("glmserve_requests_running", 1)
-            readings = {name: pool.submit(chat, url, SHORT) for name, url in urls.items()}
+            readings = {name: pool.submit(chat, url, LONG | {"max_tokens": 5}) for name, url in urls.items()}
             time.sleep(WAIT_S)
         return {name: reading.result() for name, reading in readings.items()}
 
