@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use glmserve::stream::memory_store::StoreLimits;
 use glmserve_client::{
     ChatRequest, Client, ClientConfig, ClientError, Message, RetryPolicy, StreamEvent, Verified,
 };
@@ -73,7 +74,11 @@ fn no_stream_loses_or_doubles_a_token() {
     let seed = variable("GLMSERVE_FAULTS_SEED", 20_261_122);
     let num_streams = variable("GLMSERVE_FAULTS_STREAMS", NUM_STREAMS);
     support::run(async move {
-        let server = Server::start(Options { max_num_seqs: 16, ..Options::default() }).await;
+        // Room for all of them: a stream whose client is slow to come back must not be forgotten meanwhile.
+        let store_limits =
+            StoreLimits { retention: TIME_LIMIT, max_bytes: 64 << 20, max_detached: CONCURRENCY };
+        let options = Options { max_num_seqs: 16, store_limits, ..Options::default() };
+        let server = Server::start(options).await;
         let proxy = FaultProxy::start(server.address, seed).await.expect("a port");
         let mut config = ClientConfig::new(format!("http://{}", proxy.address));
         config.idle_timeout = IDLE_TIMEOUT;
