@@ -1,5 +1,7 @@
 //! Owns the engine's limits.
 
+use std::time::Duration;
+
 /// Limits of the scheduler. Every one bounds memory or time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -13,6 +15,19 @@ pub struct EngineConfig {
     pub max_num_waiting: usize,
     /// Blocks kept free at admission, per thousand of the pool, so that running sequences can grow.
     pub watermark_permille: usize,
+    /// Deadline of a request that names none or a longer one: no request waits behind one that came
+    /// this much later, so nothing starves.
+    pub default_deadline: Duration,
+    /// Longest step the cost model may predict, reached by taking fewer prompt tokens: the longest
+    /// pause that somebody's prompt puts into a running stream. One block is always taken.
+    pub max_step_time: Duration,
+    /// How many times its predicted time a step may take before it counts as stalled.
+    pub stall_factor: u32,
+    /// Least time before a step counts as stalled. Until step times are learnt, it is taken
+    /// `stall_factor` times: the first step may have to page the weights in.
+    pub stall_min: Duration,
+    /// Steps in a row that must fail before the engine is at fault.
+    pub max_consecutive_run_errors: u32,
 }
 
 impl Default for EngineConfig {
@@ -23,6 +38,13 @@ impl Default for EngineConfig {
             max_model_len: 8192,
             max_num_waiting: 256,
             watermark_permille: 10,
+            default_deadline: Duration::from_secs(60),
+            // Half a second is a pause that a reader of a stream still takes for writing, and long
+            // enough that reading the weights once is a small part of a step.
+            max_step_time: Duration::from_millis(500),
+            stall_factor: 10,
+            stall_min: Duration::from_secs(30),
+            max_consecutive_run_errors: 3,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Owns the loop's body: schedule a step, run it, apply its outcome.
+//! Owns the loop's body: schedule a step ([`Engine::plan_step`]), run it and apply its outcome
+//! ([`Engine::run_step`]).
 //!
 //! Invariant: counters move only after a run succeeded. If it fails, its sequences end with an
 //! error, every other one is untouched. Must not know clocks, threads or channels.
@@ -12,7 +13,7 @@ use crate::request::{FinishReason, Request, RequestId, TokenEvent};
 use crate::runner::ModelRunner;
 use crate::sampler::Sampler;
 use crate::scheduler::{ScheduleOutcome, Scheduler};
-use crate::sequence::Sequence;
+use crate::sequence::{RunningSequence, Sequence};
 use crate::step::StepPlan;
 
 /// Scheduler, runner and sampler, and the buffers between them.
@@ -40,9 +41,47 @@ impl<R: ModelRunner> Engine<R> {
         }
     }
 
-    /// Queues a request; `id` must be larger than all before it and the request must fit.
-    pub fn add(&mut self, id: RequestId, request: Request, now: Duration) {
-        self.scheduler.add(Sequence::new(id, request, now));
+    /// Queues a request that was submitted at `arrival`; `id` must be larger than all before it and
+    /// the request must fit.
+    pub fn add(&mut self, id: RequestId, request: Request, arrival: Duration) {
+        self.scheduler.add(Sequence::new(id, request, arrival));
+    }
+
+    /// Like [`Engine::add`], before all others and beside as many as may run. One at a time.
+    pub fn add_probe(&mut self, id: RequestId, request: Request, arrival: Duration) {
+        let mut sequence = Sequence::new(id, request, arrival);
+        sequence.is_probe = true;
+        self.scheduler.add(sequence);
+    }
+
+    /// Says whether anybody reads a request: if not, it is preempted before the others.
+    pub fn set_detached(&mut self, id: RequestId, is_detached: bool) {
+        self.scheduler.set_detached(id, is_detached);
+    }
+
+    /// The queue, the next one first.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Sequence> {
+        self.scheduler.waiting()
+    }
+
+    /// The running sequences; the last is preempted first.
+    pub fn running(&self) -> &[RunningSequence] {
+        self.scheduler.running()
+    }
+
+    /// Running sequences that lack one token only.
+    pub fn num_decodes(&self) -> usize {
+        self.scheduler.num_decodes()
+    }
+
+    /// How many requests could be admitted without the end of another one.
+    pub fn num_free_slots(&self) -> usize {
+        self.scheduler.num_free_slots()
+    }
+
+    /// Whether the queue changed since the last call.
+    pub fn take_queue_changed(&mut self) -> bool {
+        self.scheduler.take_queue_changed()
     }
 
     /// Forgets a request and frees its blocks; no event follows.
@@ -60,14 +99,14 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.gauges()
     }
 
-    /// Events of the last step, in order.
+    /// Events since the last step was planned, in order.
     pub fn events(&self) -> &[(RequestId, TokenEvent)] {
         &self.events
     }
 
-    /// Queue times of the requests that the last step admitted.
-    pub fn queue_times(&self) -> &[Duration] {
-        &self.outcome.queue_times
+    /// The requests that the last step admitted for the first time, and how long they had waited.
+    pub fn admitted(&self) -> &[(RequestId, Duration)] {
+        &self.outcome.admitted
     }
 
     /// The plan of the last step.
@@ -83,16 +122,28 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.check()
     }
 
-    /// One step. The report's duration is left to whoever owns the clock.
-    pub fn step(&mut self, now: Duration) -> StepReport {
+    /// Plans and runs a step of at most `prefill_budget` prompt tokens, or one block.
+    pub fn step(&mut self, now: Duration, prefill_budget: usize) -> StepReport {
+        self.plan_step(now, prefill_budget);
+        self.run_step()
+    }
+
+    /// Plans the next step, of at most `prefill_budget` prompt tokens, or one block.
+    pub fn plan_step(&mut self, now: Duration, prefill_budget: usize) {
         self.events.clear();
-        self.scheduler.schedule(now, &mut self.plan, &mut self.outcome);
+        self.scheduler.schedule(now, prefill_budget, &mut self.plan, &mut self.outcome);
+        self.events.extend(self.outcome.admitted.iter().map(|&(id, _)| (id, TokenEvent::Admitted)));
+    }
+
+    /// Runs the planned step. The report's duration is left to whoever owns the clock.
+    pub fn run_step(&mut self) -> StepReport {
         let mut report = StepReport {
             duration: Duration::ZERO,
             num_scheduled_tokens: self.plan.num_tokens(),
             num_prompt_tokens: 0,
             num_generated_tokens: 0,
             num_preemptions: self.outcome.num_preemptions,
+            num_non_finite: 0,
             failed: false,
         };
         if self.plan.is_empty() {
@@ -128,6 +179,11 @@ impl<R: ModelRunner> Engine<R> {
             };
             report.num_generated_tokens += 1;
             if is_finished {
+                let is_non_finite = matches!(
+                    self.events.last(),
+                    Some((_, TokenEvent::Failed(SequenceError::NonFiniteLogits { .. })))
+                );
+                report.num_non_finite += usize::from(is_non_finite);
                 self.scheduler.remove(scheduled.id);
             }
         }

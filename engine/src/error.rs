@@ -1,6 +1,7 @@
 //! Owns the engine's error types. They name domain facts only; the server maps them to HTTP.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Why a request was refused at the door. Nothing was queued.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -26,6 +27,18 @@ pub enum SubmitError {
     QueueFull {
         /// How many requests are in the engine.
         num_requests: usize,
+        /// When a place is likely to be free: the mean time between two ends of requests, or 1 s
+        /// until that is learnt.
+        retry_after: Duration,
+    },
+    /// The cost model predicts that the first token would come after the request's deadline.
+    #[error("the first token is expected in {:.3} s, after the request's deadline", estimate.as_secs_f64())]
+    DeadlineUnmeetable {
+        /// Predicted time to the first token.
+        estimate: Duration,
+        /// When the work ahead will have shrunk enough, if nothing is added to it: the estimate less
+        /// the deadline, at least 100 ms.
+        retry_after: Duration,
     },
     /// The engine is draining or its thread has ended.
     #[error("the engine is not accepting requests: {0}")]

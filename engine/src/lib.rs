@@ -5,6 +5,7 @@
 //! Prometheus are unknown here.
 
 pub mod config;
+pub mod cost_model;
 pub mod engine;
 pub mod error;
 pub mod kv_cache;
@@ -28,4 +29,6 @@ pub use observer::{EngineGauges, EngineObserver, NoObserver, StepReport};
 pub use request::{FinishReason, Request, RequestId, TokenEvent};
 pub use sampling_params::SamplingParams;
 pub use step::{ScheduledSequence, StepOutput, StepPlan};
-pub use thread::{EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver};
+pub use thread::{
+    EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver, Fault, Progress, Stage,
+};

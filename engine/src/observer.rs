@@ -17,6 +17,8 @@ pub struct StepReport {
     pub num_generated_tokens: usize,
     /// Sequences preempted in this step.
     pub num_preemptions: usize,
+    /// Sequences that failed because their logits were not finite.
+    pub num_non_finite: usize,
     /// Whether the runner failed.
     pub failed: bool,
 }

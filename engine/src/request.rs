@@ -2,6 +2,8 @@
 //!
 //! Must not know text, JSON or HTTP: ids only.
 
+use std::time::Duration;
+
 use crate::error::SequenceError;
 use crate::sampling_params::SamplingParams;
 
@@ -10,12 +12,15 @@ use crate::sampling_params::SamplingParams;
 pub struct RequestId(pub u64);
 
 /// What a caller asks for.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Request {
     /// Ids of the whole prompt, special tokens included; at least one.
     pub prompt_token_ids: Vec<u32>,
     /// How to sample.
     pub sampling: SamplingParams,
+    /// Time from submission within which the first token is wanted. Orders the queue and lets the
+    /// engine refuse what it can't meet; nothing is aborted when it passes.
+    pub deadline: Option<Duration>,
 }
 
 /// Why a sequence ended well.
@@ -30,9 +35,12 @@ pub enum FinishReason {
     Length,
 }
 
-/// What a request's channel carries: any number of tokens, then exactly one `Finished` or `Failed`.
+/// What a request's channel carries: at most one `Admitted` and any number of tokens after it, then
+/// exactly one `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TokenEvent {
+    /// The request left the queue and got blocks, for the first time.
+    Admitted,
     /// One generated token.
     Token {
         /// Its id.
@@ -52,6 +60,6 @@ pub enum TokenEvent {
 impl TokenEvent {
     /// Whether nothing follows.
     pub fn is_terminal(&self) -> bool {
-        !matches!(self, Self::Token { .. })
+        !matches!(self, Self::Admitted | Self::Token { .. })
     }
 }

@@ -1,9 +1,14 @@
 //! Owns the queue, the running sequences and the block pool: what runs in the next step.
 //!
 //! A pure function of its state, its input and the time it is told: no clock, no channel, no I/O.
-//! Invariants ([`Scheduler::check`]): both lists are in order of arrival; every block is free or in
-//! exactly the tables that count it; the oldest running sequence is never preempted, and since no
-//! sequence larger than the pool is let in, the oldest always advances: nothing starves.
+//! Invariants ([`Scheduler::check`]): both lists are in the order of their `precedence`; every block
+//! is free or in exactly the tables that count it. Only the last of the running list is preempted:
+//! the newest detached sequence, else the newest. So its first, the probe or else the oldest attached
+//! sequence, is only ever preempted to let a probe in, and since no sequence larger than the pool is
+//! let in, it always advances. A detached sequence can lose its blocks to younger ones, but those are
+//! let in only by a step that has budget left, in which every running sequence gains a token: it
+//! advances from one loss to the next. The queue's order is by deadlines that are never far after
+//! arrival. Hence nothing starves.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -20,8 +25,8 @@ use crate::step::StepPlan;
 pub struct ScheduleOutcome {
     /// Sequences sent back to the queue.
     pub num_preemptions: usize,
-    /// Queue times of the sequences that were admitted for the first time.
-    pub queue_times: Vec<Duration>,
+    /// The sequences that were admitted for the first time, and how long they had waited.
+    pub admitted: Vec<(RequestId, Duration)>,
 }
 
 /// Decides what runs.
@@ -33,8 +38,9 @@ pub struct Scheduler {
     pool: BlockPool,
     watermark: usize,
     max_num_blocks: usize,
-    /// Index into `running` and number of tokens, for the step being planned.
-    chosen: Vec<(usize, usize)>,
+    num_admissions: u64,
+    /// Whether the queue changed since it was last asked.
+    queue_changed: bool,
 }
 
 impl Scheduler {
@@ -44,22 +50,65 @@ impl Scheduler {
         Self {
             watermark: num_blocks * config.watermark_permille / 1000,
             max_num_blocks: pool.blocks_for(config.max_model_len),
-            chosen: Vec::with_capacity(config.max_num_seqs),
-            running: Vec::with_capacity(config.max_num_seqs),
-            waiting: VecDeque::new(),
+            // Every one, the probe's too, may be sent back to the queue.
+            waiting: VecDeque::with_capacity(config.max_num_seqs + config.max_num_waiting + 1),
+            running: Vec::with_capacity(config.max_num_seqs + 1),
+            num_admissions: 0,
+            queue_changed: false,
             config,
             pool,
         }
     }
 
-    /// Queues a sequence, which must be younger than every other and small enough for the pool.
-    pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(WaitingSequence(sequence));
+    /// Queues a sequence, which must be younger than every other and small enough for the pool. A
+    /// deadline later than the default one is cut to it.
+    pub fn add(&mut self, mut sequence: Sequence) {
+        let latest = sequence.arrival.saturating_add(self.config.default_deadline);
+        sequence.deadline = sequence.deadline.min(latest);
+        self.enqueue(WaitingSequence(sequence));
+    }
+
+    fn enqueue(&mut self, sequence: WaitingSequence) {
+        let precedence = sequence.precedence();
+        let index = self.waiting.partition_point(|other| other.precedence() < precedence);
+        self.waiting.insert(index, sequence);
+        self.queue_changed = true;
     }
 
     /// Whether there is nothing to do.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// The queue, the next one first.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Sequence> {
+        self.waiting.iter().map(|waiting| &waiting.0)
+    }
+
+    /// The running sequences; the last is preempted first.
+    pub fn running(&self) -> &[RunningSequence] {
+        &self.running
+    }
+
+    /// Running sequences that lack one token only.
+    pub fn num_decodes(&self) -> usize {
+        self.running.iter().filter(|running| running.num_pending_tokens() == 1).count()
+    }
+
+    /// How many sequences could be admitted without the end of another one: none if the head of the
+    /// queue lacks blocks.
+    pub fn num_free_slots(&self) -> usize {
+        let lacks_blocks =
+            |waiting: &WaitingSequence| !self.has_room(waiting.0.tokens().len(), self.num_reserved());
+        if self.waiting.front().is_some_and(lacks_blocks) {
+            return 0;
+        }
+        self.config.max_num_seqs.saturating_sub(self.running.len())
+    }
+
+    /// Whether the queue changed since the last call.
+    pub fn take_queue_changed(&mut self) -> bool {
+        std::mem::take(&mut self.queue_changed)
     }
 
     /// Figures of the current state.
@@ -72,37 +121,80 @@ impl Scheduler {
         }
     }
 
+    /// Says whether anybody reads a sequence.
+    pub fn set_detached(&mut self, id: RequestId, is_detached: bool) {
+        if let Some(index) = self.position(id) {
+            let mut running = self.running.remove(index);
+            running.sequence.is_detached = is_detached;
+            self.insert_running(running);
+        } else if let Some(waiting) = self.waiting.iter_mut().find(|waiting| waiting.0.id == id) {
+            waiting.0.is_detached = is_detached;
+        }
+    }
+
+    fn insert_running(&mut self, running: RunningSequence) {
+        let precedence = running.precedence();
+        let index = self.running.partition_point(|other| other.precedence() < precedence);
+        self.running.insert(index, running);
+    }
+
     /// Fills `plan` with the next step: a token for every sequence that lacks one, then chunks of
-    /// prompts up to the token budget, admitting from the queue while there is room.
-    pub fn schedule(&mut self, now: Duration, plan: &mut StepPlan, outcome: &mut ScheduleOutcome) {
+    /// prompts, admitting from the queue while there is room. Of prompts it takes `prefill_budget`
+    /// tokens, but at least a block, and never more than the step may hold beside its decodes.
+    pub fn schedule(
+        &mut self,
+        now: Duration,
+        prefill_budget: usize,
+        plan: &mut StepPlan,
+        outcome: &mut ScheduleOutcome,
+    ) {
         outcome.num_preemptions = 0;
-        outcome.queue_times.clear();
-        self.chosen.clear();
-        let mut prefill_budget = self.continue_running(outcome);
+        outcome.admitted.clear();
+        self.running.iter_mut().for_each(|running| running.num_planned_tokens = 0);
+        self.admit_probe(now, outcome);
+        let mut prefill_budget = self.continue_running(prefill_budget, outcome);
         if outcome.num_preemptions == 0 {
             self.admit(now, &mut prefill_budget, outcome);
         }
-        let width = |&(index, _): &(usize, usize)| self.running[index].block_table.blocks().len();
-        plan.clear(self.chosen.iter().map(width).max().unwrap_or(0));
-        for &(index, num_tokens) in &self.chosen {
-            let RunningSequence { sequence, num_computed_tokens: start, block_table } = &self.running[index];
-            let end = start + num_tokens;
+        let planned = || self.running.iter().filter(|running| running.num_planned_tokens > 0);
+        plan.clear(planned().map(|running| running.block_table.blocks().len()).max().unwrap_or(0));
+        for running in planned() {
+            let RunningSequence { sequence, num_computed_tokens: start, .. } = running;
+            let end = start + running.num_planned_tokens;
             plan.push(
                 sequence.id,
                 &sequence.tokens()[*start..end],
                 *start,
-                block_table.blocks(),
+                running.block_table.blocks(),
                 self.pool.block_size(),
                 end == sequence.tokens().len(),
             );
         }
     }
 
-    /// Chooses tokens for the running sequences, oldest first, and returns the budget left for
-    /// prompts. Decodes are set aside first, so that no prompt takes the place of a running stream.
-    fn continue_running(&mut self, outcome: &mut ScheduleOutcome) -> usize {
-        let num_decodes = self.running.iter().filter(|running| running.num_pending_tokens() == 1).count();
-        let mut prefill_budget = self.config.max_num_batched_tokens - num_decodes;
+    /// Lets a waiting probe in at once, beside as many sequences as may run and in the blocks of
+    /// whoever must go: what decides whether the engine is well must not wait for users.
+    fn admit_probe(&mut self, now: Duration, outcome: &mut ScheduleOutcome) {
+        if !self.waiting.front().is_some_and(|waiting| waiting.0.is_probe) {
+            return;
+        }
+        let Some(waiting) = self.waiting.pop_front() else {
+            return;
+        };
+        let num_blocks = self.pool.blocks_for(waiting.0.tokens().len());
+        while self.pool.num_free() < num_blocks && self.preempt_last(outcome) {}
+        self.start(waiting, 0, now, outcome);
+    }
+
+    /// Chooses tokens for the running sequences in order and returns the budget left for prompts.
+    /// Decodes are set aside first, so that no prompt takes the place of a running stream.
+    fn continue_running(&mut self, prefill_budget: usize, outcome: &mut ScheduleOutcome) -> usize {
+        let most = self.config.max_num_batched_tokens.saturating_sub(self.num_decodes());
+        let mut prefill_budget = prefill_budget.max(self.pool.block_size()).min(most);
+        if self.running.first().is_some_and(|running| running.sequence.is_probe) {
+            // The probe may be one more than the step was made for.
+            prefill_budget = prefill_budget.max(1);
+        }
         let mut index = 0;
         while index < self.running.len() {
             let num_pending = self.running[index].num_pending_tokens();
@@ -113,68 +205,93 @@ impl Scheduler {
             if num_pending > 1 {
                 prefill_budget -= num_tokens;
             }
-            if num_tokens > 0 {
-                self.chosen.push((index, num_tokens));
-            }
+            self.running[index].num_planned_tokens = num_tokens;
             index += 1;
         }
         prefill_budget
     }
 
-    /// Grows the table of the sequence at `index`, preempting the newest sequences as long as blocks
-    /// are missing. False if that sequence itself was the newest and had to go.
+    /// Grows the table of the sequence at `index`, preempting the last sequences as long as blocks
+    /// are missing. False if that sequence itself was the last and had to go.
     fn make_room(&mut self, index: usize, num_tokens: usize, outcome: &mut ScheduleOutcome) -> bool {
         loop {
             let running = &mut self.running[index];
             if running.block_table.grow(running.num_computed_tokens + num_tokens, &mut self.pool) {
                 return true;
             }
-            let Some(newest) = self.running.pop() else {
-                return false;
-            };
-            self.waiting.push_front(newest.preempt(&mut self.pool));
-            outcome.num_preemptions += 1;
-            if self.running.len() == index {
+            if !self.preempt_last(outcome) || self.running.len() == index {
                 return false;
             }
         }
     }
 
+    /// Sends the last running sequence back to the queue. False if none runs.
+    fn preempt_last(&mut self, outcome: &mut ScheduleOutcome) -> bool {
+        let Some(last) = self.running.pop() else {
+            return false;
+        };
+        let waiting = last.preempt(&mut self.pool);
+        self.enqueue(waiting);
+        outcome.num_preemptions += 1;
+        true
+    }
+
     /// Admits from the head of the queue while sequences, tokens and blocks allow. A sequence is let
     /// in only if all its known tokens fit beside what the running ones still have to compute.
     fn admit(&mut self, now: Duration, prefill_budget: &mut usize, outcome: &mut ScheduleOutcome) {
-        let blocks_to_come = |running: &RunningSequence| {
-            self.pool.blocks_for(running.sequence.tokens().len()) - running.block_table.blocks().len()
-        };
-        let mut num_reserved: usize = self.running.iter().map(blocks_to_come).sum();
+        let mut num_reserved = self.num_reserved();
         while self.running.len() < self.config.max_num_seqs && *prefill_budget > 0 {
             let Some(WaitingSequence(next)) = self.waiting.front() else {
                 return;
             };
-            let num_blocks = self.pool.blocks_for(next.tokens().len());
-            let watermark = if self.running.is_empty() { 0 } else { self.watermark };
-            if self.pool.num_free() < num_reserved + num_blocks + watermark {
+            let num_tokens = next.tokens().len();
+            if !self.has_room(num_tokens, num_reserved) {
                 return;
             }
             let Some(waiting) = self.waiting.pop_front() else {
                 return;
             };
-            let mut running = waiting.admit(self.max_num_blocks);
-            let num_tokens = running.num_pending_tokens().min(*prefill_budget);
-            if !running.block_table.grow(num_tokens, &mut self.pool) {
-                // Cannot happen: the blocks were counted above. Losing the sequence would be worse.
-                self.waiting.push_front(running.preempt(&mut self.pool));
-                return;
-            }
-            num_reserved += num_blocks - running.block_table.blocks().len();
-            *prefill_budget -= num_tokens;
-            if !running.sequence.was_admitted {
-                running.sequence.was_admitted = true;
-                outcome.queue_times.push(now.saturating_sub(running.sequence.arrival));
-            }
-            self.chosen.push((self.running.len(), num_tokens));
-            self.running.push(running);
+            let num_planned = num_tokens.min(*prefill_budget);
+            self.start(waiting, num_planned, now, outcome);
+            num_reserved += self.pool.blocks_for(num_tokens) - self.pool.blocks_for(num_planned);
+            *prefill_budget -= num_planned;
         }
+    }
+
+    /// Blocks that the running sequences lack for the tokens they know.
+    fn num_reserved(&self) -> usize {
+        let blocks_to_come = |running: &RunningSequence| {
+            self.pool.blocks_for(running.sequence.tokens().len()) - running.block_table.blocks().len()
+        };
+        self.running.iter().map(blocks_to_come).sum()
+    }
+
+    /// Whether `num_tokens` fit beside `num_reserved` blocks and the watermark.
+    fn has_room(&self, num_tokens: usize, num_reserved: usize) -> bool {
+        let watermark = if self.running.is_empty() { 0 } else { self.watermark };
+        self.pool.num_free() >= num_reserved + self.pool.blocks_for(num_tokens) + watermark
+    }
+
+    /// Moves a sequence to the running list and plans its first `num_tokens`, whose blocks are free.
+    fn start(
+        &mut self,
+        waiting: WaitingSequence,
+        num_tokens: usize,
+        now: Duration,
+        outcome: &mut ScheduleOutcome,
+    ) {
+        let is_first_time = waiting.0.admission.is_none();
+        let mut running = waiting.admit(self.max_num_blocks, self.num_admissions);
+        if running.block_table.grow(num_tokens, &mut self.pool) {
+            running.num_planned_tokens = num_tokens;
+        }
+        if is_first_time {
+            self.num_admissions += 1;
+            let sequence = &running.sequence;
+            outcome.admitted.push((sequence.id, now.saturating_sub(sequence.arrival)));
+        }
+        self.insert_running(running);
+        self.queue_changed = true;
     }
 
     /// Records that a sequence's share of the step was computed. Returns the sequence.
@@ -182,6 +299,7 @@ impl Scheduler {
         let index = self.position(id)?;
         let running = &mut self.running[index];
         running.num_computed_tokens += num_tokens;
+        running.num_planned_tokens = 0;
         Some(&mut running.sequence)
     }
 
@@ -191,14 +309,13 @@ impl Scheduler {
             self.running.remove(index).block_table.release(&mut self.pool);
             return true;
         }
-        match self.waiting.binary_search_by_key(&id, |waiting| waiting.0.id) {
-            Ok(index) => self.waiting.remove(index).is_some(),
-            Err(_) => false,
-        }
+        let index = self.waiting.iter().position(|waiting| waiting.0.id == id);
+        self.queue_changed |= index.is_some();
+        index.is_some_and(|index| self.waiting.remove(index).is_some())
     }
 
     fn position(&self, id: RequestId) -> Option<usize> {
-        self.running.binary_search_by_key(&id, |running| running.sequence.id).ok()
+        self.running.iter().position(|running| running.sequence.id == id)
     }
 
     /// Checks every invariant; for tests and simulations, after each step.
@@ -207,12 +324,15 @@ impl Scheduler {
     /// Says which invariant is broken.
     pub fn check(&self) -> Result<(), String> {
         self.pool.check(self.running.iter().map(|running| running.block_table.blocks()))?;
-        let ids = self.running.iter().map(|running| running.sequence.id);
-        let ids: Vec<_> = ids.chain(self.waiting.iter().map(|waiting| waiting.0.id)).collect();
-        if !ids.is_sorted_by(|a, b| a < b) {
-            return Err(format!("running and waiting are not in order of arrival: {ids:?}"));
+        if !self.running.is_sorted_by(|a, b| a.precedence() < b.precedence()) {
+            return Err(format!("the running sequences are out of order: {:?}", self.running));
         }
-        if self.running.len() > self.config.max_num_seqs {
+        let queue = self.waiting.iter().map(WaitingSequence::precedence);
+        if !queue.is_sorted_by(|a, b| a < b) {
+            return Err(format!("the queue is out of order: {:?}", self.waiting));
+        }
+        let has_probe = self.running.iter().any(|running| running.sequence.is_probe);
+        if self.running.len() > self.config.max_num_seqs + usize::from(has_probe) {
             return Err(format!("{} sequences run", self.running.len()));
         }
         for running in &self.running {

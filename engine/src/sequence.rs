@@ -22,16 +22,22 @@ pub struct Sequence {
     pub sampling: SamplingParams,
     /// Engine time of arrival.
     pub arrival: Duration,
-    /// Whether it has run before: a preempted sequence is admitted again, but queued only once.
-    pub was_admitted: bool,
+    /// Engine time by which its first token is wanted.
+    pub deadline: Duration,
+    /// Whether it is a known-answer request, which goes before all others.
+    pub is_probe: bool,
+    /// Whether nobody reads it at the moment.
+    pub is_detached: bool,
+    /// Its place among all admitted sequences, from its first admission on. Preemption keeps it.
+    pub admission: Option<u64>,
     /// Prompt tokens computed at least once: recomputation does not count again.
     pub num_reported_prompt_tokens: usize,
 }
 
 impl Sequence {
-    /// Takes over a request that arrived at `arrival`.
+    /// Takes over a request that was submitted at `arrival`.
     pub fn new(id: RequestId, request: Request, arrival: Duration) -> Self {
-        let Request { prompt_token_ids: mut tokens, sampling } = request;
+        let Request { prompt_token_ids: mut tokens, sampling, deadline } = request;
         let num_prompt_tokens = tokens.len();
         tokens.reserve_exact(sampling.max_tokens);
         Self {
@@ -40,7 +46,10 @@ impl Sequence {
             num_prompt_tokens,
             sampling,
             arrival,
-            was_admitted: false,
+            deadline: arrival.saturating_add(deadline.unwrap_or(Duration::MAX)),
+            is_probe: false,
+            is_detached: false,
+            admission: None,
             num_reported_prompt_tokens: 0,
         }
     }
@@ -71,11 +80,22 @@ impl Sequence {
 pub struct WaitingSequence(pub Sequence);
 
 impl WaitingSequence {
-    /// Starts it, with a table that can grow to `max_num_blocks`.
-    pub fn admit(self, max_num_blocks: usize) -> RunningSequence {
+    /// Order of the queue: the probe, then whoever was preempted, in order of first admission, then
+    /// the earliest deadline.
+    pub fn precedence(&self) -> (bool, bool, Duration, u64) {
+        let sequence = &self.0;
+        let time = if sequence.admission.is_some() { Duration::ZERO } else { sequence.deadline };
+        (!sequence.is_probe, sequence.admission.is_none(), time, sequence.admission.unwrap_or(sequence.id.0))
+    }
+
+    /// Starts it, with a table that can grow to `max_num_blocks`. `next_admission` is its place
+    /// among all admitted sequences if it has none.
+    pub fn admit(mut self, max_num_blocks: usize, next_admission: u64) -> RunningSequence {
+        self.0.admission.get_or_insert(next_admission);
         RunningSequence {
             sequence: self.0,
             num_computed_tokens: 0,
+            num_planned_tokens: 0,
             block_table: BlockTable::with_capacity(max_num_blocks),
         }
     }
@@ -88,11 +108,20 @@ pub struct RunningSequence {
     pub sequence: Sequence,
     /// Tokens whose keys and values are in the cache.
     pub num_computed_tokens: usize,
+    /// Tokens in the step that is planned.
+    pub num_planned_tokens: usize,
     /// Where they are.
     pub block_table: BlockTable,
 }
 
 impl RunningSequence {
+    /// Order of the running list, from whom nobody preempts to who goes first: the probe, attached
+    /// sequences in order of first admission, detached ones in the same order.
+    pub fn precedence(&self) -> (bool, bool, u64) {
+        let sequence = &self.sequence;
+        (!sequence.is_probe, sequence.is_detached, sequence.admission.unwrap_or(u64::MAX))
+    }
+
     /// Tokens that are known and not computed; at least 1 between two steps.
     pub fn num_pending_tokens(&self) -> usize {
         self.sequence.tokens.len() - self.num_computed_tokens

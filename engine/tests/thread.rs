@@ -40,7 +40,7 @@ fn slow() -> FakeRunner {
 fn request(max_tokens: usize) -> Request {
     let sampling =
         SamplingParams { temperature: 0.0, max_tokens, stop_token_ids: vec![2], ..Default::default() };
-    Request { prompt_token_ids: vec![1; 20], sampling }
+    Request { prompt_token_ids: vec![1; 20], sampling, deadline: None }
 }
 
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -58,6 +58,7 @@ async fn a_request_streams_tokens_and_one_end() {
     let (handle, thread, _) =
         spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(|h| Ok(if h.len() < 23 { 9 } else { 2 }))));
     let mut events = handle.submit(request(100)).unwrap();
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
     for _ in 0..3 {
         assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
     }
@@ -77,7 +78,8 @@ async fn dropping_the_receiver_aborts_running_and_waiting_requests() {
         (gauges.num_running, gauges.num_waiting) == (2, 2)
     })
     .await;
-    assert_eq!(handle.submit(request(900)).unwrap_err(), SubmitError::QueueFull { num_requests: 4 });
+    let refusal = handle.submit(request(900)).unwrap_err();
+    assert!(matches!(refusal, SubmitError::QueueFull { num_requests: 4, .. }), "{refusal}");
     drop(receivers);
     until("all blocks are free", || {
         let gauges = *gauges.0.lock().unwrap();
@@ -123,10 +125,12 @@ async fn a_failed_step_fails_its_sequences_and_the_next_request_works() {
     };
     let (handle, _thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut events = handle.submit(request(5)).unwrap();
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
     assert_eq!(events.recv().await, Some(TokenEvent::Failed(SequenceError::Run("injected".into()))));
     assert_eq!(events.recv().await, None);
     let mut events = handle.submit(request(1)).unwrap();
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
 }
 

@@ -8,11 +8,12 @@ use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::header;
 use actix_web::middleware::Next;
-use actix_web::web;
+use actix_web::{HttpMessage, web};
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::error::ApiError;
 use crate::state::AppState;
+use crate::stream::store::Owner;
 
 /// The keys that open `/v1`.
 pub struct ApiKeys(Vec<String>);
@@ -47,7 +48,7 @@ impl ApiKeys {
     }
 }
 
-/// Lets a request pass that brings a key, if keys are asked for.
+/// Lets a request pass that brings a key, if keys are asked for, and notes whose request it is.
 ///
 /// # Errors
 /// 401 otherwise.
@@ -56,16 +57,17 @@ pub async fn guard<B: MessageBody>(
     next: Next<B>,
 ) -> Result<ServiceResponse<B>, actix_web::Error> {
     let keys = request.app_data::<web::Data<AppState>>().and_then(|state| state.keys.as_ref());
+    let mut owner = Owner::ANYBODY;
     if let Some(keys) = keys {
         let header = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let given = header.and_then(|value| {
             let (scheme, key) = value.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
         });
-        if !given.is_some_and(|key| keys.accept(key)) {
-            return Err(ApiError::invalid_api_key().into());
-        }
+        let key = given.filter(|key| keys.accept(key)).ok_or_else(ApiError::invalid_api_key)?;
+        owner = Owner::of(key);
     }
+    request.extensions_mut().insert(owner);
     next.call(request).await
 }
 

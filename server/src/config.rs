@@ -13,6 +13,8 @@ use glmserve_client::terminal::ChatArgs;
 
 use crate::state::HttpOptions;
 use crate::stream::event_log::LogLimits;
+use crate::stream::memory_store::StoreLimits;
+use crate::stream::time_limits::TimeLimits;
 
 const MIB: usize = 1 << 20;
 
@@ -94,12 +96,54 @@ pub struct ServeArgs {
     /// Silence after which a stream sends a comment, in seconds
     #[arg(long, env = "GLMSERVE_KEEP_ALIVE_COMMENT", value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub keep_alive_comment: u64,
+    /// What replies may take, and what is kept of them.
+    #[command(flatten)]
+    pub streams: StreamArgs,
     /// How long running streams may go on after SIGTERM, in seconds
     #[arg(long, env = "GLMSERVE_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub drain_timeout: u64,
     /// Form of the log on standard error; RUST_LOG chooses what is logged
     #[arg(long, env = "GLMSERVE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+}
+
+/// What replies may take, and what is kept of them.
+#[derive(Debug, Args)]
+pub struct StreamArgs {
+    /// How long headers wait for the first token, so that an early failure has a status, in milliseconds
+    #[arg(long, env = "GLMSERVE_STATUS_HOLD", value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(0..=60_000))]
+    pub status_hold: u64,
+    // A user who has waited a minute for a place has left; until then heartbeats tell the position.
+    /// Longest wait in the queue, in seconds; 0 is no limit
+    #[arg(long, env = "GLMSERVE_QUEUE_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub queue_timeout: u64,
+    // A full context on two cores takes minutes; what can't be met is refused at once anyway.
+    /// Longest wait for the first token, in seconds; 0 is no limit. What is predicted to miss it is refused
+    #[arg(long, env = "GLMSERVE_FIRST_TOKEN_TIMEOUT", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub first_token_timeout: u64,
+    // Above any step, and above what a preempted reply needs to be computed again.
+    /// Longest wait between two tokens, in seconds; 0 is no limit
+    #[arg(long, env = "GLMSERVE_INTER_TOKEN_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub inter_token_timeout: u64,
+    // 8192 tokens at 2 a second: nothing honest takes longer, and nothing holds its blocks for ever.
+    /// Longest time of a whole request, in seconds; 0 is no limit
+    #[arg(long, env = "GLMSERVE_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub request_timeout: u64,
+    /// How long a client may take no bytes before its connection is cut, in seconds
+    #[arg(long, env = "GLMSERVE_WRITE_TIMEOUT", value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub write_timeout: u64,
+    /// How long a stream with an Idempotency-Key goes on without a reader, in seconds
+    #[arg(long, env = "GLMSERVE_RESUME_GRACE", value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub resume_grace: u64,
+    /// How long an ended stream can be read again, in seconds
+    #[arg(long, env = "GLMSERVE_RESUME_RETENTION", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub resume_retention: u64,
+    /// Memory of ended streams, in MiB; the oldest go first
+    #[arg(long, env = "GLMSERVE_RESUME_MEMORY", value_name = "MIB", default_value_t = 64)]
+    pub resume_memory: usize,
+    /// Most streams of one API key that run without a reader; the oldest goes first
+    #[arg(long, env = "GLMSERVE_MAX_DETACHED_PER_KEY", value_name = "N", default_value_t = 16)]
+    pub max_detached_per_key: usize,
 }
 
 /// Options of `logits`.
@@ -152,12 +196,33 @@ impl ServeArgs {
         HttpOptions {
             max_body_bytes: self.max_body_bytes,
             comment_period: Duration::from_secs(self.keep_alive_comment),
+            status_hold: Duration::from_millis(self.streams.status_hold),
+            write_timeout: Duration::from_secs(self.streams.write_timeout),
             drain_timeout: Duration::from_secs(self.drain_timeout),
+            time_limits: self.streams.time_limits(),
+            resume_grace: Duration::from_secs(self.streams.resume_grace),
+            store_limits: StoreLimits {
+                retention: Duration::from_secs(self.streams.resume_retention),
+                max_bytes: self.streams.resume_memory.saturating_mul(MIB),
+                max_detached: self.streams.max_detached_per_key,
+            },
             log_limits: LogLimits {
                 // Role, one delta a token, and the flush at the end.
                 max_events: max_model_len + 2,
                 max_bytes: self.max_reply_bytes,
             },
+        }
+    }
+}
+
+impl StreamArgs {
+    fn time_limits(&self) -> TimeLimits {
+        let limit = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
+        TimeLimits {
+            queue: limit(self.queue_timeout),
+            first_token: limit(self.first_token_timeout),
+            inter_token: limit(self.inter_token_timeout),
+            total: limit(self.request_timeout),
         }
     }
 }

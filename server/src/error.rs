@@ -2,6 +2,8 @@
 //!
 //! Invariant: each refusal has a stable code, and a client that may try again is told when.
 
+use std::time::Duration;
+
 use actix_web::body::BoxBody;
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, ResponseError};
@@ -9,17 +11,30 @@ use glm_engine::{SequenceError, SubmitError};
 use serde_json::{Value, json};
 
 use crate::stream::event_log::StreamError;
+use crate::stream::time_limits::Limit;
 use crate::text::TextError;
 
 /// Codes of refusals that come from load or shutdown, not from the request.
-pub const LOAD_CODES: [&str; 3] = [QUEUE_FULL, DRAINING, UNAVAILABLE];
+pub const LOAD_CODES: [&str; 8] = [
+    QUEUE_FULL,
+    DEADLINE_UNMEETABLE,
+    QUEUE_TIMEOUT,
+    FIRST_TOKEN_TIMEOUT,
+    INTER_TOKEN_TIMEOUT,
+    REQUEST_TIMEOUT,
+    DRAINING,
+    UNAVAILABLE,
+];
 const QUEUE_FULL: &str = "queue_full";
+const DEADLINE_UNMEETABLE: &str = "deadline_unmeetable";
+const QUEUE_TIMEOUT: &str = "queue_timeout";
+const FIRST_TOKEN_TIMEOUT: &str = "first_token_timeout";
+const INTER_TOKEN_TIMEOUT: &str = "inter_token_timeout";
+const REQUEST_TIMEOUT: &str = "request_timeout";
 const DRAINING: &str = "draining";
 const UNAVAILABLE: &str = "unavailable";
 const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
 
-/// A queue moves within seconds.
-const RETRY_QUEUE_FULL_S: u32 = 1;
 /// Another replica answers at once; this one will not come back sooner.
 const RETRY_UNAVAILABLE_S: u32 = 5;
 
@@ -136,6 +151,50 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, DRAINING, message).retry_after(RETRY_UNAVAILABLE_S)
     }
 
+    /// A request's header has a value that it can't have.
+    pub fn invalid_header(name: &str, message: &str) -> Self {
+        Self::parameter("invalid_header", name, format!("the header {name}: {message}"))
+    }
+
+    /// The key came with another body before.
+    pub fn idempotency_key_reused() -> Self {
+        let message = "this Idempotency-Key was used with another body; use a new key for a new request";
+        let error = Self::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", message);
+        Self { param: Some("idempotency-key".into()), ..error }
+    }
+
+    /// No such stream, or none of this client's.
+    pub fn stream_not_found() -> Self {
+        let message = "there is no such stream; ended streams are kept for a limited time";
+        Self::new(StatusCode::NOT_FOUND, "stream_not_found", message)
+    }
+
+    /// The stream belongs to one connection.
+    pub fn stream_not_resumable() -> Self {
+        let message = "this stream can't be resumed: its request had no Idempotency-Key";
+        Self::new(StatusCode::CONFLICT, "stream_not_resumable", message)
+    }
+
+    /// Nothing is left to resume. To generate again would not be to resume.
+    pub fn stream_gone() -> Self {
+        let message = "no stream of this Idempotency-Key is left; without Last-Event-ID it starts again";
+        Self::new(StatusCode::GONE, "stream_gone", message)
+    }
+
+    /// The stream has no such event.
+    pub fn cursor_out_of_range(cursor: &str) -> Self {
+        let message = format!("the stream has no event {cursor}");
+        let error = Self::new(StatusCode::CONFLICT, "cursor_out_of_range", message);
+        Self { param: Some("last-event-id".into()), ..error }
+    }
+
+    /// The client wants another model than is here.
+    pub fn model_digest_mismatch(wanted: &str, served: &str) -> Self {
+        let message = format!("the request wants the model {wanted}, and this server has {served}");
+        let error = Self::new(StatusCode::CONFLICT, "model_digest_mismatch", message);
+        Self { param: Some("glm-model-digest".into()), ..error }
+    }
+
     /// A mistake of this server.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
@@ -175,6 +234,11 @@ impl ResponseError for ApiError {
     }
 }
 
+/// Retry-After has no parts of a second; to come too early would be refused again.
+fn whole_seconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1)
+}
+
 impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         match error {
@@ -184,9 +248,15 @@ impl From<SubmitError> for ApiError {
             SubmitError::TooLong { .. } => {
                 Self::parameter(CONTEXT_LENGTH_EXCEEDED, "messages", error.to_string())
             }
-            SubmitError::QueueFull { .. } => {
+            SubmitError::QueueFull { retry_after, .. } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, QUEUE_FULL, error.to_string())
-                    .retry_after(RETRY_QUEUE_FULL_S)
+                    .retry_after(whole_seconds(retry_after))
+            }
+            // 429 and not 503: the server is well, and proxies that count 5xx would take a busy
+            // replica out and send its share to the others.
+            SubmitError::DeadlineUnmeetable { retry_after, .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, DEADLINE_UNMEETABLE, error.to_string())
+                    .retry_after(whole_seconds(retry_after))
             }
             SubmitError::Unavailable(_) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, error.to_string())
@@ -199,6 +269,13 @@ impl From<SubmitError> for ApiError {
 impl From<StreamError> for ApiError {
     fn from(error: StreamError) -> Self {
         let (status, code) = match &error {
+            StreamError::Refused(error) => return error.clone().into(),
+            StreamError::Timeout(Limit::Queue, _) => (StatusCode::GATEWAY_TIMEOUT, QUEUE_TIMEOUT),
+            StreamError::Timeout(Limit::FirstToken, _) => (StatusCode::GATEWAY_TIMEOUT, FIRST_TOKEN_TIMEOUT),
+            StreamError::Timeout(Limit::InterToken, _) => (StatusCode::GATEWAY_TIMEOUT, INTER_TOKEN_TIMEOUT),
+            StreamError::Timeout(Limit::Total, _) => (StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT),
+            // A status that clients don't try again by themselves: somebody wanted this end.
+            StreamError::Aborted(_) => (StatusCode::GONE, "aborted"),
             StreamError::Sequence(SequenceError::Run(_)) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "model_failed")
             }
@@ -234,10 +311,11 @@ mod tests {
 
     #[test]
     fn a_full_queue_says_when_to_come_back() {
-        let error = ApiError::from(SubmitError::QueueFull { num_requests: 3 });
+        let retry_after = Duration::from_millis(6100);
+        let error = ApiError::from(SubmitError::QueueFull { num_requests: 3, retry_after });
         let response = error.error_response();
         assert_eq!(response.status(), 429);
-        assert_eq!(response.headers().get("retry-after").unwrap(), "1");
+        assert_eq!(response.headers().get("retry-after").unwrap(), "7");
         assert_eq!(error.body()["error"]["type"], "rate_limit_error");
         let response = ApiError::from(SubmitError::Unavailable("draining")).error_response();
         assert_eq!(response.status(), 503);

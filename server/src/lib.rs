@@ -6,6 +6,7 @@ pub mod error;
 #[cfg(test)]
 #[path = "../tests/support/model_dir.rs"]
 mod fixtures;
+pub mod known_answer;
 pub mod metrics;
 pub mod npy;
 mod random;
@@ -20,12 +21,12 @@ use std::time::Duration;
 
 use actix_web::middleware::from_fn;
 use actix_web::{App, HttpServer, web};
-use glm_engine::{Request, SamplingParams, SequenceError, SubmitError, TokenEvent};
+use glm_engine::{SequenceError, SubmitError};
 use tokio::sync::mpsc;
 
 use crate::state::AppState;
+use crate::stream::connection::{self, Connection};
 use crate::text::TextError;
-use crate::text::chat_format::{Message, Role};
 
 /// HTTP is a small part of the work; the engine has the other cores.
 const NUM_WORKERS: usize = 2;
@@ -54,6 +55,14 @@ pub enum ServeError {
     /// The first generation failed.
     #[error("warm-up: {0}")]
     WarmUp(#[from] SequenceError),
+    /// The same prompt had two answers.
+    #[error("warm-up: a greedy generation gave {first:?}, and then {second:?}")]
+    Unsteady {
+        /// Tokens of the first.
+        first: Vec<u32>,
+        /// Tokens of the second.
+        second: Vec<u32>,
+    },
 }
 
 /// Serves until `signals` says so: once to drain, twice to end at once. A closed channel is one signal.
@@ -69,7 +78,13 @@ pub async fn serve(
     let app = move || {
         App::new().app_data(shared.clone()).wrap(from_fn(routes::observe)).configure(routes::configure)
     };
+    connection::bound_send_buffers(&listener)?;
     let server = HttpServer::new(app)
+        .on_connect(|io, extensions| {
+            if let Some(connection) = Connection::of(io) {
+                extensions.insert(connection);
+            }
+        })
         .workers(NUM_WORKERS)
         .worker_max_blocking_threads(NUM_BLOCKING_THREADS)
         .max_connections(MAX_CONNECTIONS)
@@ -86,11 +101,14 @@ pub async fn serve(
     tokio::pin!(server);
     let end = async {
         tokio::select! {
-            result = warm_up(&state) => result?,
+            result = known_answer::warm_up(&state) => result?,
             // A signal before the first token: nothing to wait for.
             _ = signals.recv() => return Ok(false),
         }
-        Ok::<_, ServeError>(shutdown::drain(&state, &mut signals).await)
+        tokio::select! {
+            graceful = shutdown::drain(&state, &mut signals) => Ok::<_, ServeError>(graceful),
+            () = known_answer::look_after(&state) => Ok(false),
+        }
     };
     let end = tokio::select! {
         result = &mut server => return Ok(result?),
@@ -101,23 +119,4 @@ pub async fn serve(
     let (result, ()) = tokio::join!(server, handle.stop(graceful));
     end?;
     Ok(result?)
-}
-
-/// One short generation, so that no client pays for first-time work.
-async fn warm_up(state: &AppState) -> Result<(), ServeError> {
-    let message = Message { role: Role::User, content: "Hello".to_owned() };
-    let sampling =
-        SamplingParams { temperature: 0.0, max_tokens: 2, ignore_eos: true, ..SamplingParams::default() };
-    let mut events = state.engine.submit(Request {
-        prompt_token_ids: state.model.chat.encode(&[message], &state.model.tokenizer)?,
-        sampling,
-    })?;
-    while let Some(event) = events.recv().await {
-        if let TokenEvent::Failed(error) = event {
-            return Err(error.into());
-        }
-    }
-    state.set_warm();
-    tracing::info!("ready");
-    Ok(())
 }

@@ -1,10 +1,11 @@
-//! Owns every metric's name and the clock that times requests.
+//! Owns every metric's name.
 //!
 //! Invariants: names live here and nowhere else; each server has a registry of its own; the label
 //! values that alerts watch are there from the start, at 0, so that a rate sees the first event.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod stream_record;
+
+use std::time::Duration;
 
 use glm_engine::{EngineGauges, EngineObserver, Manifest, StepReport};
 use prometheus::core::Collector;
@@ -13,6 +14,7 @@ use prometheus::{
     TextEncoder,
 };
 
+pub use self::stream_record::{Arrival, Delivery, StreamRecord};
 use crate::error::LOAD_CODES;
 
 /// OpenTelemetry's buckets for the time to first token, and on to overload.
@@ -37,14 +39,16 @@ pub enum Outcome {
     Stop,
     /// `max_tokens` were generated.
     Length,
-    /// The client left.
+    /// The client left, or said so.
     Abort,
+    /// A time limit passed.
+    Timeout,
     /// The server failed.
     Error,
 }
 
 impl Outcome {
-    const ALL: [Self; 4] = [Self::Stop, Self::Length, Self::Abort, Self::Error];
+    const ALL: [Self; 5] = [Self::Stop, Self::Length, Self::Abort, Self::Timeout, Self::Error];
 
     /// The label's value.
     pub fn name(self) -> &'static str {
@@ -52,6 +56,7 @@ impl Outcome {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::Abort => "abort",
+            Self::Timeout => "timeout",
             Self::Error => "error",
         }
     }
@@ -77,6 +82,12 @@ pub struct Metrics {
     streams: IntCounterVec,
     empty_streams: IntCounter,
     refused: IntCounterVec,
+    delivered_first_token: Histogram,
+    delivery_lag: Histogram,
+    slow_readers_cut: IntCounter,
+    streams_resumed: IntCounter,
+    streams_detached: IntGauge,
+    stream_store_bytes: IntGauge,
 }
 
 impl Metrics {
@@ -163,6 +174,36 @@ impl Metrics {
                 "Replies that ended well without any text.",
             )?,
             refused,
+            delivered_first_token: histogram(
+                r,
+                "glmserve_delivered_time_to_first_token_seconds",
+                "From the request's arrival until its connection took the first text; streams only.",
+                &FIRST_TOKEN_BUCKETS,
+            )?,
+            delivery_lag: histogram(
+                r,
+                "glmserve_delivery_lag_seconds",
+                "From a text's generation until its connection took it; streams only.",
+                &INTER_TOKEN_BUCKETS,
+            )?,
+            slow_readers_cut: counter(
+                r,
+                "glmserve_slow_readers_cut_total",
+                "Connections cut because their client took no bytes.",
+            )?,
+            streams_resumed: counter(
+                r,
+                "glmserve_streams_resumed_total",
+                "Readers that came to a stream that was there already.",
+            )?,
+            streams_detached: add(
+                r,
+                IntGauge::new("glmserve_streams_detached", "Running streams without a reader.")?,
+            )?,
+            stream_store_bytes: add(
+                r,
+                IntGauge::new("glmserve_stream_store_bytes", "Bytes of finished streams kept for resume.")?,
+            )?,
             registry,
         })
     }
@@ -178,6 +219,22 @@ impl Metrics {
     /// Counts a request that was answered with an error.
     pub fn refused(&self, code: &str) {
         self.refused.with_label_values(&[code]).inc();
+    }
+
+    /// Counts a connection that was cut because its client took no bytes.
+    pub fn slow_reader_cut(&self) {
+        self.slow_readers_cut.inc();
+    }
+
+    /// Counts a reader that came to a stream that was there already.
+    pub fn stream_resumed(&self) {
+        self.streams_resumed.inc();
+    }
+
+    /// What the store of streams holds.
+    pub fn stream_store(&self, num_detached: usize, num_bytes: usize) {
+        self.streams_detached.set(num_detached as i64);
+        self.stream_store_bytes.set(num_bytes as i64);
     }
 }
 
@@ -215,71 +272,10 @@ impl EngineObserver for Metrics {
     }
 }
 
-/// When a request arrived.
-#[derive(Debug, Clone, Copy)]
-pub struct Arrival(Instant);
-
-impl Arrival {
-    /// Reads the clock.
-    #[allow(clippy::disallowed_methods, reason = "this file owns the clock that times requests")]
-    pub fn now() -> Self {
-        Self(Instant::now())
-    }
-}
-
-/// The metrics' view of one accepted request; it counts the request once, whatever becomes of it.
-#[derive(Debug)]
-pub struct StreamRecord {
-    metrics: Arc<Metrics>,
-    arrival: Arrival,
-    last_token: Option<Arrival>,
-    has_text: bool,
-    ended: bool,
-}
-
-impl StreamRecord {
-    /// A request that was accepted.
-    pub fn new(metrics: Arc<Metrics>, arrival: Arrival) -> Self {
-        Self { metrics, arrival, last_token: None, has_text: false, ended: false }
-    }
-
-    /// A token came.
-    pub fn token(&mut self) {
-        let now = Arrival::now();
-        match self.last_token.replace(now) {
-            None => self.metrics.first_token.observe((now.0 - self.arrival.0).as_secs_f64()),
-            Some(last) => self.metrics.inter_token.observe((now.0 - last.0).as_secs_f64()),
-        }
-    }
-
-    /// Text for the client came.
-    pub fn text(&mut self) {
-        self.has_text = true;
-    }
-
-    /// The request ended. Only the first call counts.
-    pub fn end(&mut self, outcome: Outcome) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        let metrics = &self.metrics;
-        metrics.streams.with_label_values(&[outcome.name()]).inc();
-        metrics.duration.observe((Arrival::now().0 - self.arrival.0).as_secs_f64());
-        if matches!(outcome, Outcome::Stop | Outcome::Length) && !self.has_text {
-            metrics.empty_streams.inc();
-        }
-    }
-}
-
-impl Drop for StreamRecord {
-    /// A pump that was torn down has failed its request.
-    fn drop(&mut self) {
-        self.end(Outcome::Error);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::fixtures;
 

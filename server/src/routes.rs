@@ -1,9 +1,13 @@
 //! Owns the table of routes, and the answers to requests that fit none of them.
 
+mod answer;
 mod chat_completions;
+mod handshake;
 mod health;
 mod metrics;
 mod models;
+mod request_headers;
+mod streams;
 
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
@@ -17,14 +21,22 @@ use crate::state::AppState;
 
 /// Adds every route.
 pub(crate) fn configure(app: &mut web::ServiceConfig) {
-    app.service(resource("/livez", web::get().to(health::live)))
+    app.service(resource("/startupz", web::get().to(health::started)))
+        .service(resource("/livez", web::get().to(health::live)))
         .service(resource("/readyz", web::get().to(health::ready)))
         .service(resource("/health", web::get().to(health::ready)))
         .service(resource("/metrics", web::get().to(metrics::scrape)))
         .service(
             web::scope("/v1")
+                .wrap(from_fn(handshake::greet))
+                // The last one is the first to see a request.
                 .wrap(from_fn(auth::guard))
                 .service(resource("/chat/completions", web::post().to(chat_completions::create)))
+                .service(resource("/capabilities", web::get().to(handshake::capabilities)))
+                .service(
+                    resource("/streams/{id}", web::get().to(streams::get))
+                        .route(web::delete().to(streams::delete)),
+                )
                 .service(resource("/models", web::get().to(models::list)))
                 // Names of models may have slashes.
                 .service(resource("/models/{name:.+}", web::get().to(models::get))),

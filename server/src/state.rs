@@ -1,19 +1,25 @@
 //! Owns what all HTTP workers share.
 //!
-//! Invariant: nothing here is locked while a request is served; what changes is atomic.
+//! Invariant: what changes is atomic; only the store of streams has a lock, for a few look-ups.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
-use glm_engine::{EngineHandle, Manifest, Request};
+use glm_engine::{EngineHandle, Fault, Manifest, Request};
 use tokio_util::task::TaskTracker;
 
 use crate::auth::ApiKeys;
 use crate::error::ApiError;
+use crate::known_answer::KnownAnswer;
 use crate::metrics::{Arrival, Metrics, StreamRecord};
-use crate::stream::event_log::{LogLimits, LogReader, event_log};
+use crate::stream::cursor::Cursor;
+use crate::stream::event_log::{Event, LogLimits, LogReader, event_log};
+use crate::stream::memory_store::{MemoryStore, StoreLimits};
 use crate::stream::pump::Pump;
+use crate::stream::reply_stream::{Form, ReplyHead, ReplyStream};
+use crate::stream::store::{Owner, Registered, RequestKey, StreamId, StreamStore};
+use crate::stream::time_limits::TimeLimits;
 use crate::text::TextError;
 use crate::text::chat_format::ChatFormat;
 use crate::text::detokenizer::Detokenizer;
@@ -66,10 +72,20 @@ pub struct HttpOptions {
     pub max_body_bytes: usize,
     /// Silence after which a stream says something.
     pub comment_period: Duration,
+    /// How long headers wait for the first token.
+    pub status_hold: Duration,
+    /// How long a client may take no bytes.
+    pub write_timeout: Duration,
     /// How long running streams may go on after the first signal.
     pub drain_timeout: Duration,
     /// What a reply may grow to.
     pub log_limits: LogLimits,
+    /// What a reply may take; a request may ask for less.
+    pub time_limits: TimeLimits,
+    /// How long a reply that can be resumed goes on without a reader.
+    pub resume_grace: Duration,
+    /// What is kept for clients that come back.
+    pub store_limits: StoreLimits,
 }
 
 /// What all workers share.
@@ -85,16 +101,18 @@ pub struct AppState {
     pub metrics: Arc<Metrics>,
     /// Who may use `/v1`; `None` is everybody.
     pub keys: Option<ApiKeys>,
+    /// The replies that run, and those kept for clients that come back.
+    pub streams: Arc<dyn StreamStore>,
     /// The pumps that run.
     pub pumps: TaskTracker,
     /// Seconds since the epoch at the start.
     pub created: u64,
-    warm: AtomicBool,
+    known_answer: OnceLock<KnownAnswer>,
     draining: AtomicBool,
 }
 
 /// Whether requests are welcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Readiness {
     /// Yes.
     Ready,
@@ -104,6 +122,38 @@ pub enum Readiness {
     Draining,
     /// The engine takes nothing.
     EngineDown,
+    /// The engine had a fault, and has not given the known answer since.
+    Faulty(Fault),
+}
+
+/// A request that passed every check of its own.
+#[derive(Debug)]
+pub struct NewReply {
+    /// For the engine.
+    pub request: Request,
+    /// Stop strings.
+    pub stop: Vec<String>,
+    /// What every answer repeats.
+    pub head: ReplyHead,
+    /// The form asked for.
+    pub form: Form,
+    /// The client's name for it.
+    pub key: Option<RequestKey>,
+    /// Whose it is.
+    pub owner: Owner,
+    /// When to give up.
+    pub limits: TimeLimits,
+}
+
+/// A reply and a reader of it.
+#[derive(Debug)]
+pub struct OpenReply {
+    /// The reply.
+    pub stream: Arc<ReplyStream>,
+    /// Reads it; dropping the last reader of a reply that can't be resumed aborts it.
+    pub reader: LogReader,
+    /// When the request arrived that started it, if this is that request.
+    pub arrival: Option<Arrival>,
 }
 
 impl AppState {
@@ -116,6 +166,7 @@ impl AppState {
         keys: Option<ApiKeys>,
     ) -> Self {
         Self {
+            streams: Arc::new(MemoryStore::new(options.store_limits, Arc::clone(&metrics))),
             options,
             model,
             engine,
@@ -123,42 +174,92 @@ impl AppState {
             keys,
             pumps: TaskTracker::new(),
             created: unix_time(),
-            warm: AtomicBool::new(false),
+            known_answer: OnceLock::new(),
             draining: AtomicBool::new(false),
         }
     }
 
-    /// Hands a request to the engine and starts its pump. Dropping the reader aborts the request.
+    /// Hands a request to the engine and starts its pump, unless its key names a reply already.
     ///
     /// # Errors
-    /// What the engine refuses.
-    pub fn start_reply(
-        &self,
-        request: Request,
-        stop: Vec<String>,
-        arrival: Arrival,
-    ) -> Result<LogReader, ApiError> {
-        if self.is_draining() {
-            return Err(ApiError::draining());
-        }
-        let num_prompt_tokens = request.prompt_token_ids.len();
-        let events = self.engine.submit(request)?;
+    /// What the engine refuses; a key that names another request.
+    pub fn start_reply(&self, new: NewReply, arrival: Arrival) -> Result<OpenReply, ApiError> {
+        let NewReply { request, stop, head, form, key, owner, limits } = new;
+        let (writer, log) = event_log(self.options.log_limits);
+        let id = StreamId::random().map_err(|error| ApiError::internal(error.to_string()))?;
+        // Before anybody can find the stream: its pump must never see it without a reader.
+        let reader = log.reader(0);
+        let (stream, wishes) = ReplyStream::new(id, owner, key.clone(), head, form, log);
+        let stream = match self.streams.register(stream) {
+            Registered::New(stream) => stream,
+            Registered::Existing(stream) => {
+                check_fingerprint(&stream, key.as_ref())?;
+                return self.attach(stream, None);
+            }
+        };
+        let request = Request { deadline: limits.first_token, ..request };
+        let events = match self.engine.submit(request) {
+            Ok(events) => events,
+            Err(error) => {
+                // Another request with this key may read it already, and hears the same.
+                writer.close(Event::Error(error.clone().into()));
+                self.streams.ended(&stream);
+                return Err(if self.is_draining() { ApiError::draining() } else { error.into() });
+            }
+        };
         let detokenizer = Detokenizer::new(Arc::clone(self.model.tokenizer.vocabulary()));
-        let (log, reader) = event_log(self.options.log_limits);
         let pump = Pump {
             events,
             text: ReplyText::new(detokenizer, self.model.chat.reply_prefix(), StopMatcher::new(stop)),
-            log,
+            log: writer,
+            stream: Arc::clone(&stream),
+            wishes,
+            store: Arc::clone(&self.streams),
             record: StreamRecord::new(Arc::clone(&self.metrics), arrival),
-            num_prompt_tokens,
+            limits,
+            grace: self.options.resume_grace,
         };
         self.pumps.spawn(pump.run());
-        Ok(reader)
+        Ok(OpenReply { stream, reader, arrival: Some(arrival) })
     }
 
-    /// The first generation is finished.
-    pub fn set_warm(&self) {
-        self.warm.store(true, Ordering::Release);
+    /// The reply that a key names, after `cursor`. Nothing is generated again.
+    ///
+    /// # Errors
+    /// The key names nothing, or another request; the cursor is not of that reply.
+    pub fn resume(
+        &self,
+        owner: Owner,
+        key: &RequestKey,
+        cursor: Option<Cursor>,
+    ) -> Result<OpenReply, ApiError> {
+        let stream = self.streams.find_key(owner, &key.key).ok_or_else(ApiError::stream_gone)?;
+        check_fingerprint(&stream, Some(key))?;
+        self.attach(stream, cursor)
+    }
+
+    /// One more reader, after `cursor`.
+    ///
+    /// # Errors
+    /// The cursor is not of that reply.
+    pub fn attach(&self, stream: Arc<ReplyStream>, cursor: Option<Cursor>) -> Result<OpenReply, ApiError> {
+        if let Some(cursor) = cursor.filter(|cursor| !stream.has(*cursor)) {
+            return Err(ApiError::cursor_out_of_range(&cursor.to_string()));
+        }
+        self.metrics.stream_resumed();
+        let reader = stream.log.reader(cursor.map_or(0, |cursor| cursor.event));
+        Ok(OpenReply { stream, reader, arrival: None })
+    }
+
+    /// The first generations are finished.
+    pub fn set_warm(&self, known_answer: KnownAnswer) {
+        // Only the first is kept; there is one warm-up.
+        let _ = self.known_answer.set(known_answer);
+    }
+
+    /// What the warm-up recorded; `None` before its end.
+    pub fn known_answer(&self) -> Option<&KnownAnswer> {
+        self.known_answer.get()
     }
 
     /// Takes no more requests.
@@ -174,15 +275,25 @@ impl AppState {
 
     /// Whether requests are welcome.
     pub fn readiness(&self) -> Readiness {
+        let status = self.engine.status();
         if self.is_draining() {
             Readiness::Draining
-        } else if !self.engine.status().accepting {
+        } else if !status.accepting {
             Readiness::EngineDown
-        } else if !self.warm.load(Ordering::Acquire) {
+        } else if self.known_answer().is_none() {
             Readiness::WarmingUp
+        } else if let Some(fault) = status.fault {
+            Readiness::Faulty(fault)
         } else {
             Readiness::Ready
         }
+    }
+}
+
+fn check_fingerprint(stream: &ReplyStream, key: Option<&RequestKey>) -> Result<(), ApiError> {
+    match stream.key.as_ref() == key {
+        true => Ok(()),
+        false => Err(ApiError::idempotency_key_reused()),
     }
 }
 

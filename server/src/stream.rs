@@ -1,5 +1,11 @@
 //! The seam between the engine and HTTP: one pump a request, one bounded log, any number of readers.
 
+pub mod connection;
+pub mod cursor;
 pub mod event_log;
+pub mod memory_store;
 pub mod pump;
+pub mod reply_stream;
 pub mod sse;
+pub mod store;
+pub mod time_limits;

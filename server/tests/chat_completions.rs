@@ -49,6 +49,10 @@ fn replies_of_any_length_are_complete_and_equal_in_both_forms() {
     });
 }
 
+/// `好!` in UTF-8, hashed elsewhere.
+const HASH: &str = "a4c257928bb6db5924e1a3f7b2b03be265f2b634df9fca3b0cd1aba091bace10";
+const GLM: &str = ",\"glm\":{\"completion_tokens\":8,\"text_sha256\":\"HASH\"}";
+
 #[test]
 fn the_lines_of_a_stream() {
     run(async {
@@ -64,6 +68,7 @@ fn the_lines_of_a_stream() {
             lines
                 .into_iter()
                 .map(|l| l.replace(&id, "ID").replace(&created, "\"created\":0"))
+                .map(|l| l.replace(HASH, "HASH"))
                 .collect::<Vec<_>>()
         };
         let chunk = |rest: &str| {
@@ -81,7 +86,7 @@ fn the_lines_of_a_stream() {
             choice(r#"{"role":"assistant"}"#, "null", ""),
             choice(r#"{"content":"好"}"#, "null", ""),
             choice(r#"{"content":"!"}"#, "null", ""),
-            choice("{}", r#""stop""#, ""),
+            choice("{}", r#""stop""#, GLM),
             "data: [DONE]".to_owned(),
         ];
         assert_eq!(lines(json!(null)).await, plain);
@@ -98,7 +103,7 @@ fn the_lines_of_a_stream() {
             choice(r#"{"role":"assistant"}"#, "null", null),
             choice(r#"{"content":"好"}"#, "null", null),
             choice(r#"{"content":"!"}"#, "null", null),
-            choice("{}", r#""stop""#, null),
+            choice("{}", r#""stop""#, &format!("{null}{GLM}")),
             chunk(&format!("\"choices\":[],{}", usage(8))),
             "data: [DONE]".to_owned(),
         ];
@@ -109,7 +114,7 @@ fn the_lines_of_a_stream() {
             choice(r#"{"role":"assistant"}"#, "null", &running(0)),
             choice(r#"{"content":"好"}"#, "null", &running(6)),
             choice(r#"{"content":"!"}"#, "null", &running(7)),
-            choice("{}", r#""stop""#, &running(8)),
+            choice("{}", r#""stop""#, &(running(8) + GLM)),
             chunk(&format!("\"choices\":[],{}", usage(8))),
             "data: [DONE]".to_owned(),
         ];

@@ -6,13 +6,7 @@ use std::time::Duration;
 
 use glmserve::auth::ApiKeys;
 use serde_json::{Value, json};
-use support::{Options, Server, read_all, request, run};
-
-fn streaming(command: &str) -> Value {
-    let mut body = request(command);
-    body["stream"] = json!(true);
-    body
-}
+use support::{Options, Server, read_all, request, run, streaming};
 
 #[test]
 fn models_health_and_unknown_routes() {

@@ -1,5 +1,6 @@
 //! A seeded simulator over the fake runner with virtual time: thousands of random requests,
-//! aborts, failures and tiny pools, with every invariant checked after every step.
+//! aborts, failures, deadlines, detached readers, probes, prompt budgets that vary by step and tiny
+//! pools, with every invariant checked after every step.
 //!
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
 
@@ -10,6 +11,7 @@ use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{
     Engine, EngineConfig, FinishReason, Request, RequestId, RunError, SamplingParams, TokenEvent,
 };
+use glmserve_tests::order::OrderCheck;
 use glmserve_tests::rng::Rng;
 
 const VOCAB_SIZE: usize = 96;
@@ -44,6 +46,7 @@ fn random_request(rng: &mut Rng, max_model_len: usize) -> Request {
             stop_token_ids: vec![3, 50],
             ..Default::default()
         },
+        deadline: rng.one_in(2).then(|| Duration::from_millis(rng.range(0..=1_500) as u64)),
     }
 }
 
@@ -54,7 +57,7 @@ fn isolated(request: &Request) -> Outcome {
     engine.add(RequestId(0), request.clone(), Duration::ZERO);
     let mut outcome = Outcome { tokens: Vec::new(), end: None };
     while !engine.is_idle() {
-        engine.step(Duration::ZERO);
+        engine.step(Duration::ZERO, usize::MAX);
         engine.events().iter().for_each(|(_, event)| record(&mut outcome, event));
     }
     outcome
@@ -63,17 +66,23 @@ fn isolated(request: &Request) -> Outcome {
 fn record(outcome: &mut Outcome, event: &TokenEvent) {
     assert!(outcome.end.is_none(), "{event:?} after the end");
     match event {
+        TokenEvent::Admitted => {}
         TokenEvent::Token { token_id } => outcome.tokens.push(*token_id),
         end => outcome.end = Some(end.clone()),
     }
 }
 
+#[derive(Debug, Default)]
 struct Totals {
     num_preemptions: usize,
     num_aborts: usize,
     num_failures: usize,
     num_mixed_steps: usize,
     num_requests: usize,
+    num_probes: usize,
+    num_detached_preempted: usize,
+    num_overtakings: usize,
+    num_cut_steps: usize,
 }
 
 fn simulate(seed: u64, totals: &mut Totals) {
@@ -86,7 +95,9 @@ fn simulate(seed: u64, totals: &mut Totals) {
         max_num_batched_tokens: rng.range(max_num_seqs..=max_num_seqs + 60),
         max_model_len: (num_blocks * block_size).min(200),
         max_num_waiting: 1000,
+        default_deadline: Duration::from_millis(rng.range(0..=1_000) as u64),
         watermark_permille: rng.range(0..=200),
+        ..Default::default()
     };
     let fails = rng.one_in(4);
     let mut failing = Rng::new(seed ^ 1);
@@ -100,6 +111,8 @@ fn simulate(seed: u64, totals: &mut Totals) {
     let mut outcomes = BTreeMap::new();
     let mut requests = BTreeMap::new();
     let mut aborted = BTreeSet::new();
+    let mut order = OrderCheck::default();
+    let mut probe = None;
     let (mut now, mut next_id, mut num_steps) = (Duration::ZERO, 0, 0);
     let num_requests = rng.range(1..=40);
     while next_id < num_requests || !engine.is_idle() {
@@ -108,19 +121,44 @@ fn simulate(seed: u64, totals: &mut Totals) {
             let request = random_request(&mut rng, config.max_model_len);
             requests.insert(id, request.clone());
             outcomes.insert(id, Outcome { tokens: Vec::new(), end: None });
-            engine.add(id, request, now);
             next_id += 1;
+            // A probe must fit beside nobody, as all of them, and there is one at a time.
+            if probe.is_none() && rng.one_in(10) {
+                probe = Some(id);
+                engine.add_probe(id, request, now);
+                order.add_probe(id);
+                totals.num_probes += 1;
+                continue;
+            }
+            let deadline = request.deadline.unwrap_or(Duration::MAX).min(config.default_deadline);
+            order.add(id, now + deadline);
+            engine.add(id, request, now);
         }
         if next_id > 0 && rng.one_in(25) {
             let id = RequestId(rng.range(0..=next_id - 1) as u64);
             engine.abort(id);
+            order.abort(id);
+            probe = probe.filter(|&probe| probe != id);
             aborted.insert(id);
         }
-        let report = engine.step(now);
+        if next_id > 0 && rng.one_in(4) {
+            engine.set_detached(RequestId(rng.range(0..=next_id - 1) as u64), rng.one_in(2));
+        }
+        let budget = if rng.one_in(3) { usize::MAX } else { rng.range(0..=50) };
+        order.before(&engine);
+        let report = engine.step(now, budget);
+        let broken = order.after(&engine);
+        broken.unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
         engine.check().unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
         let plan = engine.plan();
-        assert!(plan.num_tokens() <= config.max_num_batched_tokens, "seed {seed}: budget");
-        assert!(plan.sequences.len() <= config.max_num_seqs, "seed {seed}: sequences");
+        // A probe is one more than the step was made for: its sequence, and a token of its prompt.
+        let num_extra = usize::from(probe.is_some());
+        assert!(plan.num_tokens() <= config.max_num_batched_tokens + num_extra, "seed {seed}: tokens");
+        assert!(plan.sequences.len() <= config.max_num_seqs + num_extra, "seed {seed}: sequences");
+        let shares = plan.sequences.iter().map(|sequence| sequence.num_scheduled_tokens);
+        let num_prefill_tokens: usize = shares.filter(|&num_tokens| num_tokens > 1).sum();
+        assert!(num_prefill_tokens <= budget.max(block_size), "seed {seed}: prompt budget");
+        totals.num_cut_steps += usize::from(num_prefill_tokens == budget.max(block_size));
         let is_idle_step = plan.is_empty() && !engine.is_idle();
         assert!(!is_idle_step, "seed {seed}: work is there and nothing was scheduled");
         let num_decodes = plan.sequences.iter().filter(|s| s.num_scheduled_tokens == 1).count();
@@ -129,6 +167,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         totals.num_failures += usize::from(report.failed);
         for (id, event) in engine.events() {
             record(outcomes.get_mut(id).unwrap(), event);
+            probe = probe.filter(|probe| !event.is_terminal() || probe != id);
         }
         now += Duration::from_millis(rng.range(1..=50) as u64);
         num_steps += 1;
@@ -151,6 +190,8 @@ fn simulate(seed: u64, totals: &mut Totals) {
     }
     totals.num_aborts += aborted.len();
     totals.num_requests += num_requests;
+    totals.num_detached_preempted += order.num_detached_preempted;
+    totals.num_overtakings += order.num_overtakings;
 }
 
 /// The hashing runner, failing a step when `fails` says so.
@@ -177,17 +218,25 @@ fn invariants_hold_and_batching_changes_nothing() {
         None => 0..env("GLMSERVE_SIM_RUNS").unwrap_or(2_000),
     };
     let is_whole = seeds.end - seeds.start > 100;
-    let mut totals =
-        Totals { num_preemptions: 0, num_aborts: 0, num_failures: 0, num_mixed_steps: 0, num_requests: 0 };
+    let mut totals = Totals::default();
     seeds.for_each(|seed| simulate(seed, &mut totals));
-    let Totals { num_preemptions, num_aborts, num_failures, num_mixed_steps, num_requests } = totals;
-    println!(
-        "{num_requests} requests, {num_preemptions} preemptions, {num_aborts} aborts, {num_failures} failed steps, {num_mixed_steps} mixed steps"
-    );
+    println!("{totals:?}");
     // The simulation must have met what it is there for.
-    let all_met =
-        [num_preemptions, num_aborts, num_failures, num_mixed_steps].iter().all(|&count| count > 50);
+    let Totals { num_preemptions, num_aborts, num_failures, num_mixed_steps, .. } = totals;
+    let Totals { num_probes, num_detached_preempted, num_overtakings, num_cut_steps, .. } = totals;
+    let met = [num_preemptions, num_aborts, num_failures, num_mixed_steps, num_probes];
+    let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps];
+    let all_met = met.iter().chain(&met_in_order).all(|&count| count > 50);
     assert!(!is_whole || all_met, "the simulation is too tame");
+}
+
+/// A greedy request of exactly this size.
+fn request(num_prompt_tokens: usize, max_tokens: usize) -> Request {
+    Request {
+        prompt_token_ids: vec![1; num_prompt_tokens],
+        sampling: SamplingParams { max_tokens, ignore_eos: true, temperature: 0.0, ..Default::default() },
+        deadline: None,
+    }
 }
 
 /// The oldest request ends within the steps it would need alone plus its prompt's chunks, however
@@ -197,16 +246,72 @@ fn the_oldest_is_never_preempted() {
     let config =
         EngineConfig { max_num_seqs: 8, max_num_batched_tokens: 16, max_model_len: 64, ..Default::default() };
     let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 4, 16), config, VOCAB_SIZE);
-    let request = |num_prompt_tokens, max_tokens| Request {
-        prompt_token_ids: vec![1; num_prompt_tokens],
-        sampling: SamplingParams { max_tokens, ignore_eos: true, temperature: 0.0, ..Default::default() },
-    };
     engine.add(RequestId(0), request(16, 48), Duration::ZERO);
     (1..40).for_each(|id| engine.add(RequestId(id), request(8, 40), Duration::ZERO));
     for _ in 0..48 {
-        engine.step(Duration::ZERO);
+        engine.step(Duration::ZERO, usize::MAX);
         engine.check().unwrap();
     }
     let end = TokenEvent::Finished { reason: FinishReason::Length, num_generated_tokens: 48 };
     assert!(engine.events().contains(&(RequestId(0), end)), "{:?}", engine.events());
+}
+
+/// Urgent requests arrive faster than they can be served, for ever. One without a deadline is still
+/// admitted as soon as its default deadline lies before theirs.
+#[test]
+fn urgent_requests_do_not_starve_patient_ones() {
+    let config = EngineConfig {
+        max_num_seqs: 2,
+        max_model_len: 64,
+        default_deadline: Duration::from_secs(5),
+        ..Default::default()
+    };
+    let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 8, 16), config, VOCAB_SIZE);
+    let urgent = Request { deadline: Some(Duration::from_secs(1)), ..request(8, 10) };
+    (0..2).for_each(|id| engine.add(RequestId(id), urgent.clone(), Duration::ZERO));
+    engine.step(Duration::ZERO, usize::MAX);
+    engine.add(RequestId(2), request(8, 10), Duration::ZERO);
+    let admitted_at = (1..3_000u64).find(|&step| {
+        let now = Duration::from_millis(10 * step);
+        engine.add(RequestId(2 + step), urgent.clone(), now);
+        engine.step(now, usize::MAX);
+        engine.check().unwrap();
+        engine.events().contains(&(RequestId(2), TokenEvent::Admitted))
+    });
+    // Due at 5 s, as are the urgent ones of the fourth second: served at a fifth of their pace, these
+    // are nearly all served before it.
+    let is_fair = admitted_at.is_some_and(|step| (400..=2_500).contains(&step));
+    assert!(is_fair, "admitted at step {admitted_at:?}");
+}
+
+/// Attached requests arrive for ever, each just small enough to be let in beside a detached one and
+/// then to take its blocks before its long history is computed again. Still the detached one ends.
+#[test]
+fn attached_requests_do_not_starve_detached_ones() {
+    let config = EngineConfig {
+        max_num_seqs: 2,
+        max_model_len: 64,
+        default_deadline: Duration::from_millis(50),
+        watermark_permille: 0,
+        ..Default::default()
+    };
+    let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 16, 4), config, VOCAB_SIZE);
+    let detached = RequestId(0);
+    engine.add(detached, request(56, 8), Duration::ZERO);
+    engine.set_detached(detached, true);
+    let (mut next_id, mut num_preemptions) = (1, 0);
+    let num_steps = (0..2_000).find(|&step| {
+        let now = Duration::from_millis(step);
+        while engine.waiting().len() < 4 {
+            engine.add(RequestId(next_id), request(3, 60), now);
+            next_id += 1;
+        }
+        // One block of a prompt a step: 14 steps and more for the detached one.
+        num_preemptions += engine.step(now, 0).num_preemptions;
+        engine.check().unwrap();
+        let end = TokenEvent::Finished { reason: FinishReason::Length, num_generated_tokens: 8 };
+        engine.events().contains(&(detached, end))
+    });
+    assert!(num_preemptions > 0, "the pool is not small enough");
+    assert!(num_steps.is_some(), "not ended after {next_id} requests and {num_preemptions} preemptions");
 }

@@ -1,21 +1,26 @@
-//! Owns `POST /v1/chat/completions`: read, convert, start, answer.
+//! Owns `POST /v1/chat/completions`: read, convert, start or find, answer.
 //!
 //! Invariant: streamed and plain answers are two readers of the same log, so they cannot differ.
 
 mod convert;
 mod fields;
-mod render;
+mod fingerprint;
+pub(super) mod render;
 mod types;
 
 use std::time::Duration;
 
-use actix_web::{HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, web};
 
 use self::convert::Completion;
+pub(super) use self::fields::HONOURED as SUPPORTED_FIELDS;
+use super::answer::{Wanted, answer};
+use super::request_headers::RequestHeaders;
 use crate::error::ApiError;
 use crate::metrics::Arrival;
-use crate::state::AppState;
-use crate::stream::sse;
+use crate::state::{AppState, NewReply};
+use crate::stream::reply_stream::Form;
+use crate::stream::store::{Owner, RequestKey};
 
 /// A body that trickles in slower than this keeps a connection for nothing.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -23,26 +28,53 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 const INLINE_BODY_BYTES: usize = 8 * 1024;
 
 /// Answers one request.
-pub(super) async fn create(body: web::Payload, state: web::Data<AppState>) -> Result<HttpResponse, ApiError> {
+pub(super) async fn create(
+    request: HttpRequest,
+    body: web::Payload,
+    owner: web::ReqData<Owner>,
+    state: web::Data<AppState>,
+) -> Result<HttpResponse, ApiError> {
     let arrival = Arrival::now();
+    let RequestHeaders { key, cursor, prefer, limits } =
+        RequestHeaders::read(&request, state.options.time_limits)?;
     let body = read(body, state.options.max_body_bytes).await?;
-    let completion = if body.len() <= INLINE_BODY_BYTES {
-        Completion::from_json(&body, &state)?
+    let (completion, key) = if body.len() <= INLINE_BODY_BYTES {
+        convert(&body, key, &state)?
     } else {
         let state = state.clone();
-        web::block(move || Completion::from_json(&body, &state))
+        web::block(move || convert(&body, key, &state))
             .await
             .map_err(|error| ApiError::internal(error.to_string()))??
     };
-    let Completion { request, stop, head, stream } = completion;
-    let reader = state.start_reply(request, stop, arrival)?;
-    match stream {
-        Some(options) => {
-            let render = render::Chunks::new(head, options);
-            Ok(sse::respond(reader, render, state.options.comment_period))
+    let Completion { request: engine_request, stop, head, form } = completion;
+    let reply = match cursor {
+        None => {
+            let new = NewReply { request: engine_request, stop, head, form, key, owner: *owner, limits };
+            state.start_reply(new, arrival)?
         }
-        None => render::plain(reader, head).await,
-    }
+        Some(_) => {
+            let error = |what| Err(ApiError::invalid_header("last-event-id", what));
+            let Some(key) = key else { return error("it needs the Idempotency-Key of the stream") };
+            if form == Form::Plain {
+                return error("it needs `stream: true`");
+            }
+            state.resume(*owner, &key, cursor)?
+        }
+    };
+    answer(reply, Wanted { form, prefer, cursor }, &request, &state).await
+}
+
+fn convert(
+    body: &[u8],
+    key: Option<String>,
+    state: &AppState,
+) -> Result<(Completion, Option<RequestKey>), ApiError> {
+    let completion = Completion::from_json(body, state)?;
+    let key = match key {
+        Some(key) => Some(RequestKey { key, fingerprint: fingerprint::fingerprint(body)? }),
+        None => None,
+    };
+    Ok((completion, key))
 }
 
 async fn read(body: web::Payload, limit: usize) -> Result<web::Bytes, ApiError> {

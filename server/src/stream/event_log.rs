@@ -1,11 +1,18 @@
 //! Owns the bounded log of one reply's events, and the readers of it.
 //!
-//! Invariants: events are only appended; exactly one terminal event ends a log; a reader sees every
-//! event once and in order, whenever it comes; when the last reader is gone the writer knows at once.
-//! Must not know HTTP, JSON or the engine's channel.
+//! Invariants: events are only appended; exactly one terminal event ends a log, even if its writer is
+//! torn down; a reader sees every event once and in order, whenever it comes and from wherever it
+//! starts; the writer knows at once how many readers there are. Must not know HTTP, JSON or the
+//! engine's channel.
 
-use glm_engine::SequenceError;
+use std::sync::Arc;
+use std::time::Duration;
+
+use glm_engine::{SequenceError, SubmitError};
 use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::time_limits::Limit;
 
 /// What a log may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,15 +44,41 @@ pub enum EndReason {
 /// Why a reply ended badly after it was accepted.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum StreamError {
+    /// The engine never took it; others may have been waiting for the same reply.
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
     /// The engine gave up.
     #[error(transparent)]
     Sequence(#[from] SequenceError),
+    /// A time limit passed.
+    #[error("the {0} time limit of {1:?} passed")]
+    Timeout(Limit, Duration),
+    /// Somebody or something ended it on purpose.
+    #[error("the reply was aborted: {0}")]
+    Aborted(AbortReason),
     /// The reply outgrew its log.
     #[error("the reply is larger than the {0} that a reply may have")]
     TooLarge(&'static str),
     /// The task that writes the log ended without a word.
     #[error("the reply was lost inside the server")]
     Lost,
+}
+
+/// Who ended a reply that could have gone on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AbortReason {
+    /// `DELETE`.
+    #[error("its owner deleted it")]
+    Deleted,
+    /// The only client it was for left.
+    #[error("its client left")]
+    Left,
+    /// Nobody came back within the grace time.
+    #[error("nobody came back to read it")]
+    GraceOver,
+    /// Its owner has more replies that nobody reads than are allowed, and it was the oldest.
+    #[error("too many replies of this owner have no reader")]
+    TooManyDetached,
 }
 
 /// One event of a reply.
@@ -66,6 +99,8 @@ pub enum Event {
         reason: EndReason,
         /// Final usage.
         usage: Usage,
+        /// Hash of the whole text, in hexadecimal: what a reader puts together has to match.
+        text_sha256: String,
     },
     /// The reply is not complete and nothing follows.
     Error(StreamError),
@@ -78,33 +113,69 @@ impl Event {
     }
 }
 
+/// An event and where it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoggedEvent {
+    /// Its place in the log.
+    pub index: usize,
+    /// When it was appended.
+    pub at: Instant,
+    /// The event.
+    pub event: Event,
+}
+
 #[derive(Debug, Default)]
 struct Log {
-    events: Vec<Event>,
+    events: Vec<(Instant, Event)>,
     num_bytes: usize,
+}
+
+impl Log {
+    fn push(&mut self, event: Event) {
+        self.events.push((Instant::now(), event));
+    }
+
+    fn terminal(&self) -> Option<&Event> {
+        self.events.last().map(|(_, event)| event).filter(|event| event.is_terminal())
+    }
+
+    /// The first event that a client can't foresee.
+    fn opening(&self) -> Option<&Event> {
+        self.events.iter().map(|(_, event)| event).find(|event| **event != Event::Role)
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    log: watch::Sender<Log>,
+    num_readers: watch::Sender<usize>,
 }
 
 /// The writing end; there is one.
 #[derive(Debug)]
 pub struct LogWriter {
-    log: watch::Sender<Log>,
+    shared: Arc<Shared>,
     limits: LogLimits,
 }
+
+/// The log itself; it makes readers and is none.
+#[derive(Debug, Clone)]
+pub struct EventLog(Arc<Shared>);
 
 /// A cursor over the log.
 #[derive(Debug)]
 pub struct LogReader {
+    shared: Arc<Shared>,
     log: watch::Receiver<Log>,
     next_index: usize,
     ended: bool,
 }
 
-/// An empty log and its first reader.
-pub fn event_log(limits: LogLimits) -> (LogWriter, LogReader) {
-    let (sender, receiver) = watch::channel(Log::default());
-    let writer = LogWriter { log: sender, limits };
-    let reader = LogReader { log: receiver, next_index: 0, ended: false };
-    (writer, reader)
+/// An empty log.
+pub fn event_log(limits: LogLimits) -> (LogWriter, EventLog) {
+    let shared =
+        Arc::new(Shared { log: watch::Sender::new(Log::default()), num_readers: watch::Sender::new(0) });
+    (LogWriter { shared: Arc::clone(&shared), limits }, EventLog(shared))
 }
 
 impl LogWriter {
@@ -119,7 +190,7 @@ impl LogWriter {
             _ => 0,
         };
         {
-            let log = self.log.borrow();
+            let log = self.shared.log.borrow();
             if log.events.len() >= self.limits.max_events {
                 return Err(StreamError::TooLarge("number of events"));
             }
@@ -127,8 +198,8 @@ impl LogWriter {
                 return Err(StreamError::TooLarge("number of bytes"));
             }
         }
-        self.log.send_modify(|log| {
-            log.events.push(event);
+        self.shared.log.send_modify(|log| {
+            log.push(event);
             log.num_bytes += num_bytes;
         });
         Ok(())
@@ -137,29 +208,94 @@ impl LogWriter {
     /// Appends the terminal event and closes the log.
     pub fn close(self, event: Event) {
         debug_assert!(event.is_terminal());
-        self.log.send_modify(|log| log.events.push(event));
+        self.shared.log.send_modify(|log| log.push(event));
     }
 
-    /// Resolves when no reader is left. Cancel-safe.
-    pub async fn abandoned(&self) {
-        self.log.closed().await;
+    /// The number of readers, and news of it.
+    pub fn readers(&self) -> watch::Receiver<usize> {
+        self.shared.num_readers.subscribe()
+    }
+}
+
+impl Drop for LogWriter {
+    /// A log without an end would keep its readers for ever.
+    fn drop(&mut self) {
+        self.shared.log.send_if_modified(|log| {
+            let is_lost = log.terminal().is_none();
+            if is_lost {
+                log.push(Event::Error(StreamError::Lost));
+            }
+            is_lost
+        });
+    }
+}
+
+impl EventLog {
+    /// A reader whose first event is the one at `index`, which need not be there yet.
+    pub fn reader(&self, index: usize) -> LogReader {
+        let shared = Arc::clone(&self.0);
+        shared.num_readers.send_modify(|number| *number += 1);
+        LogReader { log: shared.log.subscribe(), shared, next_index: index, ended: false }
+    }
+
+    /// The event at `index`, if it is there.
+    pub fn get(&self, index: usize) -> Option<Event> {
+        self.0.log.borrow().events.get(index).map(|(_, event)| event.clone())
+    }
+
+    /// Whether the reply failed before it said anything.
+    pub fn has_failed_unsaid(&self) -> bool {
+        matches!(self.0.log.borrow().opening(), Some(Event::Error(_)))
+    }
+
+    /// Memory that the events take.
+    pub fn num_bytes(&self) -> usize {
+        let log = self.0.log.borrow();
+        log.num_bytes + log.events.capacity() * size_of::<(Instant, Event)>()
     }
 }
 
 impl LogReader {
     /// The next event; after the terminal one, `None`. Cancel-safe.
-    pub async fn next(&mut self) -> Option<Event> {
+    pub async fn next(&mut self) -> Option<LoggedEvent> {
         if self.ended {
             return None;
         }
         let index = self.next_index;
-        let event = match self.log.wait_for(|log| log.events.len() > index).await {
-            Ok(log) => log.events[index].clone(),
-            Err(_) => Event::Error(StreamError::Lost),
+        let has_news = |log: &Log| log.events.len() > index || log.terminal().is_some();
+        // The sender lives as long as this reader, which holds it.
+        let log = self.log.wait_for(has_news).await.ok()?;
+        let Some((at, event)) = log.events.get(index).cloned() else {
+            self.ended = true;
+            return None;
         };
         self.next_index += 1;
         self.ended = event.is_terminal();
-        Some(event)
+        Some(LoggedEvent { index, at, event })
+    }
+
+    /// Waits until the reply has said something or ended. Cancel-safe.
+    ///
+    /// # Errors
+    /// It ended with this before it said anything.
+    pub async fn opening(&mut self) -> Result<(), StreamError> {
+        let log = self.log.wait_for(|log| log.opening().is_some()).await;
+        match log.ok().as_deref().and_then(Log::opening) {
+            Some(Event::Error(error)) => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the reply has ended. Cancel-safe.
+    pub async fn terminal(&mut self) {
+        // The sender lives as long as this reader, which holds it.
+        let _ = self.log.wait_for(|log| log.terminal().is_some()).await;
+    }
+}
+
+impl Drop for LogReader {
+    fn drop(&mut self) {
+        self.shared.num_readers.send_modify(|number| *number -= 1);
     }
 }
 
@@ -177,25 +313,37 @@ mod tests {
     }
 
     fn finish() -> Event {
-        Event::Finish { reason: EndReason::Stop, usage: USAGE }
+        Event::Finish { reason: EndReason::Stop, usage: USAGE, text_sha256: String::new() }
+    }
+
+    /// What is there, with each place.
+    fn read(reader: &mut LogReader) -> Vec<(usize, Event)> {
+        let next = || reader.next().now_or_never().flatten();
+        std::iter::from_fn(next).map(|logged| (logged.index, logged.event)).collect()
     }
 
     #[test]
-    fn a_reader_sees_all_events_before_and_after_the_close() {
-        let (mut writer, mut reader) = event_log(LIMITS);
-        assert_eq!(reader.next().now_or_never(), None, "nothing yet");
+    fn a_reader_sees_all_events_from_wherever_it_starts() {
+        let (mut writer, log) = event_log(LIMITS);
+        let mut early = log.reader(0);
+        assert_eq!(early.next().now_or_never(), None, "nothing yet");
         writer.append(Event::Role).unwrap();
-        assert_eq!(reader.next().now_or_never(), Some(Some(Event::Role)));
+        assert_eq!(read(&mut early), [(0, Event::Role)]);
+        assert_eq!(early.opening().now_or_never(), None, "a role says nothing");
+        let mut ahead = log.reader(2);
         writer.append(delta("a")).unwrap();
+        assert_eq!(early.opening().now_or_never(), Some(Ok(())));
+        assert_eq!(read(&mut ahead), []);
         writer.close(finish());
-        let rest: Vec<_> = std::iter::from_fn(|| reader.next().now_or_never().flatten()).collect();
-        assert_eq!(rest, [delta("a"), finish()]);
-        assert_eq!(reader.next().now_or_never(), Some(None));
+        assert_eq!(read(&mut early), [(1, delta("a")), (2, finish())]);
+        assert_eq!(read(&mut ahead), [(2, finish())]);
+        assert_eq!(read(&mut log.reader(1)), [(1, delta("a")), (2, finish())]);
+        assert_eq!(log.reader(3).next().now_or_never(), Some(None), "beyond the end");
     }
 
     #[test]
     fn a_full_log_refuses_and_still_takes_the_terminal_event() {
-        let (mut writer, mut reader) = event_log(LIMITS);
+        let (mut writer, log) = event_log(LIMITS);
         assert_eq!(writer.append(delta("12345")), Err(StreamError::TooLarge("number of bytes")));
         for _ in 0..3 {
             writer.append(delta("1")).unwrap();
@@ -203,19 +351,20 @@ mod tests {
         let full = writer.append(delta("1")).unwrap_err();
         assert_eq!(full, StreamError::TooLarge("number of events"));
         writer.close(Event::Error(full.clone()));
-        let events: Vec<_> = std::iter::from_fn(|| reader.next().now_or_never().flatten()).collect();
-        assert_eq!(events.last(), Some(&Event::Error(full)));
+        assert_eq!(read(&mut log.reader(3)), [(3, Event::Error(full))]);
     }
 
     #[test]
-    fn a_lost_writer_is_an_error_and_a_lost_reader_is_known() {
-        let (writer, mut reader) = event_log(LIMITS);
-        assert_eq!(writer.abandoned().now_or_never(), None);
+    fn a_lost_writer_is_an_error_and_readers_are_counted() {
+        let (writer, log) = event_log(LIMITS);
+        let readers = writer.readers();
+        let mut reader = log.reader(0);
+        assert_eq!(*readers.borrow(), 1);
         drop(writer);
-        assert_eq!(reader.next().now_or_never(), Some(Some(Event::Error(StreamError::Lost))));
-        assert_eq!(reader.next().now_or_never(), Some(None));
-        let (writer, reader) = event_log(LIMITS);
+        assert_eq!(reader.opening().now_or_never(), Some(Err(StreamError::Lost)));
+        assert_eq!(read(&mut reader), [(0, Event::Error(StreamError::Lost))]);
+        assert!(log.has_failed_unsaid());
         drop(reader);
-        assert_eq!(writer.abandoned().now_or_never(), Some(()));
+        assert_eq!(*readers.borrow(), 0);
     }
 }

@@ -1,12 +1,22 @@
-//! Owns the task that moves one reply from the engine into its log.
+//! Owns the task that moves one reply from the engine into its log, and the clock that limits it.
 //!
-//! Invariants: it alone holds the request's [`EventReceiver`], so that dropping it (no reader left, a
-//! stop string found, the log full) aborts the request in the engine; and every accepted request ends
-//! in the metrics exactly once. Must not know HTTP, JSON or who reads the log.
+//! Invariants: it alone holds the request's [`EventReceiver`], so that dropping it (a limit passed, a
+//! stop string found, nobody reads and nobody may come back) aborts the request in the engine; the
+//! log gets its terminal event even if the engine hangs; every accepted request ends in the metrics
+//! exactly once. Must not know HTTP, JSON or who reads the log.
 
-use glm_engine::{EventReceiver, FinishReason, SequenceError, TokenEvent};
+use std::sync::Arc;
+use std::time::Duration;
 
-use super::event_log::{EndReason, Event, LogWriter, StreamError, Usage};
+use glm_engine::{EventReceiver, FinishReason, Progress, SequenceError, TokenEvent};
+use sha2::{Digest, Sha256};
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+
+use super::event_log::{AbortReason, EndReason, Event, LogWriter, StreamError, Usage};
+use super::reply_stream::{ReplyStream, Wishes};
+use super::store::{StreamStore, hex};
+use super::time_limits::{Limit, TimeLimits};
 use crate::metrics::{Outcome, StreamRecord};
 use crate::text::reply::{ReplyStep, ReplyText};
 
@@ -19,73 +29,189 @@ pub struct Pump {
     pub text: ReplyText,
     /// The readers' side.
     pub log: LogWriter,
+    /// The reply.
+    pub stream: Arc<ReplyStream>,
+    /// What others want of it.
+    pub wishes: Wishes,
+    /// Who is told when it is left alone and when it ends.
+    pub store: Arc<dyn StreamStore>,
     /// What the metrics hear.
     pub record: StreamRecord,
-    /// Tokens of the prompt.
-    pub num_prompt_tokens: usize,
+    /// When to give up.
+    pub limits: TimeLimits,
+    /// How long a reply that can be resumed goes on without a reader.
+    pub grace: Duration,
+}
+
+/// What a pump has seen so far.
+#[derive(Debug)]
+struct Seen {
+    usage: Usage,
+    text: Sha256,
+    is_admitted: bool,
+    last_token: Option<Instant>,
+    /// Since when nobody reads.
+    detached: Option<Instant>,
+}
+
+enum Wake {
+    Abort,
+    Readers,
+    Question(oneshot::Sender<Progress>),
+    Engine(Option<TokenEvent>),
+    Clock(StreamError),
 }
 
 impl Pump {
     /// Runs to the end of the reply.
     pub async fn run(mut self) {
-        let Some(end) = self.pump().await else {
-            self.record.end(Outcome::Abort);
-            return;
+        let end = match self.pump().await {
+            Ok(end) => end,
+            Err(error) => Event::Error(error),
         };
-        if let Event::Error(error) = &end {
+        self.record.end(match &end {
+            Event::Finish { reason: EndReason::Length, .. } => Outcome::Length,
+            Event::Error(StreamError::Aborted(_)) => Outcome::Abort,
+            Event::Error(StreamError::Timeout(..)) => Outcome::Timeout,
+            Event::Error(_) => Outcome::Error,
+            _ => Outcome::Stop,
+        });
+        if let Event::Error(error) = &end
+            && !matches!(error, StreamError::Aborted(_))
+        {
             tracing::warn!(%error, "a reply failed");
         }
-        self.record.end(match end {
-            Event::Finish { reason: EndReason::Length, .. } => Outcome::Length,
-            Event::Finish { .. } => Outcome::Stop,
-            _ => Outcome::Error,
-        });
         self.log.close(end);
+        self.store.ended(&self.stream);
     }
 
-    /// Returns the terminal event, or `None` when nobody reads any more.
-    async fn pump(&mut self) -> Option<Event> {
-        let mut usage = Usage { num_prompt_tokens: self.num_prompt_tokens, num_generated_tokens: 0 };
-        if let Err(error) = self.log.append(Event::Role) {
-            return Some(Event::Error(error));
-        }
+    async fn pump(&mut self) -> Result<Event, StreamError> {
+        let num_prompt_tokens = self.stream.head.num_prompt_tokens;
+        let mut seen = Seen {
+            usage: Usage { num_prompt_tokens, num_generated_tokens: 0 },
+            text: Sha256::new(),
+            is_admitted: false,
+            last_token: None,
+            detached: None,
+        };
+        let mut readers = self.log.readers();
+        self.count_readers(&mut seen, &mut readers)?;
+        self.log.append(Event::Role)?;
         loop {
-            let event = tokio::select! {
-                biased;
-                () = self.log.abandoned() => return None,
-                event = self.events.recv() => event,
-            };
-            let result = match event {
-                Some(TokenEvent::Token { token_id }) => {
-                    usage.num_generated_tokens += 1;
-                    self.record.token();
-                    let step = self.text.push(token_id);
-                    self.append(step, usage).map(|stopped| stopped.then_some(EndReason::Stop))
+            match self.wake(&seen, &mut readers).await {
+                Wake::Abort => {
+                    let reason = self.wishes.abort.borrow().unwrap_or(AbortReason::Deleted);
+                    return Err(StreamError::Aborted(reason));
                 }
-                Some(TokenEvent::Finished { reason, num_generated_tokens }) => {
-                    usage.num_generated_tokens = num_generated_tokens;
-                    let step = self.text.finish();
-                    self.append(step, usage).map(|stopped| match reason {
-                        FinishReason::Length if !stopped => Some(EndReason::Length),
-                        _ => Some(EndReason::Stop),
-                    })
+                Wake::Readers => self.count_readers(&mut seen, &mut readers)?,
+                // Who asked may be gone.
+                Wake::Question(asker) => drop(asker.send(self.events.progress())),
+                Wake::Clock(error) => return Err(error),
+                Wake::Engine(event) => {
+                    if let Some(end) = self.take(event, &mut seen)? {
+                        return Ok(end);
+                    }
                 }
-                Some(TokenEvent::Failed(error)) => Err(error.into()),
-                None => Err(SequenceError::EngineDied.into()),
-            };
-            match result {
-                Ok(None) => {}
-                Ok(Some(reason)) => return Some(Event::Finish { reason, usage }),
-                Err(error) => return Some(Event::Error(error)),
             }
         }
     }
 
-    fn append(&mut self, step: ReplyStep, usage: Usage) -> Result<bool, StreamError> {
+    /// Waits for the next thing to do. Tokens come before the clock: one that is there is in time.
+    async fn wake(&mut self, seen: &Seen, readers: &mut watch::Receiver<usize>) -> Wake {
+        let (until, error) = self.deadline(seen).unzip();
+        tokio::select! {
+            biased;
+            // The other end is in the stream, which this pump holds.
+            Ok(()) = self.wishes.abort.changed() => Wake::Abort,
+            Ok(()) = readers.changed() => Wake::Readers,
+            Some(asker) = self.wishes.questions.recv() => Wake::Question(asker),
+            event = self.events.recv() => Wake::Engine(event),
+            Some(error) = clock(until, error) => Wake::Clock(error),
+        }
+    }
+
+    /// The first moment at which to give up, and why.
+    fn deadline(&self, seen: &Seen) -> Option<(Instant, StreamError)> {
+        let arrival = self.record.arrival();
+        let since = |limit| match limit {
+            Limit::Queue => (!seen.is_admitted).then_some(arrival),
+            Limit::FirstToken => seen.last_token.is_none().then_some(arrival),
+            Limit::InterToken => seen.last_token,
+            Limit::Total => Some(arrival),
+        };
+        let limits = Limit::ALL.into_iter().filter_map(|limit| {
+            let duration = self.limits.get(limit)?;
+            Some((since(limit)? + duration, StreamError::Timeout(limit, duration)))
+        });
+        // A client that was told to come later has the time that the limits give it.
+        let detached = seen.detached.filter(|_| !self.stream.is_promised());
+        let grace = detached.map(|since| (since + self.grace, StreamError::Aborted(AbortReason::GraceOver)));
+        limits.chain(grace).min_by_key(|(until, _)| *until)
+    }
+
+    /// Notes whether anybody reads.
+    fn count_readers(
+        &mut self,
+        seen: &mut Seen,
+        readers: &mut watch::Receiver<usize>,
+    ) -> Result<(), StreamError> {
+        let is_detached = *readers.borrow_and_update() == 0;
+        if is_detached == seen.detached.is_some() {
+            return Ok(());
+        }
+        if is_detached && !self.stream.is_resumable() {
+            return Err(StreamError::Aborted(AbortReason::Left));
+        }
+        seen.detached = is_detached.then(Instant::now);
+        self.events.set_detached(is_detached);
+        self.store.set_detached(&self.stream, is_detached);
+        Ok(())
+    }
+
+    /// Takes what the engine said; returns the end of the reply.
+    fn take(&mut self, event: Option<TokenEvent>, seen: &mut Seen) -> Result<Option<Event>, StreamError> {
+        let reason = match event.unwrap_or(TokenEvent::Failed(SequenceError::EngineDied)) {
+            TokenEvent::Admitted => {
+                seen.is_admitted = true;
+                None
+            }
+            TokenEvent::Token { token_id } => {
+                seen.is_admitted = true;
+                seen.last_token = Some(Instant::now());
+                seen.usage.num_generated_tokens += 1;
+                self.record.token();
+                let step = self.text.push(token_id);
+                self.append(step, seen)?.then_some(EndReason::Stop)
+            }
+            TokenEvent::Finished { reason, num_generated_tokens } => {
+                seen.usage.num_generated_tokens = num_generated_tokens;
+                let step = self.text.finish();
+                match (self.append(step, seen)?, reason) {
+                    (false, FinishReason::Length) => Some(EndReason::Length),
+                    _ => Some(EndReason::Stop),
+                }
+            }
+            TokenEvent::Failed(error) => return Err(error.into()),
+        };
+        Ok(reason.map(|reason| Event::Finish {
+            reason,
+            usage: seen.usage,
+            text_sha256: hex(&std::mem::take(&mut seen.text).finalize()),
+        }))
+    }
+
+    fn append(&mut self, step: ReplyStep, seen: &mut Seen) -> Result<bool, StreamError> {
         if !step.text.is_empty() {
             self.record.text();
-            self.log.append(Event::Delta { text: step.text, usage })?;
+            seen.text.update(&step.text);
+            self.log.append(Event::Delta { text: step.text, usage: seen.usage })?;
         }
         Ok(step.stopped)
     }
+}
+
+/// Resolves at `until`; at once to nothing if there is no such time.
+async fn clock(until: Option<Instant>, error: Option<StreamError>) -> Option<StreamError> {
+    tokio::time::sleep_until(until?).await;
+    error
 }

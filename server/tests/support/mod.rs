@@ -1,15 +1,18 @@
 //! Owns the server that end-to-end tests talk to: the real engine and HTTP, over a runner that plays
 //! what the user's message says.
 //!
-//! `say TEXT` replies TEXT; `slow N` replies N letters, 2 ms each; `fail` fails on the third step;
+//! `say TEXT` replies TEXT; `slow N` replies N letters, 2 ms each; `pause MS` and `stall MS` hang so
+//! long before the first token and in mid-reply; `fail` fails on the third step, `refuse` on the first;
 //! `bytes HEX` replies these bytes.
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub(crate) mod events;
 pub(crate) mod model_dir;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use actix_web::web;
@@ -20,6 +23,8 @@ use glmserve::auth::ApiKeys;
 use glmserve::metrics::Metrics;
 use glmserve::state::{AppState, HttpOptions, ServedModel};
 use glmserve::stream::event_log::LogLimits;
+use glmserve::stream::memory_store::StoreLimits;
+use glmserve::stream::time_limits::TimeLimits;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -36,6 +41,13 @@ pub(crate) struct Options {
     pub(crate) drain_timeout: Duration,
     pub(crate) max_reply_bytes: usize,
     pub(crate) keys: Option<ApiKeys>,
+    pub(crate) max_model_len: usize,
+    pub(crate) comment_period: Duration,
+    pub(crate) status_hold: Duration,
+    pub(crate) write_timeout: Duration,
+    pub(crate) time_limits: TimeLimits,
+    pub(crate) resume_grace: Duration,
+    pub(crate) store_limits: StoreLimits,
 }
 
 impl Default for Options {
@@ -47,6 +59,17 @@ impl Default for Options {
             drain_timeout: Duration::from_secs(10),
             max_reply_bytes: 1 << 20,
             keys: None,
+            max_model_len: 256,
+            comment_period: Duration::from_secs(10),
+            status_hold: Duration::from_secs(1),
+            write_timeout: Duration::from_secs(10),
+            time_limits: TimeLimits::default(),
+            resume_grace: Duration::from_secs(10),
+            store_limits: StoreLimits {
+                retention: Duration::from_secs(10),
+                max_bytes: 1 << 20,
+                max_detached: 16,
+            },
         }
     }
 }
@@ -65,10 +88,13 @@ impl Server {
     /// A server that is ready.
     pub(crate) async fn start(options: Options) -> Self {
         let dir = model_dir::chatglm3();
-        let model = ServedModel::load(dir.path(), dir.manifest(), &["alias/of".to_owned()]).unwrap();
+        let mut manifest = dir.manifest();
+        manifest.geometry.max_model_len = options.max_model_len;
+        let model = ServedModel::load(dir.path(), manifest, &["alias/of".to_owned()]).unwrap();
         let metrics = Arc::new(Metrics::new(&model.manifest).unwrap());
         let geometry = model.manifest.geometry;
-        let runner = FakeRunner::scripted(geometry.vocab_size, 2048, 16, Box::new(play));
+        let num_blocks = 2048;
+        let runner = FakeRunner::scripted(geometry.vocab_size, num_blocks, 16, Box::new(play));
         let config = EngineConfig {
             max_num_seqs: options.max_num_seqs,
             max_num_waiting: options.max_num_waiting,
@@ -78,7 +104,12 @@ impl Server {
         let (engine, _) = EngineThread::spawn(runner, config, geometry.vocab_size, metrics.clone()).unwrap();
         let http = HttpOptions {
             max_body_bytes: options.max_body_bytes,
-            comment_period: Duration::from_secs(10),
+            comment_period: options.comment_period,
+            status_hold: options.status_hold,
+            write_timeout: options.write_timeout,
+            time_limits: options.time_limits,
+            resume_grace: options.resume_grace,
+            store_limits: options.store_limits,
             drain_timeout: options.drain_timeout,
             log_limits: LogLimits {
                 max_events: geometry.max_model_len + 2,
@@ -119,13 +150,45 @@ impl Server {
         (response.status().as_u16(), response.json().await.unwrap())
     }
 
-    /// All lines of a streamed answer.
+    /// All lines of a streamed answer but the ids.
     pub(crate) async fn stream(&self, mut body: Value) -> Vec<String> {
         body["stream"] = json!(true);
         let response = self.send(body.to_string()).await;
         assert_eq!(response.status(), 200);
         let text = response.text().await.unwrap();
-        text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+        let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with("id: "));
+        lines.map(str::to_owned).collect()
+    }
+
+    /// A request with headers.
+    pub(crate) async fn call(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &Value,
+    ) -> reqwest::Response {
+        let request = self.http.request(method.parse().unwrap(), self.url(path));
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        let request = if body.is_null() { request } else { request.json(body) };
+        request.send().await.unwrap()
+    }
+
+    /// A chat completion with headers.
+    pub(crate) async fn chat(&self, headers: &[(&str, &str)], body: &Value) -> reqwest::Response {
+        self.call("POST", "/v1/chat/completions", headers, body).await
+    }
+
+    /// A stream by its name.
+    pub(crate) async fn get_stream(&self, id: &str, headers: &[(&str, &str)]) -> reqwest::Response {
+        self.call("GET", &format!("/v1/streams/{id}"), headers, &Value::Null).await
+    }
+
+    /// One line of the metrics.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.state.metrics.encode().unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        line.unwrap_or_else(|| panic!("no {name} in {text}"))
     }
 
     /// A streaming request on a bare socket, answered by nobody yet.
@@ -172,6 +235,24 @@ pub(crate) fn request(command: &str) -> Value {
     json!({"model": "test-model", "temperature": 0, "messages": [{"role": "user", "content": command}]})
 }
 
+/// The same, streamed.
+pub(crate) fn streaming(command: &str) -> Value {
+    let mut body = request(command);
+    body["stream"] = json!(true);
+    body
+}
+
+/// Keys named `a` and `b`.
+pub(crate) fn two_keys() -> ApiKeys {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("glmserve-two-keys-{}-{number}", std::process::id()));
+    std::fs::write(&path, "a\nb\n").unwrap();
+    let keys = ApiKeys::load(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    keys
+}
+
 /// Runs a test where `spawn_local` works, as the HTTP server's future is not `Send`.
 pub(crate) fn run(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -207,6 +288,13 @@ fn play(history: &[u32]) -> Result<u32, RunError> {
             std::thread::sleep(Duration::from_millis(2));
             reply.extend((0..argument.parse().unwrap()).map(|i: u32| byte(b'a' + (i % 26) as u8)));
         }
+        "pause" | "stall" => {
+            if generated == if command == "pause" { 0 } else { 5 } {
+                std::thread::sleep(Duration::from_millis(argument.parse().unwrap()));
+            }
+            reply.extend(b"paused".map(byte));
+        }
+        "refuse" => return Err(RunError("as scripted".into())),
         "fail" if generated == 5 => return Err(RunError("as scripted".into())),
         "fail" => reply.extend([byte(b'x'); 9]),
         "nothing" => reply.clear(),

@@ -6,10 +6,11 @@
 use glm_engine::{Request, SamplingParams};
 use serde_json::Value;
 
-use super::types::{ChatCompletionRequest, RequestMessage, StreamOptions};
+use super::types::{ChatCompletionRequest, RequestMessage};
 use crate::error::ApiError;
 use crate::random::random_u64;
 use crate::state::{AppState, unix_time};
+use crate::stream::reply_stream::{Form, ReplyHead};
 use crate::text::chat_format::{Message, Role};
 
 /// OpenAI's limit.
@@ -23,18 +24,7 @@ pub(super) struct Completion {
     pub(super) request: Request,
     pub(super) stop: Vec<String>,
     pub(super) head: ReplyHead,
-    /// Present if the answer is to be streamed.
-    pub(super) stream: Option<StreamOptions>,
-}
-
-/// What every part of the answer repeats.
-#[derive(Debug)]
-pub(super) struct ReplyHead {
-    pub(super) id: String,
-    pub(super) created: u64,
-    pub(super) model: String,
-    pub(super) fingerprint: String,
-    pub(super) num_prompt_tokens: usize,
+    pub(super) form: Form,
 }
 
 impl Completion {
@@ -61,9 +51,13 @@ impl Completion {
                 fingerprint: state.model.fingerprint.clone(),
                 num_prompt_tokens: prompt_token_ids.len(),
             },
-            request: Request { prompt_token_ids, sampling },
+            // The deadline comes from headers, which are not known here.
+            request: Request { prompt_token_ids, sampling, deadline: None },
             stop,
-            stream: request.stream.then(|| request.stream_options.unwrap_or_default()),
+            form: match request.stream {
+                true => Form::Streamed(request.stream_options.unwrap_or_default()),
+                false => Form::Plain,
+            },
         })
     }
 }

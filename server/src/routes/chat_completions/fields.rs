@@ -20,6 +20,27 @@ enum Class {
 }
 use Class::{Honoured, NoEffect, Unknown, Unsupported};
 
+/// The fields of a request whose value counts.
+pub(in crate::routes) const HONOURED: [&str; 17] = [
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "min_tokens",
+    "ignore_eos",
+];
+
 /// A request without the fields that have no effect; refuses those that can't be honoured.
 pub(super) fn checked(mut body: Value) -> Result<Value, ApiError> {
     let request = as_object(&mut body, "body")?;
@@ -86,23 +107,7 @@ fn is_number(value: &Value, number: f64) -> bool {
 
 fn of_request(name: &str, value: &Value) -> Class {
     match name {
-        "model"
-        | "messages"
-        | "stream"
-        | "stream_options"
-        | "max_tokens"
-        | "max_completion_tokens"
-        | "temperature"
-        | "top_p"
-        | "top_k"
-        | "repetition_penalty"
-        | "presence_penalty"
-        | "frequency_penalty"
-        | "logit_bias"
-        | "seed"
-        | "stop"
-        | "min_tokens"
-        | "ignore_eos" => Honoured,
+        name if HONOURED.contains(&name) => Honoured,
         // They name or route a request, or steer tool calls that are not there.
         "user"
         | "metadata"

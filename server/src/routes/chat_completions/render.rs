@@ -1,16 +1,14 @@
 //! Owns how the events of a reply look as chat completion JSON, streamed and plain.
 
-use std::collections::VecDeque;
-
 use actix_web::HttpResponse;
 use serde::Serialize;
 
-use super::convert::ReplyHead;
 use super::types::{
-    ChatCompletion, ChatCompletionChunk, Choice, ChunkChoice, Delta, ReplyMessage, StreamOptions, Usage,
+    ChatCompletion, ChatCompletionChunk, Choice, ChunkChoice, Delta, Glm, ReplyMessage, Usage,
 };
 use crate::error::ApiError;
 use crate::stream::event_log::{self, EndReason, Event, LogReader, StreamError};
+use crate::stream::reply_stream::{ReplyHead, StreamOptions};
 use crate::stream::sse::Render;
 
 fn finish_reason(reason: EndReason) -> &'static str {
@@ -22,17 +20,22 @@ fn finish_reason(reason: EndReason) -> &'static str {
 
 /// The documents of a streamed answer.
 #[derive(Debug)]
-pub(super) struct Chunks {
+pub(in crate::routes) struct Chunks {
     head: ReplyHead,
     options: StreamOptions,
 }
 
 impl Chunks {
-    pub(super) fn new(head: ReplyHead, options: StreamOptions) -> Self {
+    pub(in crate::routes) fn new(head: ReplyHead, options: StreamOptions) -> Self {
         Self { head, options }
     }
 
-    fn chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Option<Usage>>) -> String {
+    fn chunk(
+        &self,
+        choices: &[ChunkChoice<'_>],
+        usage: Option<Option<Usage>>,
+        glm: Option<Glm<'_>>,
+    ) -> String {
         let chunk = ChatCompletionChunk {
             id: &self.head.id,
             object: "chat.completion.chunk",
@@ -41,46 +44,53 @@ impl Chunks {
             system_fingerprint: &self.head.fingerprint,
             choices,
             usage,
+            glm,
         };
         to_json(&chunk)
     }
 
-    fn choice(&self, delta: Delta<'_>, reason: Option<EndReason>, usage: event_log::Usage) -> String {
-        let usage = match self.options {
+    fn usage(&self, usage: event_log::Usage) -> Option<Option<Usage>> {
+        match self.options {
             StreamOptions { include_usage: false, .. } => None,
             StreamOptions { continuous_usage_stats, .. } => {
                 Some(continuous_usage_stats.then(|| usage.into()))
             }
-        };
-        let choice = ChunkChoice { index: 0, delta, finish_reason: reason.map(finish_reason) };
-        self.chunk(&[choice], usage)
+        }
+    }
+
+    fn delta(&self, delta: Delta<'_>, usage: event_log::Usage) -> String {
+        self.chunk(&[ChunkChoice { index: 0, delta, finish_reason: None }], self.usage(usage), None)
     }
 }
 
 impl Render for Chunks {
-    fn render(&mut self, event: Event, documents: &mut VecDeque<String>) {
+    fn render(&mut self, event: Event, documents: &mut Vec<String>) {
         match event {
             Event::Role => {
                 let usage = event_log::Usage {
                     num_prompt_tokens: self.head.num_prompt_tokens,
                     num_generated_tokens: 0,
                 };
-                let delta = Delta { role: Some("assistant"), content: None };
-                documents.push_back(self.choice(delta, None, usage));
+                documents.push(self.delta(Delta { role: Some("assistant"), content: None }, usage));
             }
             Event::Delta { text, usage } => {
-                let delta = Delta { role: None, content: Some(&text) };
-                documents.push_back(self.choice(delta, None, usage));
+                documents.push(self.delta(Delta { role: None, content: Some(&text) }, usage));
             }
-            Event::Finish { reason, usage } => {
-                documents.push_back(self.choice(Delta::default(), Some(reason), usage));
+            Event::Finish { reason, usage, text_sha256 } => {
+                let finish_reason = Some(finish_reason(reason));
+                let choice = ChunkChoice { index: 0, delta: Delta::default(), finish_reason };
+                documents.push(self.chunk(&[choice], self.usage(usage), Some(glm(usage, &text_sha256))));
                 if self.options.include_usage {
-                    documents.push_back(self.chunk(&[], Some(Some(usage.into()))));
+                    documents.push(self.chunk(&[], Some(Some(usage.into())), None));
                 }
             }
-            Event::Error(error) => documents.push_back(ApiError::from(error).body().to_string()),
+            Event::Error(error) => documents.push(ApiError::from(error).body().to_string()),
         }
     }
+}
+
+fn glm(usage: event_log::Usage, text_sha256: &str) -> Glm<'_> {
+    Glm { completion_tokens: usage.num_generated_tokens, text_sha256 }
 }
 
 fn to_json(value: &impl Serialize) -> String {
@@ -92,13 +102,16 @@ fn to_json(value: &impl Serialize) -> String {
 ///
 /// # Errors
 /// The reply's own error, with its status.
-pub(super) async fn plain(mut reader: LogReader, head: ReplyHead) -> Result<HttpResponse, ApiError> {
+pub(in crate::routes) async fn plain(
+    mut reader: LogReader,
+    head: &ReplyHead,
+) -> Result<HttpResponse, ApiError> {
     let mut content = String::new();
-    loop {
-        match reader.next().await {
-            Some(Event::Role) => {}
-            Some(Event::Delta { text, .. }) => content += &text,
-            Some(Event::Finish { reason, usage }) => {
+    while let Some(logged) = reader.next().await {
+        match logged.event {
+            Event::Role => {}
+            Event::Delta { text, .. } => content += &text,
+            Event::Finish { reason, usage, text_sha256 } => {
                 let message = ReplyMessage { role: "assistant", content, refusal: () };
                 let choice = Choice { index: 0, message, logprobs: (), finish_reason: finish_reason(reason) };
                 return Ok(HttpResponse::Ok().json(ChatCompletion {
@@ -109,10 +122,11 @@ pub(super) async fn plain(mut reader: LogReader, head: ReplyHead) -> Result<Http
                     system_fingerprint: &head.fingerprint,
                     choices: [choice],
                     usage: usage.into(),
+                    glm: glm(usage, &text_sha256),
                 }));
             }
-            Some(Event::Error(error)) => return Err(error.into()),
-            None => return Err(StreamError::Lost.into()),
+            Event::Error(error) => return Err(error.into()),
         }
     }
+    Err(StreamError::Lost.into())
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::fields;
 use crate::error::ApiError;
 use crate::stream::event_log;
+use crate::stream::reply_stream::StreamOptions;
 
 /// The fields that count.
 #[derive(Debug, Default, Deserialize)]
@@ -42,13 +43,6 @@ pub(super) struct RequestMessage {
     pub(super) content: Value,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub(super) struct StreamOptions {
-    pub(super) include_usage: bool,
-    pub(super) continuous_usage_stats: bool,
-}
-
 impl ChatCompletionRequest {
     /// Reads a body. Errors name the field by its path.
     pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
@@ -79,6 +73,14 @@ impl From<event_log::Usage> for Usage {
     }
 }
 
+/// What a reader can check a complete reply against; this server's own extension.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Glm<'a> {
+    pub(super) completion_tokens: usize,
+    /// Of the choice's whole text in UTF-8, in hexadecimal.
+    pub(super) text_sha256: &'a str,
+}
+
 #[derive(Debug, Serialize)]
 pub(super) struct ChatCompletionChunk<'a> {
     pub(super) id: &'a str,
@@ -90,6 +92,8 @@ pub(super) struct ChatCompletionChunk<'a> {
     /// `Some(None)` is a null, which OpenAI sends where usage was asked for and comes later.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) glm: Option<Glm<'a>>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -116,6 +120,7 @@ pub(super) struct ChatCompletion<'a> {
     pub(super) system_fingerprint: &'a str,
     pub(super) choices: [Choice; 1],
     pub(super) usage: Usage,
+    pub(super) glm: Glm<'a>,
 }
 
 #[derive(Debug, Serialize)]

@@ -1,0 +1,251 @@
+//! Owns what the engine has learnt about time: how long a step takes, and when a first token comes.
+//!
+//! Plain data: it is told durations and reads no clock. Invariant: no coefficient is negative, and a
+//! step moves only those that it depends on, so a long stretch of one kind of step doesn't wear away
+//! what was learnt from the other.
+
+use std::time::Duration;
+
+/// Weight of a new observation, once there are some.
+const LEARNING_RATE: f64 = 0.2;
+/// An observation counts at most as this many times what was predicted: a hiccup of the machine
+/// moves the model a little, a lasting change moves it within a few steps.
+const MOST_SURPRISE: f64 = 4.0;
+/// A prediction below this is no measure of surprise.
+const LEAST_PREDICTION_S: f64 = 1e-3;
+
+/// Bounds of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepBounds {
+    /// Longest time that may be predicted.
+    pub max_step_time: Duration,
+    /// Most tokens, decodes included.
+    pub max_num_batched_tokens: usize,
+    /// Fewest prompt tokens: no step of prompts is smaller, however slow.
+    pub block_size: usize,
+}
+
+/// Work that is there before a new request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Running sequences that take one token a step.
+    pub num_decodes: usize,
+    /// Tokens that running sequences must compute before their next token, decodes apart.
+    pub num_running_prefill_tokens: usize,
+    /// Tokens of the requests that will be admitted before this one.
+    pub num_tokens_ahead: usize,
+    /// Those requests.
+    pub num_requests_ahead: usize,
+    /// Requests that can be admitted without another one's end.
+    pub num_free_slots: usize,
+    /// Requests that run together when there are enough of them.
+    pub num_slots: usize,
+}
+
+/// A step takes `base + decode * num_decodes + prefill * num_prefill_tokens` seconds, learnt by
+/// normalised least mean squares; a request runs for `residence` seconds from admission to end, an
+/// exponentially weighted mean.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct CostModel {
+    /// Seconds of a step.
+    pub base_s: f64,
+    /// Seconds of a decoded token.
+    pub decode_s: f64,
+    /// Seconds of a prompt token.
+    pub prefill_s: f64,
+    /// Seconds that a request runs.
+    pub residence_s: f64,
+    /// Steps with prompt tokens seen so far.
+    pub num_prefill_steps: u32,
+    /// Steps without.
+    pub num_decode_steps: u32,
+    /// Ended requests seen so far.
+    pub num_residences: u32,
+}
+
+impl CostModel {
+    /// A step that succeeded took `duration`.
+    pub fn observe_step(&mut self, num_prefill_tokens: usize, num_decodes: usize, duration: Duration) {
+        let count =
+            if num_prefill_tokens > 0 { &mut self.num_prefill_steps } else { &mut self.num_decode_steps };
+        let rate = learning_rate(count);
+        let [prefill, decodes] = [num_prefill_tokens, num_decodes].map(|count| count as f64);
+        let predicted = self.step_seconds(prefill, decodes);
+        let mut error = duration.as_secs_f64() - predicted;
+        if rate <= LEARNING_RATE {
+            error = error.min((MOST_SURPRISE - 1.0) * predicted.max(LEAST_PREDICTION_S));
+        }
+        let scale = rate * error / (1.0 + prefill * prefill + decodes * decodes);
+        self.base_s = (self.base_s + scale).max(0.0);
+        self.decode_s = (self.decode_s + scale * decodes).max(0.0);
+        self.prefill_s = (self.prefill_s + scale * prefill).max(0.0);
+    }
+
+    /// A request ended `duration` after its admission.
+    pub fn observe_residence(&mut self, duration: Duration) {
+        let rate = learning_rate(&mut self.num_residences);
+        self.residence_s += rate * (duration.as_secs_f64() - self.residence_s);
+    }
+
+    /// How long a step will take; `None` until a step with prompt tokens was seen.
+    pub fn predict_step(&self, num_prefill_tokens: usize, num_decodes: usize) -> Option<Duration> {
+        let seconds = self.step_seconds(num_prefill_tokens as f64, num_decodes as f64);
+        (self.num_prefill_steps > 0).then(|| to_duration(seconds))
+    }
+
+    /// How many prompt tokens fit a step beside `num_decodes`. A block until something is learnt, so
+    /// that the first step of a slow machine is short.
+    pub fn prefill_budget(&self, num_decodes: usize, bounds: &StepBounds) -> usize {
+        let most = bounds.max_num_batched_tokens.saturating_sub(num_decodes);
+        let least = bounds.block_size.min(most);
+        if self.num_prefill_steps == 0 {
+            return least;
+        }
+        let left = bounds.max_step_time.as_secs_f64() - self.step_seconds(0.0, num_decodes as f64);
+        // Infinite, and then cut, if a token costs nothing.
+        let num_tokens = (left.max(0.0) / self.prefill_s.max(1e-12)) as usize;
+        num_tokens.clamp(least, most)
+    }
+
+    /// Predicted time to the first token of a request with `num_prompt_tokens` that is submitted now.
+    /// `None` until a prompt was computed and, if all places are taken, until a request has ended.
+    pub fn time_to_first_token(
+        &self,
+        load: &Load,
+        num_prompt_tokens: usize,
+        bounds: &StepBounds,
+    ) -> Option<Duration> {
+        if self.num_prefill_steps == 0 {
+            return None;
+        }
+        let budget = self.prefill_budget(load.num_decodes, bounds).max(1);
+        let seconds = |num_tokens: usize| {
+            let num_steps = num_tokens.div_ceil(budget) as f64;
+            num_steps * self.step_seconds(0.0, load.num_decodes as f64) + self.prefill_s * num_tokens as f64
+        };
+        let all = seconds(load.num_running_prefill_tokens + load.num_tokens_ahead + num_prompt_tokens);
+        let num_ends = (load.num_requests_ahead + 1).saturating_sub(load.num_free_slots);
+        let first = if num_ends == 0 {
+            all
+        } else {
+            let wait = self.seconds_between_ends(load.num_slots)? * num_ends as f64;
+            all.max(wait + seconds(num_prompt_tokens))
+        };
+        Some(to_duration(first))
+    }
+
+    /// Mean time between the ends of two of `num_slots` requests; `None` until one has ended.
+    pub fn time_between_ends(&self, num_slots: usize) -> Option<Duration> {
+        self.seconds_between_ends(num_slots).map(to_duration)
+    }
+
+    fn seconds_between_ends(&self, num_slots: usize) -> Option<f64> {
+        (self.num_residences > 0).then(|| self.residence_s / num_slots.max(1) as f64)
+    }
+
+    fn step_seconds(&self, num_prefill_tokens: f64, num_decodes: f64) -> f64 {
+        self.base_s + self.decode_s * num_decodes + self.prefill_s * num_prefill_tokens
+    }
+}
+
+/// Counts an observation and returns its weight: the plain mean first, then an exponential one.
+fn learning_rate(count: &mut u32) -> f64 {
+    *count = count.saturating_add(1);
+    (1.0 / f64::from(*count)).max(LEARNING_RATE)
+}
+
+fn to_duration(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUNDS: StepBounds =
+        StepBounds { max_step_time: Duration::from_millis(500), max_num_batched_tokens: 512, block_size: 16 };
+
+    fn machine(base_ms: f64, decode_ms: f64, prefill_ms: f64) -> impl Fn(usize, usize) -> Duration {
+        move |prefill, decodes| {
+            let ms = base_ms + decode_ms * decodes as f64 + prefill_ms * prefill as f64;
+            Duration::from_secs_f64(ms / 1e3)
+        }
+    }
+
+    fn learn(model: &mut CostModel, machine: impl Fn(usize, usize) -> Duration, num_steps: usize) {
+        for step in 0..num_steps {
+            let num_decodes = step * 7 % 23;
+            let num_prefill = if step % 3 == 0 { model.prefill_budget(num_decodes, &BOUNDS) } else { 0 };
+            model.observe_step(num_prefill, num_decodes, machine(num_prefill, num_decodes));
+        }
+    }
+
+    #[test]
+    fn steps_are_predicted_on_fast_and_slow_machines_and_kept_short() {
+        for (base, decode, prefill) in [(2.0, 0.1, 0.05), (30.0, 3.0, 1.5), (150.0, 10.0, 60.0)] {
+            let machine = machine(base, decode, prefill);
+            let mut model = CostModel::default();
+            assert_eq!(model.predict_step(16, 0), None);
+            assert_eq!(model.prefill_budget(0, &BOUNDS), 16);
+            learn(&mut model, &machine, 300);
+            for num_decodes in [1, 8, 20] {
+                let budget = model.prefill_budget(num_decodes, &BOUNDS);
+                let real = machine(budget, num_decodes).as_secs_f64();
+                assert!(budget == 16 || real < 0.6, "{budget} tokens took {real} s");
+                let predicted = model.predict_step(budget, num_decodes).unwrap().as_secs_f64();
+                assert!((predicted / real - 1.0).abs() < 0.2, "{predicted} s for {real} s");
+            }
+        }
+    }
+
+    #[test]
+    fn one_hiccup_moves_little_and_a_lasting_change_moves_all() {
+        let mut model = CostModel::default();
+        learn(&mut model, machine(30.0, 3.0, 1.5), 300);
+        let before = model.predict_step(100, 4).unwrap();
+        model.observe_step(100, 4, Duration::from_secs(60));
+        assert!(model.predict_step(100, 4).unwrap() < before * 2);
+        learn(&mut model, machine(90.0, 9.0, 4.5), 300);
+        let ratio = model.predict_step(100, 4).unwrap().as_secs_f64() / before.as_secs_f64();
+        assert!((2.4..3.6).contains(&ratio), "{ratio}");
+    }
+
+    #[test]
+    fn decodes_do_not_wear_away_what_prompts_taught() {
+        let mut model = CostModel::default();
+        learn(&mut model, machine(30.0, 3.0, 1.5), 300);
+        let before = model.prefill_s;
+        (0..10_000).for_each(|_| model.observe_step(0, 1, Duration::from_millis(33)));
+        assert_eq!(model.prefill_s, before);
+    }
+
+    #[test]
+    fn the_first_token_waits_for_work_ahead_and_for_places() {
+        let model = CostModel {
+            base_s: 0.1,
+            prefill_s: 0.001,
+            residence_s: 8.0,
+            num_prefill_steps: 1,
+            num_residences: 1,
+            ..CostModel::default()
+        };
+        let estimate = |load: Load, num_tokens| {
+            let estimate = model.time_to_first_token(&load, num_tokens, &BOUNDS).unwrap();
+            (estimate.as_secs_f64() * 1e3).round()
+        };
+        // 400 tokens fill a step.
+        let idle = Load { num_free_slots: 4, num_slots: 4, ..Load::default() };
+        assert_eq!(estimate(idle, 100), 200.0);
+        assert_eq!(estimate(idle, 800), 1000.0);
+        assert_eq!(
+            estimate(Load { num_tokens_ahead: 600, num_running_prefill_tokens: 100, ..idle }, 100),
+            1000.0
+        );
+        // Two places are free and two are ahead: one of four requests must end first.
+        let busy = Load { num_requests_ahead: 2, num_free_slots: 2, ..idle };
+        assert_eq!(estimate(busy, 100), 2200.0);
+        let unlearnt = CostModel { num_residences: 0, ..model };
+        assert_eq!(unlearnt.time_to_first_token(&busy, 100, &BOUNDS), None);
+        assert_eq!(CostModel::default().time_to_first_token(&idle, 1, &BOUNDS), None);
+    }
+}

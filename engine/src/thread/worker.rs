@@ -1,0 +1,321 @@
+//! Owns the loop of the engine thread: commands in, steps, events and published figures out.
+//!
+//! Invariant: between two steps nothing here waits, locks or allocates.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam_channel::Receiver;
+use tokio::sync::mpsc;
+
+use super::handle::{Command, Fault, Shared, Submission};
+use super::progress::{RequestState, Stage};
+use crate::config::EngineConfig;
+use crate::cost_model::{CostModel, Load};
+use crate::engine::Engine;
+use crate::error::SequenceError;
+use crate::observer::{EngineGauges, EngineObserver, StepReport};
+use crate::request::{RequestId, TokenEvent};
+use crate::runner::ModelRunner;
+
+/// How long the published queue may stand although nothing moved in it: estimates change.
+const QUEUE_PERIOD: Duration = Duration::from_millis(100);
+
+/// The thread's end of a request.
+struct Client {
+    events: mpsc::Sender<TokenEvent>,
+    state: Arc<RequestState>,
+    is_probe: bool,
+    is_detached: bool,
+    admitted_at: Option<Duration>,
+}
+
+pub(super) struct Worker<R> {
+    engine: Engine<R>,
+    commands: Receiver<Command>,
+    clients: HashMap<RequestId, Client>,
+    next_id: u64,
+    shared: Arc<Shared>,
+    observer: Arc<dyn EngineObserver>,
+    config: EngineConfig,
+    costs: CostModel,
+    num_run_errors: u32,
+    queue_published_at: Duration,
+    /// Requests and tokens taken from the channel since the queue was last published.
+    seen: (usize, usize),
+}
+
+impl<R: ModelRunner> Worker<R> {
+    pub(super) fn new(
+        runner: R,
+        config: EngineConfig,
+        commands: Receiver<Command>,
+        shared: Arc<Shared>,
+        observer: Arc<dyn EngineObserver>,
+    ) -> Self {
+        let worker = Self {
+            engine: Engine::new(runner, config.clone(), shared.limits.vocab_size),
+            commands,
+            clients: HashMap::with_capacity(shared.limits.max_num_requests + 1),
+            next_id: 0,
+            shared,
+            observer,
+            config,
+            costs: CostModel::default(),
+            num_run_errors: 0,
+            queue_published_at: Duration::ZERO,
+            seen: (0, 0),
+        };
+        worker.publish_stall_limit();
+        worker.shared.load.publish_running(&worker.load());
+        worker
+    }
+
+    pub(super) fn run(&mut self) {
+        let clock = self.shared.clock;
+        loop {
+            if self.engine.is_idle() {
+                self.observer.gauges(&self.engine.gauges());
+                self.publish(clock.now());
+                self.shared.is_busy.store(false, Ordering::Release);
+                match self.commands.recv() {
+                    Ok(command) => {
+                        self.note_progress(clock.now());
+                        self.shared.is_busy.store(true, Ordering::Release);
+                        self.handle(command);
+                    }
+                    Err(_) => return,
+                }
+            }
+            while let Ok(command) = self.commands.try_recv() {
+                self.handle(command);
+            }
+            self.poll_clients();
+            if !self.engine.is_idle() {
+                self.step();
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        let clock = self.shared.clock;
+        let start = clock.now();
+        let prefill_budget = self.costs.prefill_budget(self.engine.num_decodes(), &self.shared.bounds);
+        self.engine.plan_step(start, prefill_budget);
+        self.engine.admitted().iter().for_each(|&(_, queue_time)| self.observer.admitted(queue_time));
+        let num_delivered = self.deliver(0, start);
+        self.publish(start);
+        self.publish_stall_limit();
+        let mut report = self.engine.run_step();
+        let end = clock.now();
+        report.duration = end - start;
+        self.note_progress(end);
+        self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
+        self.shared.num_idle_refusals.store(0, Ordering::Relaxed);
+        // Before the events: whoever sees a failure finds the fault set.
+        self.learn(&report);
+        self.deliver(num_delivered, end);
+        self.observer.step(&report);
+        self.observer.gauges(&self.engine.gauges());
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Submit(Submission { request, arrival, is_probe, events, state }) => {
+                // Named here, not at the door: ids must grow in the order in which the engine sees them.
+                let id = RequestId(self.next_id);
+                self.next_id += 1;
+                self.seen.0 += 1;
+                self.seen.1 += request.prompt_token_ids.len();
+                let client = Client { events, state, is_probe, is_detached: false, admitted_at: None };
+                self.clients.insert(id, client);
+                if is_probe {
+                    self.engine.add_probe(id, request, arrival);
+                } else {
+                    self.engine.add(id, request, arrival);
+                }
+            }
+            Command::AbortAll => {
+                let ids: Vec<RequestId> = self.clients.keys().copied().collect();
+                for id in ids {
+                    self.engine.abort(id);
+                    self.end(id, SequenceError::ShuttingDown);
+                }
+            }
+        }
+    }
+
+    /// Aborts the requests whose receiver was dropped and passes on who is detached.
+    fn poll_clients(&mut self) {
+        let Self { clients, engine, shared, .. } = self;
+        clients.retain(|&id, client| {
+            let is_abandoned = client.events.is_closed();
+            if is_abandoned {
+                engine.abort(id);
+                shared.release(client.is_probe);
+            } else if client.state.is_detached() != client.is_detached {
+                client.is_detached = !client.is_detached;
+                engine.set_detached(id, client.is_detached);
+            }
+            !is_abandoned
+        });
+    }
+
+    /// Hands the step's events from the one at `start` on to their channels; returns how many there are.
+    fn deliver(&mut self, start: usize, now: Duration) -> usize {
+        for (id, event) in &self.engine.events()[start..] {
+            let Some(client) = self.clients.get_mut(id) else {
+                continue;
+            };
+            if matches!(event, TokenEvent::Admitted) {
+                client.admitted_at = Some(now);
+            }
+            if !event.is_terminal() {
+                // Fails only if the receiver was dropped: the next step aborts the request.
+                let _ = client.events.try_send(event.clone());
+                continue;
+            }
+            // A probe is shorter than what users ask for, and a failure is no measure at all.
+            let is_measure = !client.is_probe && matches!(event, TokenEvent::Finished { .. });
+            if let Some(admitted_at) = client.admitted_at.filter(|_| is_measure) {
+                self.costs.observe_residence(now.saturating_sub(admitted_at));
+                self.shared.costs.publish(&self.costs);
+            }
+            // Whoever sees the end finds the place free.
+            self.shared.release(client.is_probe);
+            let _ = client.events.try_send(event.clone());
+            self.clients.remove(id);
+        }
+        self.engine.events().len()
+    }
+
+    fn learn(&mut self, report: &StepReport) {
+        if report.failed {
+            self.num_run_errors = self.num_run_errors.saturating_add(1);
+            if self.num_run_errors >= self.config.max_consecutive_run_errors {
+                self.shared.set_fault(Fault::RepeatedRunErrors { count: self.num_run_errors });
+            }
+        } else {
+            self.num_run_errors = 0;
+            let (num_prefill_tokens, num_decodes) = self.planned();
+            self.costs.observe_step(num_prefill_tokens, num_decodes, report.duration);
+        }
+        if report.num_non_finite > 0 {
+            self.shared.set_fault(Fault::NonFiniteLogits);
+        }
+        self.shared.costs.publish(&self.costs);
+    }
+
+    /// Prompt tokens and decodes of the planned step.
+    fn planned(&self) -> (usize, usize) {
+        let plan = self.engine.plan();
+        let is_decode = |num_tokens: usize| num_tokens == 1;
+        let num_decodes = plan.sequences.iter().filter(|s| is_decode(s.num_scheduled_tokens)).count();
+        (plan.num_tokens() - num_decodes, num_decodes)
+    }
+
+    fn note_progress(&self, now: Duration) {
+        self.shared.progress_at.store(now.as_nanos() as u64, Ordering::Release);
+    }
+
+    fn publish_stall_limit(&self) {
+        let EngineConfig { stall_factor, stall_min, .. } = self.config;
+        let (num_prefill_tokens, num_decodes) = self.planned();
+        let limit = match self.costs.predict_step(num_prefill_tokens, num_decodes) {
+            Some(predicted) => predicted.saturating_mul(stall_factor).max(stall_min),
+            None => stall_min.saturating_mul(stall_factor),
+        };
+        let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        self.shared.stall_limit_ns.store(nanos, Ordering::Relaxed);
+    }
+
+    /// What runs.
+    fn load(&self) -> Load {
+        let num_decodes = self.engine.num_decodes();
+        let num_pending: usize =
+            self.engine.running().iter().map(|running| running.num_pending_tokens()).sum();
+        let num_running = self.engine.running().len();
+        let num_free_slots = self.engine.num_free_slots();
+        Load {
+            num_decodes,
+            num_running_prefill_tokens: num_pending - num_decodes,
+            num_free_slots,
+            num_slots: (num_running + num_free_slots).max(1),
+            ..Load::default()
+        }
+    }
+
+    /// Publishes what runs and, if anything moved or some time has passed, the queue.
+    fn publish(&mut self, now: Duration) {
+        let load = self.load();
+        self.shared.load.publish_running(&load);
+        self.publish_running(now, load);
+        let is_due = now.saturating_sub(self.queue_published_at) >= QUEUE_PERIOD;
+        if self.engine.take_queue_changed() || is_due {
+            self.queue_published_at = now;
+            self.publish_waiting(now, load);
+        }
+        // Only now: a request must not be missing from both counts.
+        let (num_requests, num_tokens) = std::mem::take(&mut self.seen);
+        self.shared.load.sub_unseen(num_requests, num_tokens);
+    }
+
+    fn publish_running(&self, now: Duration, mut load: Load) {
+        load.num_running_prefill_tokens = 0;
+        load.num_free_slots = 1;
+        for running in self.engine.running() {
+            let Some(client) = self.clients.get(&running.sequence.id) else { continue };
+            let num_pending = running.num_pending_tokens();
+            let num_tokens = running.sequence.tokens().len();
+            if num_pending == 1 && !running.sequence.output().is_empty() {
+                client.state.publish(Stage::Decode, None);
+                continue;
+            }
+            let stage = Stage::Prefill { num_computed_tokens: running.num_computed_tokens, num_tokens };
+            client.state.publish(stage, self.next_token_at(now, &load, num_pending));
+            load.num_running_prefill_tokens += num_pending;
+        }
+    }
+
+    fn publish_waiting(&self, now: Duration, mut load: Load) {
+        for (position, sequence) in self.engine.waiting().enumerate() {
+            let num_tokens = sequence.tokens().len();
+            if let Some(client) = self.clients.get(&sequence.id) {
+                let next_token_at = self.next_token_at(now, &load, num_tokens);
+                client.state.publish(Stage::Waiting { position }, next_token_at);
+            }
+            load.num_tokens_ahead += num_tokens;
+            load.num_requests_ahead += 1;
+        }
+        self.shared.load.publish_waiting(self.engine.waiting().map(|sequence| {
+            // Whoever was preempted goes before all deadlines.
+            let left = sequence.deadline.saturating_sub(now);
+            let left = if sequence.admission.is_some() { Duration::ZERO } else { left };
+            (left, sequence.tokens().len())
+        }));
+    }
+
+    fn next_token_at(&self, now: Duration, load: &Load, num_tokens: usize) -> Option<Duration> {
+        let time = self.costs.time_to_first_token(load, num_tokens, &self.shared.bounds);
+        time.map(|time| now.saturating_add(time))
+    }
+
+    fn end(&mut self, id: RequestId, error: SequenceError) {
+        if let Some(client) = self.clients.remove(&id) {
+            self.shared.release(client.is_probe);
+            let _ = client.events.try_send(TokenEvent::Failed(error));
+        }
+    }
+
+    /// Ends whatever is left when the thread ends, for whichever reason.
+    pub(super) fn close(&mut self) {
+        self.shared.accepting.store(false, Ordering::Release);
+        self.shared.alive.store(false, Ordering::Release);
+        self.shared.is_busy.store(false, Ordering::Release);
+        let ids: Vec<RequestId> = self.clients.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.end(id, SequenceError::EngineDied));
+        self.observer.gauges(&EngineGauges::default());
+    }
+}

@@ -1,0 +1,94 @@
+//! Owns the generation whose answer is known: the warm-up records it, and a server whose engine had a
+//! fault is unready until the engine gives it again.
+//!
+//! Invariant: overload can't fail it, as it asks for tokens, not for speed, and never queues behind
+//! users. It is greedy, so a healthy engine has one answer.
+
+use std::time::Duration;
+
+use glm_engine::{EventReceiver, Request, SamplingParams, SequenceError, TokenEvent};
+
+use crate::ServeError;
+use crate::state::AppState;
+use crate::text::TextError;
+use crate::text::chat_format::{Message, Role};
+
+/// Enough to go through prefill and several decodes, and short beside any request.
+const NUM_TOKENS: usize = 4;
+/// Between two looks at the engine and the store of streams.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// A prompt and what follows it.
+#[derive(Debug)]
+pub struct KnownAnswer {
+    request: Request,
+    token_ids: Vec<u32>,
+}
+
+/// Generates twice, so that no client pays for first-time work, and keeps the answer.
+///
+/// # Errors
+/// [`ServeError`]: a generation failed, or the two differ.
+pub(crate) async fn warm_up(state: &AppState) -> Result<(), ServeError> {
+    let request = request(state)?;
+    let token_ids = generate(state.engine.submit_probe(request.clone())?).await?;
+    let again = generate(state.engine.submit_probe(request.clone())?).await?;
+    if token_ids != again {
+        return Err(ServeError::Unsteady { first: token_ids, second: again });
+    }
+    state.set_warm(KnownAnswer { request, token_ids });
+    tracing::info!("ready");
+    Ok(())
+}
+
+/// Looks after the engine and the store of streams until it is dropped.
+pub(crate) async fn look_after(state: &AppState) {
+    loop {
+        tokio::time::sleep(PERIOD).await;
+        state.streams.sweep();
+        if let (Some(fault), Some(known)) = (state.engine.status().fault, state.known_answer()) {
+            tracing::warn!(?fault, "asking the engine for the known answer");
+            match check(state, known).await {
+                Ok(()) => {
+                    state.engine.clear_fault();
+                    tracing::info!("the engine gave the known answer; ready again");
+                }
+                Err(reason) => tracing::error!(reason, "still unready"),
+            }
+        }
+    }
+}
+
+async fn check(state: &AppState, known: &KnownAnswer) -> Result<(), String> {
+    let events = state.engine.submit_probe(known.request.clone()).map_err(|error| error.to_string())?;
+    let found = generate(events).await.map_err(|error| error.to_string())?;
+    match found == known.token_ids {
+        true => Ok(()),
+        false => Err(format!("the answer is {found:?}, and was {:?}", known.token_ids)),
+    }
+}
+
+fn request(state: &AppState) -> Result<Request, TextError> {
+    let message = Message { role: Role::User, content: "Hello".to_owned() };
+    let prompt_token_ids = state.model.chat.encode(&[message], &state.model.tokenizer)?;
+    let room = state.engine.limits().max_model_len.saturating_sub(prompt_token_ids.len());
+    let sampling = SamplingParams {
+        temperature: 0.0,
+        max_tokens: NUM_TOKENS.min(room),
+        ignore_eos: true,
+        ..SamplingParams::default()
+    };
+    Ok(Request { prompt_token_ids, sampling, deadline: None })
+}
+
+async fn generate(mut events: EventReceiver) -> Result<Vec<u32>, SequenceError> {
+    let mut token_ids = Vec::new();
+    while let Some(event) = events.recv().await {
+        match event {
+            TokenEvent::Token { token_id } => token_ids.push(token_id),
+            TokenEvent::Failed(error) => return Err(error),
+            TokenEvent::Admitted | TokenEvent::Finished { .. } => {}
+        }
+    }
+    Ok(token_ids)
+}

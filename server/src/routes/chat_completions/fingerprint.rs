@@ -1,0 +1,51 @@
+//! Owns the fingerprint of a request: whether two bodies under one key ask for the same reply.
+//!
+//! Invariant: it does not depend on the order of fields, on white space or on how the reply is delivered.
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::error::ApiError;
+
+/// How a reply is delivered, which the reply does not depend on.
+const DELIVERY: [&str; 2] = ["stream", "stream_options"];
+
+/// Hash of the body as canonical JSON.
+pub(super) fn fingerprint(body: &[u8]) -> Result<[u8; 32], ApiError> {
+    let mut body: Value = serde_json::from_slice(body).map_err(|error| ApiError::invalid_json(&error))?;
+    if let Value::Object(object) = &mut body {
+        object.retain(|name, _| !DELIVERY.contains(&name.as_str()));
+    }
+    Ok(Sha256::digest(sorted(body).to_string()).into())
+}
+
+fn sorted(value: Value) -> Value {
+    match value {
+        Value::Object(object) => {
+            let mut entries: Vec<(String, Value)> = object.into_iter().collect();
+            entries.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+            Value::Object(
+                entries.into_iter().map(|(name, value)| (name, sorted(value))).collect::<Map<_, _>>(),
+            )
+        }
+        Value::Array(list) => Value::Array(list.into_iter().map(sorted).collect()),
+        value => value,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delivery_order_and_space_do_not_count() {
+        let print = |body: &str| fingerprint(body.as_bytes()).unwrap();
+        let one = print(r#"{"a": {"x": 1, "y": [{"p": 1, "q": 2}]}, "b": 2}"#);
+        assert_eq!(
+            one,
+            print(r#"{"b":2,"stream":true,"a":{"y":[{"q":2,"p":1}],"x":1},"stream_options":{}}"#)
+        );
+        assert_ne!(one, print(r#"{"a": {"x": 1, "y": [{"p": 1, "q": 3}]}, "b": 2}"#));
+        assert_ne!(print(r#"{"a": {"stream": 1}}"#), print(r#"{"a": {}}"#));
+    }
+}

@@ -1,0 +1,109 @@
+//! Owns the cutting of connections whose client takes no bytes.
+//!
+//! Invariants: the engine, the pump and other readers never notice a slow reader; what one connection
+//! holds unsent is bounded by the socket's buffer and the HTTP writer's; a client that takes anything
+//! within the time is not cut.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::Stream;
+use tokio::time::Instant;
+
+/// The kernel's send buffer: seconds of text for a reader, and a bound for thousands of them.
+const SEND_BUFFER_BYTES: usize = 64 * 1024;
+
+/// Bounds what the kernel keeps for each connection that `listener` will accept.
+///
+/// # Errors
+/// The operating system refuses.
+pub fn bound_send_buffers(listener: &TcpListener) -> std::io::Result<()> {
+    socket2::SockRef::from(listener).set_send_buffer_size(SEND_BUFFER_BYTES)
+}
+
+/// A second handle of a client's socket. Only the connection itself may own it: the socket stays open
+/// as long as any handle.
+#[derive(Debug)]
+pub struct Connection(TcpStream);
+
+impl Connection {
+    /// The connection that HTTP was just given.
+    pub fn of(io: &dyn Any) -> Option<Arc<Self>> {
+        let stream = io.downcast_ref::<tokio::net::TcpStream>()?;
+        // Without a second handle (no descriptors left) the client is served and can't be cut.
+        let handle = stream.as_fd().try_clone_to_owned().ok()?;
+        Some(Arc::new(Self(handle.into())))
+    }
+
+    fn cut(&self) {
+        // It may be closed already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// A body that is watched while it is sent.
+#[derive(Debug)]
+pub struct Watched<S> {
+    body: S,
+    owed: Rc<Owed>,
+}
+
+/// Since when the connection has owed the body a poll: it polls again as soon as it has room.
+type Owed = Cell<Option<Instant>>;
+
+/// Cuts `connection` and calls `on_cut` when it asks `body` for nothing for `timeout` after it got something.
+pub fn watch<S>(
+    body: S,
+    connection: Option<&Arc<Connection>>,
+    timeout: Duration,
+    on_cut: impl FnOnce() + 'static,
+) -> Watched<S> {
+    let owed = Rc::new(Owed::default());
+    if let Some(connection) = connection {
+        let (owed, connection) = (Rc::downgrade(&owed), Arc::downgrade(connection));
+        actix_web::rt::spawn(async move {
+            if let Some(connection) = stuck(&owed, &connection, timeout).await {
+                connection.cut();
+                on_cut();
+            }
+        });
+    }
+    Watched { body, owed }
+}
+
+/// Waits until the connection is stuck; `None` once the body or the connection is gone.
+async fn stuck(
+    owed: &std::rc::Weak<Owed>,
+    connection: &Weak<Connection>,
+    timeout: Duration,
+) -> Option<Arc<Connection>> {
+    loop {
+        let since = owed.upgrade()?.get();
+        let now = Instant::now();
+        let until = since.unwrap_or(now) + timeout;
+        if until <= now {
+            return connection.upgrade();
+        }
+        tokio::time::sleep_until(until).await;
+    }
+}
+
+impl<S: Stream + Unpin> Stream for Watched<S> {
+    type Item = S::Item;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<S::Item>> {
+        self.owed.set(None);
+        let item = Pin::new(&mut self.body).poll_next(context);
+        if matches!(item, Poll::Ready(Some(_))) {
+            self.owed.set(Some(Instant::now()));
+        }
+        item
+    }
+}

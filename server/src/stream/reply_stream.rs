@@ -1,0 +1,135 @@
+//! Owns what is known of one reply besides its text: its names, whose it is, and the wishes of those
+//! who are not its pump.
+//!
+//! Invariant: what a reader sees of a reply (id, time, model) is fixed here before the first event.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Deserialize;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::cursor::Cursor;
+use super::event_log::{AbortReason, Event, EventLog};
+use super::store::{Owner, RequestKey, StreamId};
+use glm_engine::Progress;
+
+/// Questions that may wait for one pump; heartbeats are seconds apart.
+const MAX_QUESTIONS: usize = 8;
+
+/// What every part of the answer repeats.
+#[derive(Debug, Clone)]
+pub struct ReplyHead {
+    /// Name of the completion.
+    pub id: String,
+    /// Seconds since the epoch.
+    pub created: u64,
+    /// The name that the request used.
+    pub model: String,
+    /// Names the exact model.
+    pub fingerprint: String,
+    /// Tokens of the prompt.
+    pub num_prompt_tokens: usize,
+}
+
+/// Options of a streamed answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct StreamOptions {
+    /// One more chunk with the usage.
+    pub include_usage: bool,
+    /// Usage in every chunk.
+    pub continuous_usage_stats: bool,
+}
+
+/// The form of an answer; one reply may be answered in several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// In one piece.
+    Plain,
+    /// As server-sent events.
+    Streamed(StreamOptions),
+}
+
+/// One reply: its names, its log, and the way to its pump.
+#[derive(Debug)]
+pub struct ReplyStream {
+    /// Its name in URLs.
+    pub id: StreamId,
+    /// Whose it is.
+    pub owner: Owner,
+    /// The client's own name for the request.
+    pub key: Option<RequestKey>,
+    /// What every answer repeats.
+    pub head: ReplyHead,
+    /// The form that the request asked for.
+    pub form: Form,
+    /// What was said.
+    pub log: EventLog,
+    abort: watch::Sender<Option<AbortReason>>,
+    is_promised: AtomicBool,
+    questions: mpsc::Sender<oneshot::Sender<Progress>>,
+}
+
+/// The pump's ends of a [`ReplyStream`]'s channels.
+#[derive(Debug)]
+pub struct Wishes {
+    /// Why to stop, once somebody says so.
+    pub abort: watch::Receiver<Option<AbortReason>>,
+    /// Who wants to know how far it is.
+    pub questions: mpsc::Receiver<oneshot::Sender<Progress>>,
+}
+
+impl ReplyStream {
+    /// A reply that nobody works on yet.
+    pub fn new(
+        id: StreamId,
+        owner: Owner,
+        key: Option<RequestKey>,
+        head: ReplyHead,
+        form: Form,
+        log: EventLog,
+    ) -> (Self, Wishes) {
+        let (abort, aborted) = watch::channel(None);
+        let (questions, asked) = mpsc::channel(MAX_QUESTIONS);
+        let is_promised = AtomicBool::new(false);
+        let stream = Self { id, owner, key, head, form, log, abort, is_promised, questions };
+        (stream, Wishes { abort: aborted, questions: asked })
+    }
+
+    /// Ends the reply, if it has not ended.
+    pub fn abort(&self, reason: AbortReason) {
+        self.abort.send_if_modified(|abort| abort.replace(reason).is_none());
+    }
+
+    /// A client was told to fetch the reply later: it goes on without a reader, until its time limits.
+    pub fn promise(&self) {
+        self.is_promised.store(true, Ordering::Release);
+    }
+
+    /// Whether a client was told to fetch the reply later.
+    pub fn is_promised(&self) -> bool {
+        self.is_promised.load(Ordering::Acquire)
+    }
+
+    /// Whether a client can come back to it.
+    pub fn is_resumable(&self) -> bool {
+        self.key.is_some() || self.is_promised()
+    }
+
+    /// Whether `cursor` names a document that has been there for somebody to read.
+    pub fn has(&self, cursor: Cursor) -> bool {
+        let last = match self.log.get(cursor.event) {
+            None => return false,
+            Some(Event::Finish { .. }) => 1,
+            Some(_) => 0,
+        };
+        cursor.document <= last
+    }
+
+    /// How far it is; `None` once it has ended. Cancel-safe.
+    pub async fn progress(&self) -> Option<Progress> {
+        let (sender, receiver) = oneshot::channel();
+        self.questions.try_send(sender).ok()?;
+        receiver.await.ok()
+    }
+}

@@ -1,0 +1,126 @@
+//! Owns the time limits of a reply: which there are, how they are written and which comes first.
+//!
+//! Invariant: a request can shorten what the server allows, never lengthen it. Must not read a clock.
+
+use std::fmt;
+use std::time::Duration;
+
+/// One of the limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// From arrival to admission.
+    Queue,
+    /// From arrival to the first token.
+    FirstToken,
+    /// Between two tokens.
+    InterToken,
+    /// From arrival to the end.
+    Total,
+}
+
+impl Limit {
+    /// All, in the order of [`TimeLimits`].
+    pub const ALL: [Self; 4] = [Self::Queue, Self::FirstToken, Self::InterToken, Self::Total];
+
+    /// Its name in `GLM-Timeout`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::FirstToken => "first-token",
+            Self::InterToken => "inter-token",
+            Self::Total => "total",
+        }
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The limits of one reply; `None` is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TimeLimits {
+    /// From arrival to admission.
+    pub queue: Option<Duration>,
+    /// From arrival to the first token.
+    pub first_token: Option<Duration>,
+    /// Between two tokens.
+    pub inter_token: Option<Duration>,
+    /// From arrival to the end.
+    pub total: Option<Duration>,
+}
+
+impl TimeLimits {
+    /// The value of one.
+    pub fn get(&self, limit: Limit) -> Option<Duration> {
+        match limit {
+            Limit::Queue => self.queue,
+            Limit::FirstToken => self.first_token,
+            Limit::InterToken => self.inter_token,
+            Limit::Total => self.total,
+        }
+    }
+
+    fn slot(&mut self, limit: Limit) -> &mut Option<Duration> {
+        match limit {
+            Limit::Queue => &mut self.queue,
+            Limit::FirstToken => &mut self.first_token,
+            Limit::InterToken => &mut self.inter_token,
+            Limit::Total => &mut self.total,
+        }
+    }
+
+    /// These limits, shortened by a header like `queue=5, first-token=10.5`, in seconds.
+    ///
+    /// # Errors
+    /// What is wrong with the header.
+    pub fn shortened(mut self, header: &str) -> Result<Self, String> {
+        let mut given = Self::default();
+        for part in header.split(',') {
+            let (name, value) =
+                part.trim().split_once('=').ok_or_else(|| format!("{part:?} is not NAME=SECONDS"))?;
+            let limit = Limit::ALL.into_iter().find(|limit| limit.name() == name);
+            let limit = limit.ok_or_else(|| {
+                format!("{name:?} is not one of {}", Limit::ALL.map(Limit::name).join(", "))
+            })?;
+            let seconds = value.parse().ok().filter(|seconds: &f64| *seconds > 0.0);
+            let value = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+            let value = value.ok_or_else(|| format!("{name} must be a positive number of seconds"))?;
+            if given.slot(limit).replace(value).is_some() {
+                return Err(format!("{name} is given twice"));
+            }
+            let slot = self.slot(limit);
+            *slot = Some(slot.map_or(value, |allowed| allowed.min(value)));
+        }
+        Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_shortens_and_never_lengthens() {
+        let second = Duration::from_secs(1);
+        let config =
+            TimeLimits { queue: Some(5 * second), first_token: Some(5 * second), ..TimeLimits::default() };
+        let limits = config.shortened("queue=0.5,first-token=60 , total=2").unwrap();
+        assert_eq!(
+            limits,
+            TimeLimits {
+                queue: Some(second / 2),
+                first_token: Some(5 * second),
+                inter_token: None,
+                total: Some(2 * second)
+            }
+        );
+        for wrong in
+            ["", "queue", "queue=", "queue=0", "queue=-1", "queue=NaN", "queue=inf", "x=1", "total=1,total=1"]
+        {
+            assert!(config.shortened(wrong).is_err(), "{wrong}");
+        }
+    }
+}

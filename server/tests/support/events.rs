@@ -1,0 +1,109 @@
+//! Owns a strict reader of a streamed answer, which checks the contract as it reads.
+
+#![allow(dead_code, reason = "each test program uses a part")]
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+/// One event.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct SseEvent {
+    pub(crate) id: String,
+    pub(crate) document: Value,
+}
+
+/// A streamed answer, read event by event.
+pub(crate) struct Events {
+    response: reqwest::Response,
+    buffer: String,
+    pub(crate) comments: Vec<String>,
+    pub(crate) done: bool,
+}
+
+impl Events {
+    pub(crate) fn of(response: reqwest::Response) -> Self {
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Self { response, buffer: String::new(), comments: Vec::new(), done: false }
+    }
+
+    pub(crate) fn stream_id(&self) -> String {
+        self.response.headers()["glm-stream-id"].to_str().unwrap().to_owned()
+    }
+
+    /// The next event; `None` after `[DONE]`.
+    pub(crate) async fn next(&mut self) -> Option<SseEvent> {
+        loop {
+            if let Some((frame, rest)) = self.buffer.split_once("\n\n") {
+                let frame = frame.to_owned();
+                self.buffer = rest.to_owned();
+                if let Some(comment) = frame.strip_prefix(": ") {
+                    self.comments.push(comment.to_owned());
+                    continue;
+                }
+                assert!(!self.done, "after [DONE]: {frame}");
+                if frame == "data: [DONE]" {
+                    self.done = true;
+                    continue;
+                }
+                let (id, data) = frame.split_once('\n').unwrap_or_else(|| panic!("no id: {frame}"));
+                let id = id.strip_prefix("id: ").unwrap().to_owned();
+                let document = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+                return Some(SseEvent { id, document });
+            }
+            match self.response.chunk().await {
+                Ok(Some(bytes)) => self.buffer += std::str::from_utf8(&bytes).unwrap(),
+                end => {
+                    assert!(self.done && self.buffer.is_empty(), "cut off: {end:?} {:?}", self.buffer);
+                    return None;
+                }
+            }
+        }
+    }
+
+    pub(crate) async fn rest(mut self) -> Vec<SseEvent> {
+        let mut events = Vec::new();
+        while let Some(event) = self.next().await {
+            events.push(event);
+        }
+        events
+    }
+}
+
+/// The text of whole stream, after its contract was checked: one role, one finish that ends it and
+/// whose hash fits, ids in order.
+pub(crate) fn complete_text(events: &[SseEvent]) -> String {
+    let ids: Vec<(usize, usize)> = events
+        .iter()
+        .map(|event| {
+            let (event, document) = event.id.split_once('.').unwrap();
+            (event.parse().unwrap(), document.parse().unwrap())
+        })
+        .collect();
+    for (i, id) in ids.iter().enumerate() {
+        let follows = i == 0 && *id == (0, 0) || i > 0 && *id == (ids[i - 1].0 + 1, 0);
+        let is_usage = i > 0 && *id == (ids[i - 1].0, 1) && i + 1 == ids.len();
+        assert!(follows || is_usage, "{ids:?}");
+    }
+    let (mut text, mut finish) = (String::new(), None);
+    for (i, SseEvent { document, .. }) in events.iter().enumerate() {
+        assert!(document.get("error").is_none(), "{document}");
+        assert_eq!(document["id"], events[0].document["id"]);
+        assert_eq!(document["created"], events[0].document["created"]);
+        let Some(choice) = document["choices"].get(0) else {
+            assert!(finish.is_some() && !document["usage"].is_null(), "{document}");
+            continue;
+        };
+        assert!(finish.is_none(), "after the finish: {document}");
+        assert_eq!(choice["delta"]["role"] == "assistant", i == 0, "{document}");
+        text += choice["delta"]["content"].as_str().unwrap_or_default();
+        if !choice["finish_reason"].is_null() {
+            finish = Some(document["glm"].clone());
+        }
+    }
+    let finish = finish.expect("a finish");
+    let hash: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(finish["text_sha256"], hash);
+    assert!(finish["completion_tokens"].is_u64());
+    text
+}
