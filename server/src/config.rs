@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use glm_engine::{EngineConfig, LoadError, Manifest};
 use glmserve_client::bench::BenchArgs;
+use glmserve_client::terminal::ChatArgs;
 
 use crate::state::HttpOptions;
 use crate::stream::event_log::LogLimits;
@@ -35,6 +36,8 @@ pub enum Command {
     Logits(LogitsArgs),
     /// Measure a running server with streams in a closed loop
     Bench(BenchArgs),
+    /// Chat with a running server in the terminal
+    Chat(ChatArgs),
 }
 
 /// The model and how to run it.

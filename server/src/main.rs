@@ -18,6 +18,7 @@ use glmserve::metrics::Metrics;
 use glmserve::state::{AppState, ServedModel};
 use glmserve::{npy, serve, shutdown};
 use glmserve_client::bench::{self, BenchArgs};
+use glmserve_client::terminal::{self, ChatArgs};
 use tracing_subscriber::EnvFilter;
 
 type MainResult<T = ()> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => run_server(*args),
         Command::Logits(args) => write_logits(&args),
         Command::Bench(args) => run_bench(args),
+        Command::Chat(args) => run_chat(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -129,6 +131,11 @@ fn run_bench(args: BenchArgs) -> MainResult {
         true => Ok(()),
         false => Err("streams broke; the figures above are of the others".into()),
     }
+}
+
+fn run_chat(args: ChatArgs) -> MainResult {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(terminal::run(args))?)
 }
 
 fn start_log(format: LogFormat) {

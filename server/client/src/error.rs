@@ -24,7 +24,7 @@ pub enum ClientError {
         status: u16,
         /// The OpenAI error in the body, if it was one.
         error: Option<Box<ApiError>>,
-        /// The `Retry-After` header in seconds, if it was sent as a number.
+        /// The `Retry-After` header in seconds, if it was sent as a whole number.
         retry_after_s: Option<u64>,
         /// The body as it came.
         body: String,
@@ -50,6 +50,32 @@ pub enum ClientError {
     /// An event over the limit.
     #[error(transparent)]
     EventTooLong(#[from] EventTooLong),
+    /// The text or its token count is not what the server says that it sent.
+    #[error(
+        "the answer is not what the server says it sent: {what}: {received} was received, {sealed} was sent"
+    )]
+    HashMismatch {
+        /// `text_sha256` or `completion_tokens`.
+        what: &'static str,
+        /// By this client's count.
+        received: String,
+        /// By the server's.
+        sealed: String,
+    },
+    /// A server that seals its answers ended this one without.
+    #[error("the stream ended without its hash")]
+    Unsealed,
+    /// The server joined another stream to this one.
+    #[error("the stream went on as another: {0:?}")]
+    WrongStream(Option<String>),
+    /// Every try to go on failed.
+    #[error("gave up after {tries} tries: {last}")]
+    GaveUp {
+        /// How many tries were made since the last event that came.
+        tries: u32,
+        /// Why the last one failed.
+        last: Box<ClientError>,
+    },
     /// A body over the limit.
     #[error("the answer is longer than {0} bytes")]
     BodyTooLong(usize),

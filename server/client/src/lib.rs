@@ -7,12 +7,20 @@ pub mod chat;
 pub mod client;
 mod clock;
 pub mod error;
+mod random;
+pub mod resume;
+pub mod retry;
+pub mod seal;
 pub mod sse;
 pub mod stream;
+pub mod terminal;
 #[cfg(test)]
 mod testing;
 
-pub use chat::{ApiError, ChatRequest, Message, StreamEvent, Usage};
+pub use chat::{ApiError, ChatRequest, Message, Seal, StreamEvent, Usage};
 pub use client::{Client, ClientConfig};
 pub use error::ClientError;
+pub use resume::ResumingStream;
+pub use retry::RetryPolicy;
+pub use seal::Verified;
 pub use stream::ChatStream;

@@ -33,6 +33,7 @@ pub struct ChatStream {
     idle_timeout: Duration,
     frames: VecDeque<Frame>,
     events: VecDeque<StreamEvent>,
+    last_event_id: Option<String>,
     end: End,
 }
 
@@ -44,6 +45,7 @@ impl ChatStream {
             idle_timeout: config.idle_timeout,
             frames: VecDeque::new(),
             events: VecDeque::new(),
+            last_event_id: None,
             end: End::Open,
         }
     }
@@ -57,9 +59,10 @@ impl ChatStream {
         result.transpose()
     }
 
-    /// The id of the last event that came whole, for a request that resumes.
+    /// The id of the last event that was handed out, for a request that resumes: what came after it and was
+    /// not handed out is not skipped.
     pub fn last_event_id(&self) -> Option<&str> {
-        self.parser.last_event_id()
+        self.last_event_id.as_deref()
     }
 
     /// A header of the answer.
@@ -86,7 +89,8 @@ impl ChatStream {
             }
             match self.frames.pop_front() {
                 Some(Frame::Comment(comment)) => return Ok(Some(StreamEvent::Comment(comment))),
-                Some(Frame::Event { event, data, .. }) => {
+                Some(Frame::Event { id, event, data }) => {
+                    self.last_event_id = id;
                     read_event(event.as_deref(), &data, |event| self.events.push_back(event))
                         .map_err(|error| ClientError::malformed(&error, &data))?;
                 }

@@ -25,6 +25,11 @@ impl Reply {
         Self::head("200 OK", "Content-Type: text/event-stream")
     }
 
+    /// The same, from a server that can resume it by the name `stream_id`.
+    pub(crate) fn sse_of(stream_id: &str) -> Self {
+        Self::head("200 OK", &format!("Content-Type: text/event-stream\r\nGLM-Stream-Id: {stream_id}"))
+    }
+
     /// An event stream in chunks, which the parts spell out.
     pub(crate) fn chunked_sse() -> Self {
         Self::head("200 OK", "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked")

@@ -44,6 +44,8 @@ pub struct RunReport {
     pub num_truncated: u64,
     /// Streams that ended whole and brought no content.
     pub num_empty: u64,
+    /// Broken connections after which a stream went on.
+    pub num_resumes: u64,
     /// Whole streams without token counts: their tokens are missing from the rates.
     pub num_without_usage: u64,
     /// Whole streams with fewer tokens than asked: the server did not honour `ignore_eos`.
@@ -120,6 +122,7 @@ impl RunReport {
             num_failed: count(Outcome::Failed),
             num_truncated: count(Outcome::Truncated),
             num_empty: count(Outcome::Empty),
+            num_resumes: samples.iter().map(|sample| u64::from(sample.num_resumes)).sum(),
             num_without_usage: (whole.len() - usages.len()) as u64,
             num_short: usages.iter().filter(|usage| usage.completion_tokens < u64::from(max_tokens)).count()
                 as u64,
@@ -217,6 +220,9 @@ impl BenchReport {
             let (count, max_tokens) = (run.num_short, self.max_tokens);
             writeln!(f, "{streams} streams: {count} ended before {max_tokens} tokens")?;
         }
+        if run.num_resumes > 0 {
+            writeln!(f, "{streams} streams: {} broken connections were resumed", run.num_resumes)?;
+        }
         if run.cached_tokens > 0 {
             writeln!(f, "{streams} streams: {} prompt tokens came from a prefix cache", run.cached_tokens)?;
         }
@@ -239,6 +245,7 @@ mod tests {
             last_content,
             latency: last_content + Duration::from_millis(1),
             usage: Some(Usage { prompt_tokens: 10, completion_tokens: 3, prompt_tokens_details: None }),
+            num_resumes: 0,
         }
     }
 

@@ -9,6 +9,9 @@ use crate::chat::{ChatRequest, StreamEvent, Usage};
 use crate::client::Client;
 use crate::clock;
 use crate::error::ClientError;
+use crate::resume::ResumingStream;
+use crate::retry::RetryPolicy;
+use crate::stream::ChatStream;
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +40,28 @@ pub(super) struct Sample {
     /// To the end of the stream.
     pub(super) latency: Duration,
     pub(super) usage: Option<Usage>,
+    /// How often it went on over a new connection.
+    pub(super) num_resumes: u32,
+}
+
+/// The stream that is measured.
+enum Source {
+    Plain(Box<ChatStream>),
+    Resuming(Box<ResumingStream>),
+}
+
+impl Source {
+    async fn next(&mut self) -> Option<Result<StreamEvent, ClientError>> {
+        match self {
+            Self::Plain(stream) => stream.next().await,
+            Self::Resuming(stream) => stream.next().await,
+        }
+    }
 }
 
 impl Sample {
     /// Sends `request` and reads its stream to the end.
-    pub(super) async fn take(client: &Client, request: &ChatRequest) -> Self {
+    pub(super) async fn take(client: &Client, request: &ChatRequest, resume: bool) -> Self {
         let started = clock::now();
         let mut sample = Self {
             outcome: Outcome::Ok,
@@ -51,10 +71,14 @@ impl Sample {
             last_content: Duration::ZERO,
             latency: Duration::ZERO,
             usage: None,
+            num_resumes: 0,
         };
-        if let Err(error) = sample.read(client, request, started).await {
-            sample.outcome = match error {
+        if let Err(error) = sample.read(client, request, resume, started).await {
+            sample.outcome = match &error {
                 ClientError::Truncated { .. } => Outcome::Truncated,
+                ClientError::GaveUp { last, .. } if matches!(**last, ClientError::Truncated { .. }) => {
+                    Outcome::Truncated
+                }
                 _ => Outcome::Failed,
             };
             sample.error = Some(error.to_string());
@@ -68,9 +92,16 @@ impl Sample {
         &mut self,
         client: &Client,
         request: &ChatRequest,
+        resume: bool,
         started: Instant,
     ) -> Result<(), ClientError> {
-        let mut stream = client.chat(request).await?;
+        let mut stream = match resume {
+            true => {
+                let stream = client.chat_resuming(request, RetryPolicy::default()).await?;
+                Source::Resuming(Box::new(stream))
+            }
+            false => Source::Plain(Box::new(client.chat(request).await?)),
+        };
         while let Some(event) = stream.next().await {
             match event? {
                 StreamEvent::Delta(_) | StreamEvent::ToolCalls(_) => {
@@ -88,6 +119,9 @@ impl Sample {
                 }
                 StreamEvent::Done => self.latency = clock::now() - started,
                 _ => {}
+            }
+            if let Source::Resuming(stream) = &stream {
+                self.num_resumes = stream.num_resumes();
             }
         }
         Ok(())

@@ -1,0 +1,345 @@
+//! Owns a streamed answer that outlives its connections: a break is mended, and the whole is checked.
+//!
+//! Invariant: `Done` is given only for an answer that came whole, and, if the server seals its answers, whose
+//! hash and token count are right; nothing is given twice. A server that cannot resume is never asked again
+//! once its answer began, as that would start the answer over.
+
+use crate::chat::{ChatRequest, StreamEvent};
+use crate::client::Client;
+use crate::clock;
+use crate::error::ClientError;
+use crate::random;
+use crate::retry::{Backoff, RetryPolicy};
+use crate::seal::{SealCheck, Verified};
+use crate::stream::ChatStream;
+
+/// A streamed answer over as many connections as it takes.
+///
+/// Dropping it closes the connection only: the server goes on for a while, for a client that comes back.
+/// [`abort`](Self::abort) ends the work too.
+#[derive(Debug)]
+pub struct ResumingStream {
+    client: Client,
+    request: ChatRequest,
+    idempotency_key: String,
+    backoff: Backoff,
+    /// `None` between two connections.
+    stream: Option<ChatStream>,
+    /// From a server that can resume; its answers are sealed too.
+    stream_id: Option<String>,
+    last_event_id: Option<String>,
+    check: SealCheck,
+    verified: Option<Verified>,
+    ended: bool,
+    num_resumes: u32,
+}
+
+impl Client {
+    /// Starts a streamed chat that survives broken connections; a refusal that may pass is tried again.
+    pub async fn chat_resuming(
+        &self,
+        request: &ChatRequest,
+        policy: RetryPolicy,
+    ) -> Result<ResumingStream, ClientError> {
+        let mut stream = ResumingStream {
+            client: self.clone(),
+            request: request.clone(),
+            idempotency_key: random::key(),
+            backoff: Backoff::new(policy),
+            stream: None,
+            stream_id: None,
+            last_event_id: None,
+            check: SealCheck::default(),
+            verified: None,
+            ended: false,
+            num_resumes: 0,
+        };
+        while let Err(error) = stream.connect().await {
+            stream.wait(error).await?;
+        }
+        Ok(stream)
+    }
+}
+
+impl ResumingStream {
+    /// The next event; `None` after `Done`, after an error that the server told, and after an error.
+    pub async fn next(&mut self) -> Option<Result<StreamEvent, ClientError>> {
+        if self.ended {
+            return None;
+        }
+        let result = self.advance().await;
+        self.ended = matches!(result, Err(_) | Ok(StreamEvent::Done | StreamEvent::Error(_)));
+        Some(result)
+    }
+
+    /// Whether the answer was checked against its hash; `None` unless it came whole.
+    pub fn verified(&self) -> Option<Verified> {
+        self.verified
+    }
+
+    /// How often the answer went on over a new connection.
+    pub fn num_resumes(&self) -> u32 {
+        self.num_resumes
+    }
+
+    /// Tells the server to stop; an answer that has ended already, or a server that only knows closed
+    /// connections, is no error.
+    pub async fn abort(mut self) -> Result<(), ClientError> {
+        self.stream = None;
+        match &self.stream_id {
+            Some(stream_id) if !self.ended => self.client.abort_stream(stream_id).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn advance(&mut self) -> Result<StreamEvent, ClientError> {
+        loop {
+            let result = match &mut self.stream {
+                Some(stream) => match stream.next().await {
+                    Some(Ok(event)) => {
+                        self.last_event_id =
+                            stream.last_event_id().or(self.last_event_id.as_deref()).map(str::to_owned);
+                        return self.accept(event);
+                    }
+                    Some(Err(error)) => Err(error),
+                    None => Err(ClientError::Truncated { broken: None }),
+                },
+                None => self.connect().await,
+            };
+            if let Err(error) = result {
+                self.wait(error).await?;
+            }
+        }
+    }
+
+    fn accept(&mut self, event: StreamEvent) -> Result<StreamEvent, ClientError> {
+        // Heartbeats of a connection that brings nothing else must not keep a client trying for ever.
+        if !matches!(event, StreamEvent::Comment(_)) {
+            self.backoff.progress();
+        }
+        self.check.take(&event);
+        if event == StreamEvent::Done {
+            let verified = self.check.verify()?;
+            if self.stream_id.is_some() && verified == Verified::No {
+                return Err(ClientError::Unsealed);
+            }
+            self.verified = Some(verified);
+        }
+        Ok(event)
+    }
+
+    /// Opens the stream, or goes on with it. The same key with no id starts it from its beginning, and never
+    /// a second time.
+    async fn connect(&mut self) -> Result<(), ClientError> {
+        let stream = match (&self.stream_id, &self.last_event_id) {
+            (Some(stream_id), Some(last)) => self.client.resume_stream(stream_id, last).await?,
+            _ => self.client.chat_with_key(&self.request, &self.idempotency_key).await?,
+        };
+        let stream_id = stream.header("GLM-Stream-Id").map(str::to_owned);
+        if self.last_event_id.is_some() && stream_id != self.stream_id {
+            return Err(ClientError::WrongStream(stream_id));
+        }
+        self.num_resumes += u32::from(self.stream_id.is_some());
+        self.stream_id = stream_id;
+        self.stream = Some(stream);
+        Ok(())
+    }
+
+    async fn wait(&mut self, error: ClientError) -> Result<(), ClientError> {
+        if self.stream.take().is_some() && self.stream_id.is_none() {
+            return Err(error);
+        }
+        let wait = self.backoff.wait_after(error, clock::now(), random::fraction())?;
+        tokio::time::sleep(wait).await;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::client::ClientConfig;
+    use crate::testing::{CannedServer, Reply};
+
+    const SHA256_OF_HELLO: &str = "49f245684c29ec8fa855351c71aab757a52a39833e6834d6b85e0667783a61a3";
+
+    /// The events of one answer, each under its number, and `[DONE]`.
+    fn events(sha256: &str) -> Vec<String> {
+        let finish = format!(
+            r#"{{"choices":[{{"delta":{{}},"finish_reason":"stop"}}],"glm":{{"completion_tokens":3,"text_sha256":"{sha256}"}}}}"#
+        );
+        let usage = r#"{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":3}}"#;
+        let role = r#"{"choices":[{"delta":{"role":"assistant"}}]}"#;
+        let deltas =
+            ["he", "ll", "o你"].map(|t| format!(r#"{{"choices":[{{"delta":{{"content":"{t}"}}}}]}}"#));
+        let mut data = vec![role.to_owned()];
+        data.extend(deltas);
+        data.extend([finish, usage.to_owned()]);
+        let mut events: Vec<String> =
+            data.iter().enumerate().map(|(id, data)| format!("id: {id}\ndata: {data}\n\n")).collect();
+        events.push("data: [DONE]\n\n".to_owned());
+        events
+    }
+
+    /// What a server with these events answers to a request with this head.
+    fn rest(events: &[String], head: &str) -> Vec<u8> {
+        let last =
+            head.to_lowercase().lines().find_map(|line| line.strip_prefix("last-event-id: ")?.parse().ok());
+        events[last.map_or(0, |last: usize| last + 1)..].concat().into_bytes()
+    }
+
+    fn named_sse() -> Reply {
+        Reply::sse_of("s1")
+    }
+
+    async fn open(server: &CannedServer) -> Result<ResumingStream, ClientError> {
+        let mut config = ClientConfig::new(&server.base_url);
+        config.idle_timeout = Duration::from_millis(100);
+        let policy = RetryPolicy {
+            max_tries: 3,
+            base_backoff: Duration::from_millis(2),
+            max_retry_after: Duration::from_secs(2),
+            ..RetryPolicy::default()
+        };
+        Client::new(config).expect("a client").chat_resuming(&ChatRequest::default(), policy).await
+    }
+
+    /// The text, and how the stream ended.
+    async fn read(server: &CannedServer) -> (String, Result<(Verified, u32), String>) {
+        let mut text = String::new();
+        let mut stream = match open(server).await {
+            Ok(stream) => stream,
+            Err(error) => return (text, Err(error.to_string())),
+        };
+        while let Some(event) = stream.next().await {
+            match event {
+                Ok(StreamEvent::Delta(delta)) => text += &delta,
+                Ok(StreamEvent::Error(error)) => return (text, Err(error.to_string())),
+                Ok(_) => {}
+                Err(error) => {
+                    assert_eq!(stream.verified(), None);
+                    return (text, Err(error.to_string()));
+                }
+            }
+        }
+        let verified = stream.verified().expect("it ended in good order");
+        (text, Ok((verified, stream.num_resumes())))
+    }
+
+    #[tokio::test]
+    async fn a_cut_at_any_byte_loses_nothing_and_doubles_nothing() {
+        let events = events(SHA256_OF_HELLO);
+        for cut in 0..events.concat().len() {
+            let (events, requests) = (events.clone(), AtomicU32::new(0));
+            let server = CannedServer::start(move |head, _| {
+                let rest = rest(&events, head);
+                if requests.fetch_add(1, Ordering::Relaxed) == 0 {
+                    assert!(head.starts_with("POST ") && head.contains("\r\nidempotency-key: "), "{head}");
+                    return named_sse().part(&rest[..cut]);
+                }
+                let resumed = head.starts_with("GET /v1/streams/s1 ");
+                assert_eq!(resumed, head.contains("last-event-id"), "{head}");
+                named_sse().part(&rest)
+            })
+            .await;
+            assert_eq!(read(&server).await, ("hello你".into(), Ok((Verified::Yes, 1))), "cut at {cut}");
+        }
+    }
+
+    #[tokio::test]
+    async fn silence_is_a_break_and_a_server_that_only_breaks_is_given_up() {
+        let events = events(SHA256_OF_HELLO);
+        let server = CannedServer::start(move |head, _| match head.contains("last-event-id") {
+            false => named_sse().part(events[..2].concat().as_bytes()).pause_ms(5_000),
+            true => named_sse().part(b": waiting\n\n"),
+        })
+        .await;
+        let (text, error) = read(&server).await;
+        assert_eq!(text, "he");
+        assert_eq!(error, Err("gave up after 3 tries: the stream ended without [DONE]".into()));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_not_what_was_sealed_is_never_whole() {
+        for (events, words) in [
+            (events(&"0".repeat(64)), "the answer is not what the server says it sent: text_sha256: "),
+            (events(""), "the answer is not what the server says it sent: text_sha256: "),
+            (
+                vec!["id: 0\ndata: {}\n\n".into(), "data: [DONE]\n\n".into()],
+                "the stream ended without its hash",
+            ),
+        ] {
+            let server = CannedServer::start(move |head, _| named_sse().part(&rest(&events, head))).await;
+            let error = read(&server).await.1.expect_err("not whole");
+            assert!(error.starts_with(words), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_cannot_resume_is_asked_once() {
+        for (num_events, expected) in
+            [(6, Err("the stream ended without [DONE]".into())), (7, Ok((Verified::No, 0)))]
+        {
+            let requests = Arc::new(AtomicU32::new(0));
+            let count = Arc::clone(&requests);
+            let mut events = events("");
+            events[4] = "data: {\"choices\":[{\"finish_reason\":\"stop\"}]}\n\n".into();
+            let server = CannedServer::start(move |_, _| {
+                count.fetch_add(1, Ordering::Relaxed);
+                Reply::sse().part(events[..num_events].concat().as_bytes())
+            })
+            .await;
+            assert_eq!(read(&server).await, ("hello你".into(), expected));
+            assert_eq!(requests.load(Ordering::Relaxed), 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn refusals_that_pass_are_waited_out_under_the_same_key() {
+        let requests = AtomicU32::new(0);
+        let events = events(SHA256_OF_HELLO);
+        let keys = std::sync::Mutex::new(std::collections::HashSet::new());
+        let server = CannedServer::start(move |head, _| {
+            let key = head.lines().find(|line| line.starts_with("idempotency-key: ")).expect("a key");
+            keys.lock().expect("no panic").insert(key.to_owned());
+            assert_eq!(keys.lock().expect("no panic").len(), 1);
+            match requests.fetch_add(1, Ordering::Relaxed) {
+                0 => Reply::status("429 Too Many Requests\r\nRetry-After: 0").part(b"{}"),
+                1 => Reply::status("503 Oops").part(b"{}"),
+                _ => named_sse().part(&rest(&events, head)),
+            }
+        })
+        .await;
+        assert_eq!(read(&server).await.1, Ok((Verified::Yes, 0)));
+        let server = CannedServer::start(|_, _| {
+            Reply::status("409 Conflict").part(br#"{"error":{"message":"another model"}}"#)
+        })
+        .await;
+        assert_eq!(read(&server).await.1, Err("HTTP 409: another model".into()));
+    }
+
+    #[tokio::test]
+    async fn another_stream_is_not_joined_and_abort_names_the_stream() {
+        let events = events(SHA256_OF_HELLO);
+        let aborts = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&aborts);
+        let server = CannedServer::start(move |head, _| {
+            if head.starts_with("DELETE /v1/streams/s1 ") {
+                count.fetch_add(1, Ordering::Relaxed);
+                return Reply::status("404 Not Found").part(b"{}");
+            }
+            match head.contains("last-event-id") {
+                false => named_sse().part(events[..2].concat().as_bytes()),
+                true => Reply::sse().part(events[2..].concat().as_bytes()),
+            }
+        })
+        .await;
+        assert_eq!(read(&server).await, ("he".into(), Err("the stream went on as another: None".into())));
+        open(&server).await.expect("a stream").abort().await.expect("gone is as good as stopped");
+        assert_eq!(aborts.load(Ordering::Relaxed), 1);
+    }
+}
