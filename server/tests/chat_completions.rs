@@ -74,6 +74,7 @@ fn the_lines_of_a_stream() {
                 .into_iter()
                 .map(|l| l.replace(&id, "ID").replace(&created, "\"created\":0"))
                 .map(|l| l.replace(HASH, "HASH"))
+                .map(|l| l.replace(&server.state.model.fingerprint, "fp_0123456789ab"))
                 .collect::<Vec<_>>()
         };
         let chunk = |rest: &str| {
