@@ -74,13 +74,13 @@ fn the_lines_of_a_stream() {
                 .into_iter()
                 .map(|l| l.replace(&id, "ID").replace(&created, "\"created\":0"))
                 .map(|l| l.replace(HASH, "HASH"))
-                .map(|l| l.replace(&server.state.model.fingerprint, "fp_0123456789ab"))
+                .map(|l| l.replace(&server.state.model.fingerprint, "FP"))
                 .collect::<Vec<_>>()
         };
         let chunk = |rest: &str| {
             format!(
                 "data: {{\"id\":\"ID\",\"object\":\"chat.completion.chunk\",\"created\":0,\"model\":\"test-model\",\
-                 \"system_fingerprint\":\"fp_0123456789ab\",{rest}}}"
+                 \"system_fingerprint\":\"FP\",{rest}}}"
             )
         };
         let choice = |delta: &str, reason: &str, usage: &str| {
