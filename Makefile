@@ -12,8 +12,9 @@ PIP := .venv/bin/pip install --quiet --disable-pip-version-check
 GLMSERVE := target/release/glmserve
 MODEL := .models/smollm2-135m-instruct
 EXPORTER := $(shell find export -name '*.py' -not -path '*/tests/*') export/pyproject.toml
-# ONNX Runtime's library comes out of its Python wheel; the name carries the version.
-export GLMSERVE_ORT_LIB ?= $(firstword $(wildcard $(CURDIR)/.venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*))
+# ONNX Runtime's library comes out of its Python wheel; the name carries the version. The shell looks
+# it up, when the wheel is there.
+WITH_ORT = GLMSERVE_ORT_LIB="$${GLMSERVE_ORT_LIB:-$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)}"
 
 .PHONY: help serve test lint test-rust test-python test-deploy bench quality build model clean
 
@@ -21,12 +22,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 serve: build model ## set up everything and serve the default chat model on 127.0.0.1:8000
-	exec $(MAKE) --no-print-directory run
-
-# A second make: GLMSERVE_ORT_LIB is looked up after the wheel is there.
-.PHONY: run
-run:
-	exec $(GLMSERVE) serve --model "$${GLMSERVE_MODEL:-$(MODEL)}" $(ARGS)
+	$(WITH_ORT) exec $(GLMSERVE) serve --model "$${GLMSERVE_MODEL:-$(MODEL)}" $(ARGS)
 
 build: ## build the server
 	cargo build --release --locked --quiet -p glmserve
@@ -76,7 +72,7 @@ CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 	  tokenizer.from_sentencepiece(Path(sys.argv[1])).save(sys.argv[2])' $< $@
 
 test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
-	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$<) cargo test --release --locked --workspace
+	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$<) $(WITH_ORT) cargo test --release --locked --workspace
 
 test-python:
 	cd export && ../.venv/bin/pytest -q
@@ -86,10 +82,10 @@ test-deploy:
 	deploy/validate.sh
 
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
-	tests/bench/run.sh $(ARGS)
+	$(WITH_ORT) tests/bench/run.sh $(ARGS)
 
 quality: .venv/serve.stamp build ## measure what each precision costs the default model
-	.venv/bin/python tests/bench/quality.py
+	$(WITH_ORT) .venv/bin/python tests/bench/quality.py
 
 clean: ## remove everything that was made
 	rm -rf .venv .models .tools target

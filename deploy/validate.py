@@ -18,6 +18,8 @@ import yaml
 DEPLOY = Path(__file__).resolve().parent
 METRICS = DEPLOY.parent / "server" / "src" / "metrics.rs"
 PROBES = {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
+# What the server itself takes after the drain: ending the streams that are left, and flushing.
+GOODBYES_S = 15
 # kubernetes-validate has the core schemas only. Of this custom resource the fields in use are checked by
 # name, as its v1 definition spells them; an unknown field is an error, so add it here when you use it.
 POD_MONITOR_SPEC = {"jobLabel", "selector", "podMetricsEndpoints"}
@@ -93,12 +95,15 @@ def behaviour_errors(manifests: list[Manifest]) -> Iterator[str]:
     """Say where a pod would lose streams, or have more rights than it needs."""
     pod = the(manifests, "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    env = {variable["name"]: variable["value"] for variable in container["env"]}
+    env = {variable["name"]: variable.get("value", "") for variable in container["env"]}
     pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain_timeout_s = float(env["GLMSERVE_DRAIN_TIMEOUT"])
     grace_s = pod["terminationGracePeriodSeconds"]
-    if not grace_s > pre_stop_s + drain_timeout_s:
-        yield f"a grace of {grace_s} s is not more than preStop {pre_stop_s} s + drain {drain_timeout_s:g} s"
+    if not grace_s > pre_stop_s + drain_timeout_s + GOODBYES_S:
+        yield (
+            f"a grace of {grace_s} s is not more than preStop {pre_stop_s} s + drain {drain_timeout_s:g} s"
+            f" + goodbyes {GOODBYES_S} s"
+        )
     for probe, path in PROBES.items():
         if container[probe]["httpGet"]["path"] != path:
             yield f"{probe} asks {container[probe]['httpGet']['path']}, not {path}"

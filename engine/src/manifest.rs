@@ -3,12 +3,11 @@
 //! Invariant: a manifest that parsed and passed [`Manifest::load`] is consistent in itself, so no
 //! later code checks its geometry again.
 
+mod check;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-
-use crate::error::LoadError;
 
 /// The schema version that this build reads and that `glm-export` of the same release writes.
 pub const SCHEMA_VERSION: u64 = 1;
@@ -169,6 +168,26 @@ pub struct TensorNames {
     pub logits: String,
 }
 
+impl TensorNames {
+    /// The int32 inputs that change from step to step.
+    pub fn small_inputs(&self) -> [&str; 7] {
+        [
+            &self.token_ids,
+            &self.cumulative_sequence_length,
+            &self.past_seqlens,
+            &self.block_table,
+            &self.slot_mapping,
+            &self.attention_metadata,
+            &self.logits_indices,
+        ]
+    }
+
+    /// Names of a layer's key and value cache.
+    pub fn caches(&self, layer: usize) -> [String; 2] {
+        [&self.key_cache, &self.value_cache].map(|pattern| pattern.replace("{layer}", &layer.to_string()))
+    }
+}
+
 /// The tokenizer file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -225,129 +244,9 @@ pub struct FileEntry {
     pub sha256: String,
 }
 
-impl Manifest {
-    /// Reads and checks `dir/manifest.json`.
-    ///
-    /// # Errors
-    /// [`LoadError`] names the file, and the field where one is wrong.
-    pub fn load(dir: &Path) -> Result<Self, LoadError> {
-        let path = dir.join("manifest.json");
-        let text =
-            std::fs::read_to_string(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
-        Self::parse(&text, path)
-    }
-
-    fn parse(text: &str, path: PathBuf) -> Result<Self, LoadError> {
-        let bad = |message: String| LoadError::Manifest { path: path.clone(), message };
-        // The version first: another version may have another shape.
-        let value: serde_json::Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
-        let found =
-            value["schema_version"].as_u64().ok_or_else(|| bad("schema_version is missing".into()))?;
-        if found != SCHEMA_VERSION {
-            return Err(LoadError::SchemaVersion { path, found, expected: SCHEMA_VERSION });
-        }
-        let manifest: Self = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
-        manifest.check().map_err(bad)?;
-        Ok(manifest)
-    }
-
-    fn check(&self) -> Result<(), String> {
-        let g = &self.geometry;
-        let positive = [
-            ("num_layers", g.num_layers),
-            ("hidden_size", g.hidden_size),
-            ("num_attention_heads", g.num_attention_heads),
-            ("num_kv_heads", g.num_kv_heads),
-            ("head_dim", g.head_dim),
-            ("vocab_size", g.vocab_size),
-            ("max_model_len", g.max_model_len),
-        ];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("geometry.{name} is 0"));
-        }
-        if !g.num_attention_heads.is_multiple_of(g.num_kv_heads) {
-            return Err(format!(
-                "geometry.num_attention_heads {} is not a multiple of num_kv_heads {}",
-                g.num_attention_heads, g.num_kv_heads
-            ));
-        }
-        if g.rotary_dim > g.head_dim || !g.rotary_dim.is_multiple_of(2) {
-            return Err(format!("geometry.rotary_dim {} must be even and at most head_dim", g.rotary_dim));
-        }
-        if g.vocab_size > g.padded_vocab_size {
-            return Err("geometry.vocab_size is larger than padded_vocab_size".into());
-        }
-        let block_size = self.graph.block_size;
-        if !(16..=256).contains(&block_size) || !block_size.is_power_of_two() {
-            return Err(format!("graph.block_size {block_size} is not a power of two from 16 to 256"));
-        }
-        let ids = self.chat.special_tokens.values().chain(&self.stop_token_ids);
-        if let Some(id) = ids.into_iter().find(|id| **id as usize >= g.vocab_size) {
-            return Err(format!("token id {id} is not below geometry.vocab_size {}", g.vocab_size));
-        }
-        if self.stop_token_ids.is_empty() {
-            return Err("stop_token_ids is empty: no reply would ever end by itself".into());
-        }
-        for file in [&self.graph.file, &self.tokenizer.file] {
-            if !self.files.contains_key(file) {
-                return Err(format!("files does not list {file}"));
-            }
-        }
-        for pattern in [&self.graph.names.key_cache, &self.graph.names.value_cache] {
-            if !pattern.contains("{layer}") {
-                return Err(format!("graph.names: {pattern} has no {{layer}}"));
-            }
-        }
-        Ok(())
-    }
-}
-
 impl Geometry {
     /// Bytes of keys and values that one token takes over all layers.
     pub fn kv_bytes_per_token(&self, dtype: Dtype) -> usize {
         2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.num_bytes()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The exporter's tests compare what they write with this same file.
-    const GOLDEN: &str = include_str!("../../export/tests/golden/manifest.json");
-
-    fn parse(text: &str) -> Result<Manifest, LoadError> {
-        Manifest::parse(text, PathBuf::from("manifest.json"))
-    }
-
-    #[test]
-    fn the_golden_manifest_of_the_exporter_is_understood() {
-        let manifest = parse(GOLDEN).unwrap();
-        assert_eq!(manifest.schema_version, SCHEMA_VERSION);
-        assert_eq!(manifest.graph.output, OutputKind::Logits);
-        assert!(manifest.files.contains_key(&manifest.graph.file));
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        let golden: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
-        let cases = [
-            ("/schema_version", serde_json::json!(2), "schema_version 2"),
-            ("/geometry/num_layers", serde_json::json!(0), "geometry.num_layers"),
-            ("/geometry/rotary_dim", serde_json::json!(3), "geometry.rotary_dim"),
-            ("/geometry/num_kv_heads", serde_json::json!(1000), "num_attention_heads"),
-            ("/graph/block_size", serde_json::json!(48), "graph.block_size"),
-            ("/graph/output", serde_json::json!("topk"), "topk"),
-            ("/graph/names/key_cache", serde_json::json!("key"), "{layer}"),
-            ("/stop_token_ids", serde_json::json!([]), "stop_token_ids"),
-            ("/stop_token_ids/0", serde_json::json!(1_000_000), "1000000"),
-            ("/files", serde_json::json!({}), "files"),
-        ];
-        for (pointer, value, words) in cases {
-            let mut damaged = golden.clone();
-            *damaged.pointer_mut(pointer).unwrap() = value;
-            let error = parse(&damaged.to_string()).unwrap_err().to_string();
-            assert!(error.contains(words), "{pointer}: {error}");
-        }
     }
 }

@@ -2,6 +2,9 @@
 
 use crate::error::SubmitError;
 
+/// Most tokens that a request may bias: they are applied for every token it generates.
+pub const MAX_LOGIT_BIAS: usize = 1024;
+
 /// How the tokens of one request are chosen. Field names are the OpenAI or vLLM ones.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
@@ -11,7 +14,8 @@ pub struct SamplingParams {
     pub top_k: u32,
     /// Mass of the nucleus, in (0, 1].
     pub top_p: f32,
-    /// Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off.
+    /// Divides positive and multiplies negative logits of tokens in prompt or output, from 0.01 to 10;
+    /// 1 is off.
     pub repetition_penalty: f32,
     /// Subtracted once from the logits of tokens in the output; from -2 to 2.
     pub presence_penalty: f32,
@@ -51,6 +55,11 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether the tokens seen so far change the logits.
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
     /// Checks every range; `vocab_size` bounds the ids.
     ///
     /// # Errors
@@ -68,9 +77,10 @@ impl SamplingParams {
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return invalid("top_p", format!("must be above 0 and at most 1, not {}", self.top_p));
         }
-        if !(self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0) {
-            let message = format!("must be above 0 and at most 10, not {}", self.repetition_penalty);
-            return invalid("repetition_penalty", message);
+        // Smaller ones could make a finite logit infinite.
+        range("repetition_penalty", self.repetition_penalty, 0.01, 10.0)?;
+        if self.logit_bias.len() > MAX_LOGIT_BIAS {
+            return invalid("logit_bias", format!("has more than {MAX_LOGIT_BIAS} tokens"));
         }
         for (id, bias) in &self.logit_bias {
             if *id as usize >= vocab_size {
@@ -108,6 +118,7 @@ mod tests {
             (SamplingParams { repetition_penalty: 0.0, ..ok.clone() }, "repetition_penalty"),
             (SamplingParams { logit_bias: vec![(100, 1.0)], ..ok.clone() }, "logit_bias"),
             (SamplingParams { logit_bias: vec![(1, 101.0)], ..ok.clone() }, "logit_bias"),
+            (SamplingParams { logit_bias: vec![(1, 1.0); 1025], ..ok.clone() }, "logit_bias"),
             (SamplingParams { max_tokens: 0, ..ok.clone() }, "max_tokens"),
             (SamplingParams { min_tokens: 17, ..ok.clone() }, "min_tokens"),
         ];

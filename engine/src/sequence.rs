@@ -4,6 +4,7 @@
 //! block table, and the transitions consume the one to make the other. There are no phases:
 //! `num_computed_tokens` catches up with the number of tokens, then one more is sampled.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::kv_cache::{BlockPool, BlockTable};
@@ -18,6 +19,8 @@ pub struct Sequence {
     /// Prompt and output.
     tokens: Vec<u32>,
     num_prompt_tokens: usize,
+    /// Every token seen, with its occurrences in the output; empty unless a penalty needs it.
+    output_counts: HashMap<u32, u32>,
     /// How to sample.
     pub sampling: SamplingParams,
     /// Engine time of arrival.
@@ -40,10 +43,15 @@ impl Sequence {
         let Request { prompt_token_ids: mut tokens, sampling, deadline } = request;
         let num_prompt_tokens = tokens.len();
         tokens.reserve_exact(sampling.max_tokens);
+        let mut output_counts = HashMap::new();
+        if sampling.has_penalties() {
+            output_counts.extend(tokens.iter().map(|&id| (id, 0)));
+        }
         Self {
             id,
             tokens,
             num_prompt_tokens,
+            output_counts,
             sampling,
             arrival,
             deadline: arrival.saturating_add(deadline.unwrap_or(Duration::MAX)),
@@ -72,6 +80,14 @@ impl Sequence {
     /// Appends a sampled token.
     pub fn push(&mut self, token_id: u32) {
         self.tokens.push(token_id);
+        if self.sampling.has_penalties() {
+            *self.output_counts.entry(token_id).or_insert(0) += 1;
+        }
+    }
+
+    /// Every token of prompt and output, with its occurrences in the output; empty without penalties.
+    pub fn output_counts(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.output_counts.iter().map(|(&id, &count)| (id, count))
     }
 }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{
-    EngineConfig, EngineGauges, EngineHandle, EngineObserver, EngineThread, FinishReason, Request, RunError,
-    SamplingParams, SequenceError, SubmitError, TokenEvent,
+    EngineConfig, EngineGauges, EngineHandle, EngineObserver, EngineThread, EventReceiver, FinishReason,
+    Request, RunError, SamplingParams, SequenceError, SubmitError, TokenEvent,
 };
 
 const VOCAB_SIZE: usize = 32;
@@ -41,6 +41,15 @@ fn request(max_tokens: usize) -> Request {
     let sampling =
         SamplingParams { temperature: 0.0, max_tokens, stop_token_ids: vec![2], ..Default::default() };
     Request { prompt_token_ids: vec![1; 20], sampling, deadline: None }
+}
+
+/// The last event of a request.
+async fn last(events: &mut EventReceiver) -> Option<TokenEvent> {
+    let mut last = None;
+    while let Some(event) = events.recv().await {
+        last = Some(event);
+    }
+    last
 }
 
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -107,11 +116,7 @@ async fn abort_all_ends_every_request_and_refuses_new_ones() {
     let mut receivers: Vec<_> = (0..4).map(|_| handle.submit(request(900)).unwrap()).collect();
     handle.abort_all();
     for receiver in &mut receivers {
-        let mut last = None;
-        while let Some(event) = receiver.recv().await {
-            last = Some(event);
-        }
-        assert_eq!(last, Some(TokenEvent::Failed(SequenceError::ShuttingDown)));
+        assert_eq!(last(receiver).await, Some(TokenEvent::Failed(SequenceError::ShuttingDown)));
     }
     assert!(matches!(handle.submit(request(1)), Err(SubmitError::Unavailable(_))));
 }
@@ -141,12 +146,48 @@ async fn a_panic_ends_every_request_with_an_error_and_nothing_hangs() {
     };
     let (handle, thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut events = handle.submit(request(100)).unwrap();
-    let mut last = None;
-    while let Some(event) = events.recv().await {
-        last = Some(event);
-    }
-    assert_eq!(last, Some(TokenEvent::Failed(SequenceError::EngineDied)));
+    assert_eq!(last(&mut events).await, Some(TokenEvent::Failed(SequenceError::EngineDied)));
     assert!(!handle.status().alive);
     assert!(matches!(handle.submit(request(1)), Err(SubmitError::Unavailable(_))));
     thread.join();
+}
+
+/// Requests that arrive during the step that panics are in the command channel, unseen.
+#[tokio::test]
+async fn a_panic_ends_requests_that_the_thread_never_saw() {
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let reply = move |_: &[u32]| {
+        wait.recv().unwrap();
+        panic!("injected")
+    };
+    let (handle, thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
+    let mut first = handle.submit(request(100)).unwrap();
+    assert_eq!(first.recv().await, Some(TokenEvent::Admitted));
+    let unseen: Vec<_> = (0..3).map(|_| handle.submit(request(100)).unwrap()).collect();
+    go.send(()).unwrap();
+    for mut events in unseen.into_iter().chain([first]) {
+        let end = tokio::time::timeout(Duration::from_secs(5), last(&mut events)).await.expect("no end");
+        assert_eq!(end, Some(TokenEvent::Failed(SequenceError::EngineDied)));
+    }
+    until("all places are free", || handle.status().num_requests == 0).await;
+    thread.join();
+}
+
+/// A request that passes the door before `abort_all` and arrives after it is told as well.
+#[tokio::test]
+async fn abort_all_reaches_requests_that_race_with_it() {
+    for _ in 0..200 {
+        let (handle, thread, _) = spawn(FakeRunner::hashing(VOCAB_SIZE, 64, 16));
+        let other = handle.clone();
+        let submitter = std::thread::Builder::new().spawn(move || other.submit(request(900))).unwrap();
+        handle.abort_all();
+        if let Ok(mut events) = submitter.join().unwrap() {
+            let end = tokio::time::timeout(Duration::from_secs(5), last(&mut events)).await;
+            let end = end.expect("no end").unwrap();
+            let is_told = matches!(end, TokenEvent::Failed(SequenceError::ShuttingDown));
+            assert!(is_told || matches!(end, TokenEvent::Finished { .. }), "{end:?}");
+        }
+        drop(handle);
+        thread.join();
+    }
 }

@@ -1,13 +1,16 @@
 """Owns `--check`: the exported folder, run by glmserve, against transformers' GlmForCausalLM in float32.
 
-Knows the engine only by its command line: `glmserve logits --model DIR --ids 1,2,3 --out FILE.npy`.
+Knows the engine only by its command line, `glmserve logits --model DIR --ids 1,2,3 --out FILE.npy`, and the
+variable that names its library.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +26,17 @@ if TYPE_CHECKING:
 
 NUM_IDS = 64
 TIMEOUT_SECONDS = 600
+# Relative errors beyond these are a fault, not rounding: twice and more what random weights show.
+LIMITS = {"fp32": 1e-3, "int8": 0.1, "int4": 0.8}
+LIBRARY_VARIABLE = "GLMSERVE_ORT_LIB"
 
 
-def compare(checkpoint: Path, exported: Path, glmserve: str, max_model_len: int | None = None) -> str:
+def compare(
+    checkpoint: Path, exported: Path, precision: str, glmserve: str, max_model_len: int | None = None
+) -> str:
     """Runs both on the same ids; returns the findings as a line."""
     ids = sample_ids(config.load(checkpoint, max_model_len))
-    return findings(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids))
+    return findings(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids), precision)
 
 
 def sample_ids(settings: Config) -> list[int]:
@@ -37,17 +45,21 @@ def sample_ids(settings: Config) -> list[int]:
     return np.random.default_rng(0).integers(0, settings.geometry.vocab_size, count).tolist()
 
 
-def findings(found: np.ndarray, expected: np.ndarray) -> str:
+def findings(found: np.ndarray, expected: np.ndarray, precision: str) -> str:
     """How far two sets of logits, one row a token, are apart."""
     if found.shape != expected.shape:
         raise ExportError(f"glmserve gave logits of shape {found.shape}, expected {expected.shape}")
     largest = np.abs(found - expected).max()
     relative = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     agreement = np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1))
-    return (
+    text = (
         f"{len(found)} tokens: largest difference {largest:.3g}, relative error {relative:.3g}, "
         f"top-1 agreement {agreement:.1%}"
     )
+    # Written so that NaN is a fault too.
+    if not relative <= LIMITS[precision]:
+        raise ExportError(f"{text}: more than the {LIMITS[precision]} that {precision} may be off")
+    return text
 
 
 def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
@@ -60,7 +72,12 @@ def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
         command = [binary, "logits", "--model", str(exported), "--ids", listed, "--out", str(out)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+                command,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+                env=_environment(),
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise ExportError(f"glmserve logits took more than {TIMEOUT_SECONDS} s") from None
@@ -68,6 +85,16 @@ def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ExportError(f"glmserve logits failed with {done.returncode}: {last}")
         return np.load(out)
+
+
+def _environment() -> dict[str, str]:
+    """This process's variables, and the library of the wheel installed beside us unless one is named."""
+    spec = find_spec("onnxruntime")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    libraries = [
+        path for folder in folders for path in sorted(Path(folder, "capi").glob("libonnxruntime.so*"))
+    ]
+    return {LIBRARY_VARIABLE: str(libraries[0]), **os.environ} if libraries else dict(os.environ)
 
 
 def reference_logits(checkpoint: Path, ids: list[int]) -> np.ndarray:

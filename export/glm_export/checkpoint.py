@@ -50,6 +50,8 @@ class Tensor:
             values = (flat.astype(np.uint32) << 16).view(np.float32)
         else:
             values = flat.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ExportError(f"{self.name}: rows {start} to {stop - 1} hold values that are not finite")
         return values.reshape(stop - start, *self.shape[1:])
 
     def chunks(self, max_bytes: int = 1 << 26) -> Iterator[tuple[int, np.ndarray]]:

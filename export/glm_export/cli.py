@@ -45,7 +45,12 @@ def export(
     """Exports a checkpoint folder; returns the digest of what was written."""
     if not 16 <= block_size <= 256 or block_size & (block_size - 1):
         raise ExportError(f"--block-size {block_size} is not a power of two from 16 to 256")
+    source, target = checkpoint.resolve(), out.resolve()
+    if target == source or target in source.parents:
+        raise ExportError(f"{out} must not be or contain the checkpoint folder {checkpoint}")
     settings = config.load(checkpoint, max_model_len)
+    if name is not None and not name.strip():
+        raise ExportError("--name is empty")
     if name is not None:
         settings = replace(settings, name=name)
     bits = PRECISIONS[precision]
@@ -53,7 +58,8 @@ def export(
     tensors = Checkpoint(checkpoint)
     tensors.require(weights.shapes(settings), weights.IGNORED)
     with output_folder(out, force) as folder:
-        tokenizer.write(settings.tokenizer, checkpoint, folder)
+        first_special = min(settings.chat.special_tokens.values())
+        tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
         graph.write(settings, tensors, scheme, block_size, folder)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
@@ -62,10 +68,19 @@ def export(
 
 
 @contextmanager
-def output_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A folder that becomes `out` on success and vanishes on failure."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise ExportError(f"{out} exists and is not empty; --force replaces it")
+def output_folder(out: Path, force: bool, marker: str = manifest.MANIFEST_FILE) -> Iterator[Path]:
+    """A folder that becomes `out` on success and vanishes on failure.
+
+    What `out` held before is replaced only if it was made here, which the file `marker` shows: a
+    mistyped path must not cost somebody a folder.
+    """
+    # A link would be renamed instead of what it points to.
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / marker).is_file():
+            raise ExportError(f"{out} exists and was not made by this program: remove it yourself")
+        if not force:
+            raise ExportError(f"{out} exists; --force replaces it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Beside `out`, since a rename is atomic only within one file system.
@@ -103,7 +118,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(f"{options.out}: {options.precision}, {digest}")
         if options.check:
-            print(check.compare(options.checkpoint, options.out, options.glmserve, options.max_model_len))
+            print(
+                check.compare(
+                    options.checkpoint,
+                    options.out,
+                    options.precision,
+                    options.glmserve,
+                    options.max_model_len,
+                )
+            )
     except (ExportError, OSError) as error:
         print(f"glm-export: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ refused by name.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from glm_export.error import ExportError
 ROPE_BASE = 10_000.0
 OVERRIDES_FILE = "glm_export.json"
 OVERRIDES = {"name", "license", "origin", "rope_ratio", "vocab_size", "tokenizer", "chat"}
+
+
+# As in the engine's manifest.rs: beyond any network's, so a typing error.
+LARGEST_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,8 @@ def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
         found = raw.get(key, False if key in ("multi_query_attention", "tie_word_embeddings") else wanted)
         if bool(found) is not wanted:
             raise ExportError(f"config.json: {key} is {found}, only {str(wanted).lower()} is supported")
+    if "codegeex" in str(raw.get("_name_or_path", "")).lower():
+        raise ExportError("config.json: codegeex2 has no role tokens; its chat format is not supported")
     if raw.get("quantization_bit"):
         raise ExportError("config.json: quantization_bit is set; export the unquantised checkpoint")
     if raw.get("pre_seq_len"):
@@ -281,13 +288,15 @@ class _Fields:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.raw.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ExportError(f"{self.file}: {key} is {value!r}, expected a positive whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
+            raise ExportError(
+                f"{self.file}: {key} is {value!r}, expected a positive whole number up to {LARGEST_SIZE}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ExportError(f"{self.file}: {key} is {value!r}, expected a positive number")
         return float(value)
 
@@ -295,7 +304,7 @@ class _Fields:
         """A sampling default; top_k counts, the others measure, and 0 has a meaning for each."""
         value = self.raw[key]
         kinds = int if key == "top_k" else int | float
-        if not isinstance(value, kinds) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise ExportError(f"{self.file}: {key} is {value!r}, expected a number that is not negative")
         return value
 

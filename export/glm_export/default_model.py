@@ -18,6 +18,7 @@ from gguf import GGUFReader, dequantize
 
 from glm_export import checkpoint_writer
 from glm_export.cli import output_folder
+from glm_export.config import OVERRIDES_FILE
 from glm_export.error import ExportError
 from glm_export.tokenizer import TOKENIZER_FILE, from_byte_level
 
@@ -41,7 +42,7 @@ def write(out: Path, force: bool = False) -> None:
     """Writes the checkpoint folder."""
     distribution = _distribution()
     gguf = _file(distribution, ".gguf")
-    with output_folder(out, force) as folder:
+    with output_folder(out, force, OVERRIDES_FILE) as folder:
         convert(gguf, f"Q4_1 from {PACKAGE} {distribution.version}", folder)
         # The authors' recommendation on the model's page.
         generation = json.dumps({"temperature": 0.2, "top_p": 0.9})

@@ -16,6 +16,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 from glm_export import __version__, weights
 from glm_export.checkpoint import Checkpoint, Tensor
 from glm_export.config import Config, Geometry
+from glm_export.error import ExportError
 from glm_export.external_data import ExternalData
 from glm_export.quantize import Scheme
 
@@ -99,6 +100,13 @@ def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def _narrowed(source: str, rows: np.ndarray, dtype: type) -> np.ndarray:
+    largest = np.abs(rows).max()
+    if largest > np.finfo(dtype).max:
+        raise ExportError(f"{source}: {largest} is beyond the largest {np.dtype(dtype).name}")
+    return rows.astype(dtype)
+
+
 class _Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
@@ -130,7 +138,7 @@ class _Builder:
         # Half precision is what the authors publish, so it is exact there and halves the largest tensor.
         dtype = np.float32 if self.scheme is None else np.float16
         name = self.data.reserve("embedding.weight", dtype, tensor.shape)
-        self.data.fill((name, first, rows.astype(dtype)) for first, rows in tensor.chunks())
+        self.data.fill((name, first, _narrowed(source, rows, dtype)) for first, rows in tensor.chunks())
         rows = self.node("Gather", [name, NAMES["token_ids"]], "embedding.rows", axis=0)
         if self.scheme is None:
             return rows

@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from glm_export import checkpoint_writer, config, weights
 from glm_export.cli import output_folder
-from glm_export.config import CHATGLM3_SPECIALS
+from glm_export.config import CHATGLM3_SPECIALS, OVERRIDES_FILE
 from glm_export.error import ExportError
 
 NAME = "tiny-random"
@@ -53,7 +53,7 @@ class Shape:
 def write(out: Path, shape: Shape | None = None, seed: int = 0, force: bool = False) -> None:
     """Writes the checkpoint folder."""
     shape = shape or Shape()
-    with output_folder(out, force) as folder:
+    with output_folder(out, force, OVERRIDES_FILE) as folder:
         pieces = train_tokenizer()
         (folder / "tokenizer.model").write_bytes(pieces)
         model = sentencepiece_model_pb2.ModelProto.FromString(pieces)

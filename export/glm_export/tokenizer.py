@@ -23,15 +23,25 @@ _BPE = 2
 _NORMAL, _UNKNOWN, _UNUSED = 1, 2, 5
 
 
-def write(source: TokenizerSource, checkpoint: Path, folder: Path) -> None:
-    """Writes tokenizer.json from the checkpoint's tokenizer file."""
+def write(source: TokenizerSource, first_special: int, checkpoint: Path, folder: Path) -> None:
+    """Writes tokenizer.json from the checkpoint's tokenizer file.
+
+    A sentencepiece file's pieces must end where the special tokens begin: another number of pieces
+    means another model's tokenizer, whose ids would be silently wrong.
+    """
     path = checkpoint / source.file
     if not path.is_file():
         raise ExportError(f"{path} is missing")
     if path.suffix == ".json":
         text = _checked_json(path)
     elif source.pieces == "sentencepiece":
-        text = from_sentencepiece(path).to_str(pretty=False)
+        tokenizer = from_sentencepiece(path)
+        if tokenizer.get_vocab_size() != first_special:
+            raise ExportError(
+                f"{path} has {tokenizer.get_vocab_size()} pieces, but the special tokens begin at "
+                f"{first_special}: it belongs to another model"
+            )
+        text = tokenizer.to_str(pretty=False)
     else:
         raise ExportError(f"{path}: pieces {source.pieces!r} come from a tokenizer.json only")
     (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")

@@ -43,15 +43,18 @@ np.save(options["--out"], np.load({str(tmp_path / "own.npy")!r}))
 def test_failing_engine_is_named(tiny_checkpoint, tmp_path):
     binary = stand_in(tmp_path, "print('first'), sys.exit('the engine says why')")
     with pytest.raises(ExportError, match="failed with 1: the engine says why"):
-        check.compare(tiny_checkpoint, tmp_path, binary)
+        check.compare(tiny_checkpoint, tmp_path, "fp32", binary)
 
 
 def test_findings():
     expected = np.eye(4, 8, dtype=np.float32)
     found = expected.copy()
     found[0] = [0, 0.5, 0, 0, 0, 0, 0, 0]
-    assert "largest difference 1, relative error 0.559, top-1 agreement 75.0%" in check.findings(
-        found, expected
-    )
+    text = check.findings(found, expected, "int4")
+    assert text == "4 tokens: largest difference 1, relative error 0.559, top-1 agreement 75.0%"
+    with pytest.raises(ExportError, match=r"relative error 0\.559.*more than the 0\.1 that int8 may be off"):
+        check.findings(found, expected, "int8")
     with pytest.raises(ExportError, match="shape"):
-        check.findings(found[:2], expected)
+        check.findings(found[:2], expected, "fp32")
+    with pytest.raises(ExportError, match="nan"):
+        check.findings(expected * np.nan, expected, "fp32")

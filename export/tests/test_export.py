@@ -142,12 +142,12 @@ def run(capsys, *arguments):
 
 def test_existing_folder_needs_force(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("precious")
+    assert run(capsys, tiny_checkpoint, out, "--precision", "int8")[0] == 0
+    before = (out / "manifest.json").read_text()
     code, _, error = run(capsys, tiny_checkpoint, out, "--precision", "int4")
     assert (code, error.count("\n")) == (1, 1)
     assert "--force" in error
-    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert (out / "manifest.json").read_text() == before
     code, text, _ = run(capsys, tiny_checkpoint, out, "--precision", "int4", "--name", "other", "--force")
     assert code == 0
     found = json.loads((out / "manifest.json").read_text())
@@ -189,3 +189,48 @@ def test_missing_tensor_is_named_with_its_shape(tiny_checkpoint, tmp_path):
     save_file(tensors, tmp_path / "in" / "model.safetensors")
     with pytest.raises(ExportError, match=rf"{name} is missing, expected shape \[64, 128\]"):
         cli.export(tmp_path / "in", tmp_path / "out", "fp32")
+
+
+@pytest.mark.parametrize("out", ["checkpoint", "."])
+def test_the_checkpoint_is_never_replaced(tiny_checkpoint, tmp_path, capsys, monkeypatch, out):
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    before = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capsys, "link", out, "--precision", "fp32", "--force")
+    assert code == 1
+    assert "must not be or contain the checkpoint" in error
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == before
+
+
+def test_force_replaces_only_what_was_made_here(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    code, _, error = run(capsys, tiny_checkpoint, tmp_path / "mine", "--precision", "fp32", "--force")
+    assert code == 1
+    assert "was not made by this program" in error
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_force_follows_a_link(tiny_checkpoint, tmp_path, capsys):
+    assert run(capsys, tiny_checkpoint, tmp_path / "real", "--precision", "fp32")[0] == 0
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    code, _, _ = run(capsys, tiny_checkpoint, tmp_path / "link", "--precision", "int8", "--force")
+    assert code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "real" / "manifest.json").read_text())["graph"]["precision"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("layernorm_epsilon", "NaN"), ("rope_ratio", "Infinity"), ("seq_length", "10000000000000")],
+)
+def test_sizes_beyond_reason_are_refused(tiny_checkpoint, tmp_path, capsys, key, value):
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "config.json"
+    config = json.loads(path.read_text()) | {key: "PLACE"}
+    path.write_text(json.dumps(config).replace('"PLACE"', value))
+    code, _, error = run(capsys, tmp_path / "checkpoint", tmp_path / "out", "--precision", "fp32")
+    assert code == 1
+    assert key in error
+    assert len(error.splitlines()) == 1

@@ -88,7 +88,7 @@ def test_tokenizer_json_with_added_tokens_is_refused(tmp_path):
     added.add_special_tokens(["<|user|>"])
     added.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ExportError, match=r"registers '<\|user\|>'"):
-        tokenizer.write(TokenizerSource("tokenizer.json", "byte_level"), tmp_path, tmp_path)
+        tokenizer.write(TokenizerSource("tokenizer.json", "byte_level"), 0, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,15 @@ def test_broken_files_are_named(tmp_path, file, content, message):
     (tmp_path / file).write_text(content)
     pieces = "sentencepiece" if file.endswith(".model") else "byte_level"
     with pytest.raises(ExportError, match=message):
-        tokenizer.write(TokenizerSource(file, pieces), tmp_path, tmp_path)
+        tokenizer.write(TokenizerSource(file, pieces), 0, tmp_path, tmp_path)
 
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ExportError, match=r"tokenizer\.model is missing"):
-        tokenizer.write(TokenizerSource("tokenizer.model", "sentencepiece"), tmp_path, tmp_path)
+        tokenizer.write(TokenizerSource("tokenizer.model", "sentencepiece"), 0, tmp_path, tmp_path)
+
+
+def test_another_models_tokenizer_is_refused(tmp_path, tiny_checkpoint):
+    source = TokenizerSource("tokenizer.model", "sentencepiece")
+    with pytest.raises(ExportError, match=r"480 pieces, but the special tokens begin at 64789"):
+        tokenizer.write(source, 64789, tiny_checkpoint, tmp_path)

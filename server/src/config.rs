@@ -31,7 +31,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve a model folder over HTTP
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Write the logits of every position of a sequence, for parity checks
     Logits(LogitsArgs),
     /// Measure a running server with streams in a closed loop
@@ -50,10 +50,10 @@ pub struct ModelArgs {
     #[arg(long, env = "GLMSERVE_ORT_LIB", value_name = "FILE", default_value = "libonnxruntime.so")]
     pub onnxruntime: PathBuf,
     /// Threads that compute [default: the number of processors]
-    #[arg(long, env = "GLMSERVE_THREADS", value_name = "N", value_parser = positive)]
+    #[arg(long, env = "GLMSERVE_THREADS", value_name = "N", value_parser = up_to::<1024>)]
     pub threads: Option<usize>,
     /// Memory of the KV cache, in MiB
-    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = positive)]
+    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = up_to::<{ 1 << 24 }>)]
     pub kv_cache_memory: usize,
 }
 
@@ -76,22 +76,22 @@ pub struct ServeArgs {
     #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
     /// Most sequences in one step
-    #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = positive)]
+    #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = up_to::<4096>)]
     pub max_num_seqs: usize,
     /// Most tokens in one step: running replies first, the rest for prompts
-    #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = positive)]
+    #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = up_to::<{ 1 << 20 }>)]
     pub max_num_batched_tokens: usize,
     /// Most requests that wait; one more is answered with 429
-    #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting)]
-    pub max_num_waiting: usize,
+    #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting as u32, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub max_num_waiting: u32,
     /// Longest sequence, prompt and reply, in tokens [default: what the model was made for]
-    #[arg(long, env = "GLMSERVE_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive)]
+    #[arg(long, env = "GLMSERVE_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = up_to::<{ 1 << 24 }>)]
     pub max_model_len: Option<usize>,
     /// Largest request body, in bytes
-    #[arg(long, env = "GLMSERVE_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = positive)]
+    #[arg(long, env = "GLMSERVE_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = up_to::<{ 1 << 30 }>)]
     pub max_body_bytes: usize,
     /// Largest reply, in bytes of text
-    #[arg(long, env = "GLMSERVE_MAX_REPLY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = positive)]
+    #[arg(long, env = "GLMSERVE_MAX_REPLY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = up_to::<{ 1 << 30 }>)]
     pub max_reply_bytes: usize,
     /// Silence after which a stream sends a comment, in seconds
     #[arg(long, env = "GLMSERVE_KEEP_ALIVE_COMMENT", value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -177,6 +177,12 @@ impl ServeArgs {
     pub fn engine_config(&self, manifest: &Manifest) -> Result<EngineConfig, LoadError> {
         let longest = manifest.geometry.max_model_len;
         let max_model_len = self.max_model_len.unwrap_or(longest);
+        if self.max_num_seqs > self.max_num_batched_tokens {
+            return Err(LoadError::Config(format!(
+                "--max-num-seqs {} is more than --max-num-batched-tokens {}: each sequence needs a token a step",
+                self.max_num_seqs, self.max_num_batched_tokens
+            )));
+        }
         if max_model_len > longest {
             let message =
                 format!("--max-model-len {max_model_len} is more than the model's {longest} tokens");
@@ -185,7 +191,7 @@ impl ServeArgs {
         Ok(EngineConfig {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
-            max_num_waiting: self.max_num_waiting,
+            max_num_waiting: self.max_num_waiting as usize,
             max_model_len,
             ..EngineConfig::default()
         })
@@ -229,8 +235,19 @@ impl StreamArgs {
 
 impl ModelArgs {
     /// Bytes of the KV cache.
-    pub fn kv_cache_bytes(&self) -> usize {
-        self.kv_cache_memory.saturating_mul(MIB)
+    ///
+    /// # Errors
+    /// [`LoadError::Config`]: more than the machine has. It would be granted now and missed later.
+    pub fn kv_cache_bytes(&self) -> Result<usize, LoadError> {
+        let num_bytes = self.kv_cache_memory * MIB;
+        match machine_memory() {
+            Some(memory) if num_bytes > memory => Err(LoadError::Config(format!(
+                "--kv-cache-memory {} MiB is more than the machine's {} MiB",
+                self.kv_cache_memory,
+                memory / MIB
+            ))),
+            _ => Ok(num_bytes),
+        }
     }
 
     /// Threads that compute.
@@ -240,12 +257,24 @@ impl ModelArgs {
     }
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+fn up_to<const MAX: usize>(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(0) => Err("must be at least 1".into()),
-        Ok(number) => Ok(number),
-        Err(_) => Err("must be a whole number of at least 1".into()),
+        Ok(number) if (1..=MAX).contains(&number) => Ok(number),
+        _ => Err(format!("must be a whole number from 1 to {MAX}")),
     }
+}
+
+/// Bytes of the machine's memory, where Linux tells.
+fn machine_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib: usize = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?
+        .split_whitespace()
+        .next()?
+        .parse()
+        .ok()?;
+    Some(kib * 1024)
 }
 
 fn port(text: &str) -> Result<u16, String> {
@@ -268,7 +297,7 @@ mod tests {
     fn serve(arguments: &[&str]) -> Result<ServeArgs, String> {
         let arguments = ["glmserve", "serve", "--model", "m"].iter().chain(arguments);
         match Cli::try_parse_from(arguments).map_err(|error| error.to_string())?.command {
-            Command::Serve(args) => Ok(args),
+            Command::Serve(args) => Ok(*args),
             other => panic!("{other:?}"),
         }
     }
@@ -289,6 +318,6 @@ mod tests {
     fn names_are_split_at_commas_and_zero_is_refused() {
         let args = serve(&["--served-model-name", "a,b", "--served-model-name", "c"]).unwrap();
         assert_eq!(args.served_model_name, ["a", "b", "c"]);
-        assert!(serve(&["--max-num-seqs", "0"]).unwrap_err().contains("at least 1"));
+        assert!(serve(&["--max-num-seqs", "0"]).unwrap_err().contains("from 1 to"));
     }
 }

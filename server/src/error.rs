@@ -291,7 +291,15 @@ impl From<StreamError> for ApiError {
             StreamError::TooLarge(_) => (StatusCode::INTERNAL_SERVER_ERROR, "reply_too_large"),
             StreamError::Lost => (StatusCode::INTERNAL_SERVER_ERROR, "reply_lost"),
         };
-        let error = Self::new(status, code, error.to_string());
+        let message = match &error {
+            // The runtime's own words name nodes and files: they are for the log.
+            StreamError::Sequence(SequenceError::Run(details)) => {
+                tracing::error!(details, "a step failed");
+                "the model failed on this request".to_owned()
+            }
+            _ => error.to_string(),
+        };
+        let error = Self::new(status, code, message);
         match status {
             StatusCode::SERVICE_UNAVAILABLE => error.retry_after(RETRY_UNAVAILABLE_S),
             _ => error,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use actix_web::web;
 use clap::Parser;
+use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::{OrtOptions, OrtRunner};
 use glm_engine::{EngineThread, LoadError, Manifest};
 use glmserve::auth::ApiKeys;
@@ -20,11 +21,14 @@ use glmserve_client::bench::{self, BenchArgs};
 use glmserve_client::terminal::{self, ChatArgs};
 use tracing_subscriber::EnvFilter;
 
-type MainResult = Result<(), Box<dyn Error>>;
+type MainResult<T = ()> = Result<T, Box<dyn Error + Send + Sync>>;
 
 fn main() -> ExitCode {
+    // ONNX Runtime's own telemetry, which writes a device id before any session can turn it off.
+    // SAFETY: no other thread exists yet that could read the environment.
+    unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
     let result = match Cli::parse().command {
-        Command::Serve(args) => run_server(&args),
+        Command::Serve(args) => run_server(*args),
         Command::Logits(args) => write_logits(&args),
         Command::Bench(args) => run_bench(args),
         Command::Chat(args) => run_chat(args),
@@ -32,15 +36,33 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("glmserve: {error}");
+            // Not eprintln: it panics when nobody takes what it prints.
+            let _ = writeln!(std::io::stderr(), "glmserve: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run_server(args: &ServeArgs) -> MainResult {
+fn run_server(args: ServeArgs) -> MainResult {
     start_log(args.log_format);
-    // Cheap mistakes first: loading a model may take minutes.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (result, thread) = runtime.block_on(async {
+        // Before the model, which may take minutes: the first process of a container has no other way
+        // to hear a signal.
+        let mut signals = shutdown::signals()?;
+        let (listener, state, thread) = tokio::select! {
+            loaded = tokio::task::spawn_blocking(move || load(&args)) => loaded??,
+            _ = signals.recv() => std::process::exit(0),
+        };
+        Ok::<_, Box<dyn Error + Send + Sync>>((serve(listener, web::Data::new(state), signals).await, thread))
+    })?;
+    drop(runtime);
+    thread.join();
+    Ok(result?)
+}
+
+/// Everything that a server needs, cheap mistakes first.
+fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
     let keys = args.api_key_file.as_ref().map(|path| {
         ApiKeys::load(path)
             .map_err(|error| format!("cannot use the API key file {}: {error}", path.display()))
@@ -53,6 +75,18 @@ fn run_server(args: &ServeArgs) -> MainResult {
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
     let runner = load_runner(&args.model, &model.manifest)?;
+    let cache = runner.kv_cache();
+    let capacity = cache.num_blocks * cache.block_size;
+    if config.max_model_len > capacity {
+        let message = format!(
+            "--kv-cache-memory holds {capacity} tokens, a sequence may have {}",
+            config.max_model_len
+        );
+        match args.max_model_len {
+            Some(_) => return Err(message.into()),
+            None => tracing::warn!("{message}: longer ones are refused"),
+        }
+    }
     let metrics = Arc::new(Metrics::new(&model.manifest)?);
     let vocab_size = model.manifest.geometry.vocab_size;
     let (engine, thread) = EngineThread::spawn(runner, config, vocab_size, metrics.clone())?;
@@ -66,19 +100,14 @@ fn run_server(args: &ServeArgs) -> MainResult {
         "listening"
     );
     let options = args.http_options(limits.max_model_len);
-    let state = web::Data::new(AppState::new(options, model, engine, metrics, keys));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(async { serve(listener, state, shutdown::signals()?).await });
-    drop(runtime);
-    thread.join();
-    Ok(result?)
+    Ok((listener, AppState::new(options, model, engine, metrics, keys), thread))
 }
 
 fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadError> {
     let options = OrtOptions {
         library: args.onnxruntime.clone(),
         num_threads: args.num_threads(),
-        kv_cache_bytes: args.kv_cache_bytes(),
+        kv_cache_bytes: args.kv_cache_bytes()?,
     };
     OrtRunner::load(&args.model, manifest, &options)
 }
@@ -114,6 +143,8 @@ fn start_log(format: LogFormat) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| default()))
         .with_ansi(std::io::stderr().is_terminal())
+        // It would print its own failures and panic if that fails too: a lost log must not cost a reply.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.init(),

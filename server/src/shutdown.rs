@@ -13,13 +13,13 @@ use crate::state::AppState;
 /// How long the engine may take to end what it was told to end: one step, however long.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A channel that hears SIGTERM and SIGINT.
+/// A channel that hears SIGTERM, SIGINT and SIGHUP.
 ///
 /// # Errors
 /// The operating system refuses a handler.
 pub fn signals() -> std::io::Result<mpsc::Receiver<()>> {
     let (sender, receiver) = mpsc::channel(2);
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()] {
         let mut stream = signal(kind)?;
         let sender = sender.clone();
         tokio::spawn(async move {

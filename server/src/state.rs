@@ -49,9 +49,9 @@ impl ServedModel {
     /// [`TextError`]: the tokenizer or the chat format can't be used.
     pub fn load(dir: &std::path::Path, manifest: Manifest, aliases: &[String]) -> Result<Self, TextError> {
         let mut names = vec![manifest.model.name.clone()];
-        for alias in aliases {
-            if !names.contains(alias) {
-                names.push(alias.clone());
+        for alias in aliases.iter().map(|alias| alias.trim()).filter(|alias| !alias.is_empty()) {
+            if !names.iter().any(|name| name == alias) {
+                names.push(alias.to_owned());
             }
         }
         let digest = manifest.digest.rsplit(':').next().unwrap_or_default();

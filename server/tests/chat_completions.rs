@@ -3,6 +3,7 @@
 mod support;
 
 use serde_json::{Value, json};
+use support::events::{Events, complete_text};
 use support::{Options, Server, request, run};
 
 /// Content, finish reason and usage of a stream's lines.
@@ -28,8 +29,8 @@ fn joined(lines: &[String]) -> (String, Value, Value) {
 fn replies_of_any_length_are_complete_and_equal_in_both_forms() {
     run(async {
         let server = Server::start(Options::default()).await;
-        let mut commands: Vec<String> = (0..=8)
-            .map(|n| format!("say {}", "1+1=2…你好"[..].chars().take(n).collect::<String>()))
+        let mut commands: Vec<String> = (0..=16)
+            .map(|n| format!("say {}", "1+1=2…你好，世界abcdé"[..].chars().take(n).collect::<String>()))
             .collect();
         commands.extend(["say 你好👋🏽!", "bytes 61 F0 9F 98 62 E4", "bytes FF", "nothing"].map(str::to_owned));
         for command in commands {
@@ -37,7 +38,11 @@ fn replies_of_any_length_are_complete_and_equal_in_both_forms() {
             let (status, whole) = server.post(body.clone()).await;
             assert_eq!(status, 200, "{whole}");
             body["stream_options"] = json!({"include_usage": true});
-            let (content, reason, usage) = joined(&server.stream(body).await);
+            let (content, reason, usage) = joined(&server.stream(body.clone()).await);
+            body["stream"] = json!(true);
+            let events = Events::of(server.chat(&[], &body).await).rest().await;
+            assert_eq!(complete_text(&events), content, "{command}");
+            assert_eq!(events[events.len() - 2].document["glm"], whole["glm"]);
             assert_eq!(whole["choices"][0]["message"]["content"], content, "{command}");
             assert_eq!(whole["choices"][0]["finish_reason"], reason, "{command}");
             assert_eq!(whole["usage"], usage, "{command}");
@@ -69,12 +74,13 @@ fn the_lines_of_a_stream() {
                 .into_iter()
                 .map(|l| l.replace(&id, "ID").replace(&created, "\"created\":0"))
                 .map(|l| l.replace(HASH, "HASH"))
+                .map(|l| l.replace(&server.state.model.fingerprint, "FP"))
                 .collect::<Vec<_>>()
         };
         let chunk = |rest: &str| {
             format!(
                 "data: {{\"id\":\"ID\",\"object\":\"chat.completion.chunk\",\"created\":0,\"model\":\"test-model\",\
-                 \"system_fingerprint\":\"fp_0123456789ab\",{rest}}}"
+                 \"system_fingerprint\":\"FP\",{rest}}}"
             )
         };
         let choice = |delta: &str, reason: &str, usage: &str| {

@@ -58,6 +58,33 @@ def test_a_folder_that_is_not_understood_is_refused(tiny_model, tmp_path, damage
     assert result.returncode != 0 and words in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--kv-cache-memory", "10000000"], "more than the machine's"),
+        (["--max-num-seqs", "600"], "--max-num-batched-tokens"),
+        (["--max-num-waiting", "1000000000000"], "--max-num-waiting"),
+        (["--kv-cache-memory", "4", "--max-model-len", "512"], "--kv-cache-memory holds"),
+    ],
+)
+def test_options_that_cannot_work_are_one_line(options, words):
+    result = run("serve", "--model", DEFAULT_MODEL, "--port", "0", *options)
+    assert 0 < result.returncode < 100, result.stderr
+    assert words in result.stderr and "panicked" not in result.stderr
+
+
+def test_nothing_is_sent_or_noted_about_the_user(tiny_model, tmp_path):
+    """ONNX Runtime would keep a device id and a queue of events under the home folder."""
+    out = tmp_path / "logits.npy"
+    home = tmp_path / "home"
+    home.mkdir()
+    result = run(
+        "logits", "--model", tiny_model, "--ids", "1,2,3", "--out", out, HOME=str(home), XDG_CACHE_HOME=""
+    )
+    assert result.returncode == 0, result.stderr
+    assert out.exists() and list(home.rglob("*")) == []
+
+
 def test_a_missing_folder_is_named():
     result = run("serve", "--model", "no/such/folder")
     assert result.returncode != 0 and "no/such/folder" in result.stderr
@@ -67,7 +94,7 @@ def test_a_missing_folder_is_named():
 def server(start_server):
     """Two streams at a time of a model that is slow enough for tests to act meanwhile."""
     return start_server(
-        DEFAULT_MODEL, "--max-num-seqs", "2", "--max-num-waiting", "30", "--drain-timeout", "1"
+        DEFAULT_MODEL, "--max-num-seqs", "2", "--max-num-waiting", "30", "--drain-timeout", "4"
     )
 
 

@@ -8,12 +8,12 @@ mod inputs;
 
 use std::path::{Path, PathBuf};
 
-use ndarray::{ArrayView2, s};
+use ndarray::ArrayView2;
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{IoBinding, Session};
-use ort::value::{DynValue, Tensor};
+use ort::value::{DynValue, Outlet, Tensor, TensorElementType};
 
 use self::inputs::bind_step;
 use super::{KvCacheLayout, ModelRunner};
@@ -63,9 +63,18 @@ impl OrtRunner {
             ));
         }
         let layout = layout(&manifest.geometry, &graph, options.kv_cache_bytes)?;
-        let environment = ort::init_from(&options.library).map_err(runtime)?;
-        let environment = environment.with_name("glmserve").build().map_err(runtime)?;
+        let environment = ort::init_from(&options.library).map_err(|error| {
+            LoadError::Config(format!(
+                "cannot load ONNX Runtime from {} ({error}): name the library, which the Python package \
+                 onnxruntime 1.31.1 holds as onnxruntime/capi/libonnxruntime.so.1.31.1",
+                options.library.display()
+            ))
+        })?;
+        // On by default in the library: it would send usage, model name and machine to its makers.
+        let environment = environment.with_name("glmserve").with_telemetry(false);
+        let environment = environment.build().map_err(runtime)?;
         let session = open(&environment, &dir.join(&graph.file), options.num_threads).map_err(runtime)?;
+        check_contract(&session, &manifest.geometry, &graph)?;
         let mut binding = session.create_binding().map_err(runtime)?;
         bind_caches(&mut binding, &manifest.geometry, &graph, layout).map_err(runtime)?;
         let logits_memory =
@@ -84,6 +93,39 @@ impl OrtRunner {
         let name = self.graph.names.logits.as_str();
         outputs.remove(name).ok_or_else(|| ort::Error::new(format!("the graph has no output {name}")))
     }
+}
+
+/// Compares the graph's inputs and outputs with what the manifest promises.
+fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Result<(), LoadError> {
+    let names = &graph.names;
+    let dtype_of = |outlets: &[Outlet], name: &str| {
+        let outlet = outlets.iter().find(|outlet| outlet.name() == name);
+        outlet
+            .and_then(|outlet| Some((outlet.dtype().tensor_type()?, outlet.dtype().tensor_shape()?.to_vec())))
+    };
+    let wrong =
+        |name: &str| LoadError::Config(format!("the graph does not have {name} as the manifest says"));
+    for name in names.small_inputs() {
+        let found = dtype_of(session.inputs(), name);
+        found.filter(|(ty, _)| *ty == TensorElementType::Int32).ok_or_else(|| wrong(name))?;
+    }
+    let cache = [graph.block_size, geometry.num_kv_heads, geometry.head_dim].map(|size| size as i64);
+    for name in (0..geometry.num_layers).flat_map(|layer| names.caches(layer)) {
+        let found = dtype_of(session.inputs(), &name);
+        let fits = |(ty, shape): &(_, Vec<i64>)| *ty == TensorElementType::Float32 && shape.ends_with(&cache);
+        found.filter(fits).ok_or_else(|| wrong(&name))?;
+    }
+    let num_inputs = names.small_inputs().len() + 2 * geometry.num_layers;
+    if session.inputs().len() != num_inputs {
+        let found = session.inputs().len();
+        return Err(LoadError::Config(format!("the graph has {found} inputs, the manifest {num_inputs}")));
+    }
+    let found = dtype_of(session.outputs(), &names.logits);
+    let width = geometry.padded_vocab_size as i64;
+    let fits = |(ty, shape): &(_, Vec<i64>)| {
+        *ty == TensorElementType::Float32 && shape.len() == 2 && shape[1] == width
+    };
+    found.filter(fits).map(drop).ok_or_else(|| wrong(&names.logits))
 }
 
 /// As many blocks as the budget holds.
@@ -115,12 +157,11 @@ fn bind_caches(
     layout: KvCacheLayout,
 ) -> ort::Result<()> {
     let shape = [layout.num_blocks, layout.block_size, geometry.num_kv_heads, geometry.head_dim];
-    let patterns = [&graph.names.key_cache, &graph.names.value_cache];
     for layer in 0..geometry.num_layers {
-        for pattern in patterns {
+        for name in graph.names.caches(layer) {
             // Zeroed memory is mapped lazily: it becomes resident as blocks are used.
             let cache = Tensor::from_array((shape, vec![0f32; shape.iter().product()]))?;
-            binding.bind_input(pattern.replace("{layer}", &layer.to_string()), &cache)?;
+            binding.bind_input(name, &cache)?;
         }
     }
     Ok(())
@@ -135,9 +176,13 @@ impl ModelRunner for OrtRunner {
         let failed = |error: ort::Error| RunError(error.to_string());
         let logits = self.run_bound(plan).map_err(failed)?;
         let (shape, values) = self.logits.insert(logits).try_extract_tensor::<f32>().map_err(failed)?;
-        let shape = (shape[0] as usize, shape[1] as usize);
-        let logits = ArrayView2::from_shape(shape, values).map_err(|error| RunError(error.to_string()))?;
         // A step without wanted rows still asked for one: see `bind_step`.
-        Ok(StepOutput { logits: logits.slice_move(s![..plan.logits_indices.len(), ..]) })
+        let num_rows = plan.logits_indices.len();
+        let width = shape.last().map_or(0, |&width| width as usize);
+        let wanted = values.get(..num_rows * width);
+        let logits = wanted.and_then(|wanted| ArrayView2::from_shape((num_rows, width), wanted).ok());
+        let logits =
+            logits.ok_or_else(|| RunError(format!("{num_rows} rows of logits have shape {shape:?}")))?;
+        Ok(StepOutput { logits })
     }
 }

@@ -299,6 +299,11 @@ impl EngineHandle {
             shared.release(is_probe);
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
+        // The thread may have ended between the check at the door and the sending: then nobody takes
+        // the request out of the channel any more.
+        if !shared.alive.load(Ordering::SeqCst) {
+            return Err(SubmitError::Unavailable("its thread has ended"));
+        }
         Ok(EventReceiver { events, state, clock: shared.clock, has_ended: false })
     }
 

@@ -42,6 +42,8 @@ pub(super) struct Worker<R> {
     config: EngineConfig,
     costs: CostModel,
     num_run_errors: u32,
+    /// Whether everything was told to end: what arrives later was on its way when that was said.
+    is_aborting: bool,
     queue_published_at: Duration,
     /// Requests and tokens taken from the channel since the queue was last published.
     seen: (usize, usize),
@@ -65,6 +67,7 @@ impl<R: ModelRunner> Worker<R> {
             config,
             costs: CostModel::default(),
             num_run_errors: 0,
+            is_aborting: false,
             queue_published_at: Duration::ZERO,
             seen: (0, 0),
         };
@@ -108,6 +111,8 @@ impl<R: ModelRunner> Worker<R> {
         let num_delivered = self.deliver(0, start);
         self.publish(start);
         self.publish_stall_limit();
+        // Before the run, too: a long step must not hide what changed at its start.
+        self.observe_gauges();
         let mut report = self.engine.run_step();
         let end = clock.now();
         report.duration = end - start;
@@ -118,11 +123,21 @@ impl<R: ModelRunner> Worker<R> {
         self.learn(&report);
         self.deliver(num_delivered, end);
         self.observer.step(&report);
-        self.observer.gauges(&self.engine.gauges());
+        self.observe_gauges();
+    }
+
+    /// Reports the state; what is still in the command channel waits as well.
+    fn observe_gauges(&self) {
+        let mut gauges = self.engine.gauges();
+        gauges.num_waiting += self.commands.len();
+        self.observer.gauges(&gauges);
     }
 
     fn handle(&mut self, command: Command) {
         match command {
+            Command::Submit(submission) if self.is_aborting => {
+                self.refuse(submission, SequenceError::ShuttingDown);
+            }
             Command::Submit(Submission { request, arrival, is_probe, events, state }) => {
                 // Named here, not at the door: ids must grow in the order in which the engine sees them.
                 let id = RequestId(self.next_id);
@@ -138,6 +153,7 @@ impl<R: ModelRunner> Worker<R> {
                 }
             }
             Command::AbortAll => {
+                self.is_aborting = true;
                 let ids: Vec<RequestId> = self.clients.keys().copied().collect();
                 for id in ids {
                     self.engine.abort(id);
@@ -309,13 +325,28 @@ impl<R: ModelRunner> Worker<R> {
         }
     }
 
+    /// Ends a request that the engine never saw.
+    fn refuse(&mut self, submission: Submission, error: SequenceError) {
+        self.seen.0 += 1;
+        self.seen.1 += submission.request.prompt_token_ids.len();
+        let _ = submission.events.try_send(TokenEvent::Failed(error));
+        self.shared.release(submission.is_probe);
+    }
+
     /// Ends whatever is left when the thread ends, for whichever reason.
     pub(super) fn close(&mut self) {
         self.shared.accepting.store(false, Ordering::Release);
-        self.shared.alive.store(false, Ordering::Release);
+        // Before the channel is emptied: a handle that sends later sees it and takes its request back.
+        self.shared.alive.store(false, Ordering::SeqCst);
         self.shared.is_busy.store(false, Ordering::Release);
         let ids: Vec<RequestId> = self.clients.keys().copied().collect();
         ids.into_iter().for_each(|id| self.end(id, SequenceError::EngineDied));
+        // A bounded channel keeps what it holds while any sender is there; nobody would be told.
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(submission) = command {
+                self.refuse(submission, SequenceError::EngineDied);
+            }
+        }
         self.observer.gauges(&EngineGauges::default());
     }
 }

@@ -243,9 +243,12 @@ impl EventLog {
         self.0.log.borrow().events.get(index).map(|(_, event)| event.clone())
     }
 
-    /// Whether the reply failed before it said anything.
+    /// Whether the reply failed before it said anything. One that its owner deleted did not fail.
     pub fn has_failed_unsaid(&self) -> bool {
-        matches!(self.0.log.borrow().opening(), Some(Event::Error(_)))
+        match self.0.log.borrow().opening() {
+            Some(Event::Error(error)) => *error != StreamError::Aborted(AbortReason::Deleted),
+            _ => false,
+        }
     }
 
     /// Memory that the events take.

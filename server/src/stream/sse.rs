@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use actix_web::HttpResponse;
 use actix_web::http::header;
-use actix_web::web::Bytes;
+use actix_web_lab::sse;
 use futures_util::stream;
 use glm_engine::{Progress, Stage};
 use serde_json::json;
@@ -53,7 +53,7 @@ pub struct Session {
 struct Writer<R> {
     session: Session,
     render: R,
-    ready: VecDeque<Bytes>,
+    ready: VecDeque<sse::Event>,
     done: bool,
 }
 
@@ -63,11 +63,11 @@ pub fn respond(session: Session, render: impl Render + 'static) -> HttpResponse 
     let (timeout, metrics) = (session.write_timeout, Arc::clone(&session.metrics));
     let id = session.stream.id.to_string();
     let writer = Writer { session, render, ready: VecDeque::new(), done: false };
-    let frames = stream::unfold(writer, |mut writer| async {
-        let frame = writer.next().await?;
-        Some((Ok::<_, Infallible>(frame), writer))
+    let events = stream::unfold(writer, |mut writer| async {
+        let event = writer.next().await?;
+        Some((Ok::<_, Infallible>(event), writer))
     });
-    let body = connection::watch(Box::pin(frames), connection.as_ref(), timeout, move || {
+    let events = connection::watch(Box::pin(events), connection.as_ref(), timeout, move || {
         metrics.slow_reader_cut();
         tracing::info!("a client that took no bytes was cut off");
     });
@@ -77,14 +77,14 @@ pub fn respond(session: Session, render: impl Render + 'static) -> HttpResponse 
         // nginx would otherwise collect the events and deliver them in lumps.
         .insert_header(("x-accel-buffering", "no"))
         .insert_header(("glm-stream-id", id))
-        .streaming(body)
+        .body(sse::Sse::from_stream(events))
 }
 
 impl<R: Render> Writer<R> {
-    async fn next(&mut self) -> Option<Bytes> {
+    async fn next(&mut self) -> Option<sse::Event> {
         loop {
-            if let Some(frame) = self.ready.pop_front() {
-                return Some(frame);
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
             }
             if self.done {
                 return None;
@@ -100,12 +100,12 @@ impl<R: Render> Writer<R> {
                     for (document, text) in documents.into_iter().enumerate() {
                         let cursor = Cursor { event: logged.index, document };
                         if session.after < Some(cursor) {
-                            self.ready.push_back(format!("id: {cursor}\ndata: {text}\n\n").into());
+                            self.ready.push_back(sse::Data::new(text).id(cursor.to_string()).into());
                         }
                     }
                 }
                 Ok(None) => {
-                    self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                    self.ready.push_back(sse::Data::new("[DONE]").into());
                     self.done = true;
                 }
                 Err(_) => return Some(heartbeat(session.stream.progress().await)),
@@ -115,9 +115,9 @@ impl<R: Render> Writer<R> {
 }
 
 /// A comment that says how far the reply is.
-fn heartbeat(progress: Option<Progress>) -> Bytes {
+fn heartbeat(progress: Option<Progress>) -> sse::Event {
     let Some(Progress { stage, estimate }) = progress else {
-        return Bytes::from_static(b": keep-alive\n\n");
+        return sse::Event::Comment("keep-alive".into());
     };
     let mut news = match stage {
         Stage::Waiting { position } => json!({"stage": "waiting", "position": position}),
@@ -129,7 +129,7 @@ fn heartbeat(progress: Option<Progress>) -> Bytes {
     if let Some(estimate) = estimate {
         news["estimate_ms"] = json!(u64::try_from(estimate.as_millis()).unwrap_or(u64::MAX));
     }
-    format!(": keep-alive {news}\n\n").into()
+    sse::Event::Comment(format!("keep-alive {news}").into())
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //! what the user's message says.
 //!
 //! `say TEXT` replies TEXT; `slow N` replies N letters, 2 ms each; `pause MS` and `stall MS` hang so
-//! long before the first token and in mid-reply; `fail` fails on the third step, `refuse` on the first;
+//! long before the first token and in mid-reply; `late MS` fails after so long; `flood N` replies N
+//! letters at once; `fail` fails on the third step, `refuse` on the first;
 //! `bytes HEX` replies these bytes.
 
 #![allow(dead_code, reason = "each test program uses a part")]
@@ -42,6 +43,7 @@ pub(crate) struct Options {
     pub(crate) max_reply_bytes: usize,
     pub(crate) keys: Option<ApiKeys>,
     pub(crate) max_model_len: usize,
+    pub(crate) stall_min: Duration,
     pub(crate) comment_period: Duration,
     pub(crate) status_hold: Duration,
     pub(crate) write_timeout: Duration,
@@ -60,6 +62,7 @@ impl Default for Options {
             max_reply_bytes: 1 << 20,
             keys: None,
             max_model_len: 256,
+            stall_min: Duration::from_secs(30),
             comment_period: Duration::from_secs(10),
             status_hold: Duration::from_secs(1),
             write_timeout: Duration::from_secs(10),
@@ -99,6 +102,7 @@ impl Server {
             max_num_seqs: options.max_num_seqs,
             max_num_waiting: options.max_num_waiting,
             max_model_len: geometry.max_model_len,
+            stall_min: options.stall_min,
             ..EngineConfig::default()
         };
         let (engine, _) = EngineThread::spawn(runner, config, geometry.vocab_size, metrics.clone()).unwrap();
@@ -123,6 +127,7 @@ impl Server {
         let task = tokio::task::spawn_local(glmserve::serve(listener, state.clone(), receiver));
         let server = Self { address, signals, state, task, http: reqwest::Client::new(), dir };
         while server.get("/readyz").await.0 != 200 {
+            assert!(!server.task.is_finished(), "the server ended");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         server
@@ -293,6 +298,13 @@ fn play(history: &[u32]) -> Result<u32, RunError> {
                 std::thread::sleep(Duration::from_millis(argument.parse().unwrap()));
             }
             reply.extend(b"paused".map(byte));
+        }
+        "late" => {
+            std::thread::sleep(Duration::from_millis(argument.parse().unwrap()));
+            return Err(RunError("as scripted".into()));
+        }
+        "flood" => {
+            reply.extend((0..argument.parse().unwrap()).map(|i: u32| byte(b'a' + (i % 26) as u8)));
         }
         "refuse" => return Err(RunError("as scripted".into())),
         "fail" if generated == 5 => return Err(RunError("as scripted".into())),

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use glm_engine::Manifest;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 /// The first special id of the folders of [`chatglm3`]; the ids below it are bytes and a few pieces.
 pub(crate) const FIRST_SPECIAL: u32 = 300;
@@ -111,7 +112,14 @@ fn write(tokenizer: &[u8], (chat, pieces, stops): (Value, &str, Value), vocab_si
     let dir = std::env::temp_dir().join(format!("glmserve-test-{}-{number}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("tokenizer.json"), tokenizer).unwrap();
-    let file = json!({"bytes": 0, "sha256": ""});
+    std::fs::write(dir.join("model.onnx"), "").unwrap();
+    let contents: [(&str, &[u8]); 2] = [("model.onnx", b""), ("tokenizer.json", tokenizer)];
+    let hashes = contents.map(|(name, content)| (name, content.len(), sha256(content)));
+    let listing: String = hashes.iter().map(|(name, _, hash)| format!("{name} {hash}\n")).collect();
+    let files: serde_json::Map<String, Value> = hashes
+        .iter()
+        .map(|(name, len, hash)| (name.to_string(), json!({"bytes": len, "sha256": hash})))
+        .collect();
     let manifest = json!({
         "schema_version": 1, "generator": "test",
         "model": {"name": "test-model", "architecture": "chatglm3", "license": null, "origin": null},
@@ -125,8 +133,11 @@ fn write(tokenizer: &[u8], (chat, pieces, stops): (Value, &str, Value), vocab_si
         "tokenizer": {"file": "tokenizer.json", "pieces": pieces},
         "chat": chat, "stop_token_ids": stops,
         "generation": {"temperature": 0.8, "top_p": 0.8},
-        "files": {"model.onnx": file, "tokenizer.json": file},
-        "digest": "sha256:0123456789abcdef0123456789abcdef"});
+        "files": files, "digest": format!("sha256:{}", sha256(listing.as_bytes()))});
     std::fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
     ModelDir(dir)
+}
+
+fn sha256(content: &[u8]) -> String {
+    Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
 }

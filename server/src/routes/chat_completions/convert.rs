@@ -147,8 +147,9 @@ fn text_part<'a>(part: &'a Value, path: &str) -> Result<&'a str, ApiError> {
 fn encode(messages: &[Message], state: &AppState) -> Result<Vec<u32>, ApiError> {
     let limit = state.engine.limits().max_model_len;
     let num_bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-    // No token spells more than this, so a text can be too long beyond doubt before it is tokenised.
-    let least = num_bytes / state.model.tokenizer.vocabulary().max_piece_len();
+    // No token spells more than this and each message has a role token, so a prompt can be too long
+    // beyond doubt before it is tokenised.
+    let least = messages.len() + num_bytes / state.model.tokenizer.vocabulary().max_piece_len();
     if least >= limit {
         return Err(ApiError::prompt_too_long(limit, &format!("at least {least}")));
     }
@@ -216,5 +217,12 @@ fn logit_bias(request: &ChatCompletionRequest) -> Result<Vec<(u32, f32)>, ApiErr
         });
         Ok((number?, *bias))
     };
-    request.logit_bias.iter().map(convert).collect()
+    let mut biases = request.logit_bias.iter().map(convert).collect::<Result<Vec<_>, ApiError>>()?;
+    biases.sort_unstable_by_key(|&(id, _)| id);
+    // "7" and "07" are two keys of one token, whose sum could leave the range of either.
+    if let Some(twice) = biases.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        let message = format!("logit_bias has token {} twice", twice[0].0);
+        return Err(ApiError::invalid_value(format!("logit_bias.{}", twice[0].0), message));
+    }
+    Ok(biases)
 }

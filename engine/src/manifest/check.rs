@@ -1,0 +1,201 @@
+//! Owns what makes a manifest, and the folder around it, consistent.
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::{Manifest, SCHEMA_VERSION};
+use crate::error::LoadError;
+use crate::sampling_params::SamplingParams;
+
+/// Files up to this size are hashed at each start: graph, tokenizer and notices.
+const MAX_HASHED_BYTES: u64 = 64 << 20;
+
+/// Larger than any size of a network, small enough that a product of a few of them does not overflow.
+const MAX_SIZE: usize = 1 << 24;
+
+impl Manifest {
+    /// Reads and checks `dir/manifest.json`, and the sizes of the files that it lists.
+    ///
+    /// # Errors
+    /// [`LoadError`] names the file, and the field where one is wrong.
+    pub fn load(dir: &Path) -> Result<Self, LoadError> {
+        let path = dir.join("manifest.json");
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
+        let manifest = Self::parse(&text, path)?;
+        manifest.check_files(dir)?;
+        Ok(manifest)
+    }
+
+    fn parse(text: &str, path: PathBuf) -> Result<Self, LoadError> {
+        let bad = |message: String| LoadError::Manifest { path: path.clone(), message };
+        // The version first: another version may have another shape.
+        let value: serde_json::Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+        let found =
+            value["schema_version"].as_u64().ok_or_else(|| bad("schema_version is missing".into()))?;
+        if found != SCHEMA_VERSION {
+            return Err(LoadError::SchemaVersion { path, found, expected: SCHEMA_VERSION });
+        }
+        let manifest: Self = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
+        manifest.check().map_err(bad)?;
+        Ok(manifest)
+    }
+
+    /// Compares the files of `dir` with the manifest: all sizes, since a cut copy is the commonest
+    /// damage, and the contents of all but the weights, which take minutes to read.
+    ///
+    /// # Errors
+    /// [`LoadError`] names the first file that is missing or of another size.
+    fn check_files(&self, dir: &Path) -> Result<(), LoadError> {
+        for (name, entry) in &self.files {
+            let path = dir.join(name);
+            let found = path.metadata().map_err(|source| LoadError::Io { path: path.clone(), source })?.len();
+            if found != entry.bytes {
+                let message = format!("it says that {name} has {} bytes, but it has {found}", entry.bytes);
+                return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
+            }
+            if found <= MAX_HASHED_BYTES {
+                let content = std::fs::read(&path).map_err(|source| LoadError::Io { path, source })?;
+                if hex(&Sha256::digest(&content)) != entry.sha256 {
+                    let message = format!("it says that {name} has another content than it has");
+                    return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let g = &self.geometry;
+        let positive = [
+            ("num_layers", g.num_layers),
+            ("hidden_size", g.hidden_size),
+            ("num_attention_heads", g.num_attention_heads),
+            ("num_kv_heads", g.num_kv_heads),
+            ("head_dim", g.head_dim),
+            ("vocab_size", g.vocab_size),
+            ("padded_vocab_size", g.padded_vocab_size),
+            ("max_model_len", g.max_model_len),
+        ];
+        if let Some((name, value)) = positive.iter().find(|(_, value)| !(1..=MAX_SIZE).contains(value)) {
+            return Err(format!("geometry.{name} is {value}, not between 1 and {MAX_SIZE}"));
+        }
+        if !g.num_attention_heads.is_multiple_of(g.num_kv_heads) {
+            return Err(format!(
+                "geometry.num_attention_heads {} is not a multiple of num_kv_heads {}",
+                g.num_attention_heads, g.num_kv_heads
+            ));
+        }
+        if g.rotary_dim > g.head_dim || !g.rotary_dim.is_multiple_of(2) {
+            return Err(format!("geometry.rotary_dim {} must be even and at most head_dim", g.rotary_dim));
+        }
+        if g.vocab_size > g.padded_vocab_size {
+            return Err("geometry.vocab_size is larger than padded_vocab_size".into());
+        }
+        let block_size = self.graph.block_size;
+        if !(16..=256).contains(&block_size) || !block_size.is_power_of_two() {
+            return Err(format!("graph.block_size {block_size} is not a power of two from 16 to 256"));
+        }
+        let mut listing = Sha256::new();
+        for (name, entry) in &self.files {
+            listing.update(format!("{name} {}\n", entry.sha256));
+        }
+        if self.digest != format!("sha256:{}", hex(&listing.finalize())) {
+            return Err("digest is not that of files: it was edited".into());
+        }
+        let ids = self.chat.special_tokens.values().chain(&self.stop_token_ids);
+        if let Some(id) = ids.into_iter().find(|id| **id as usize >= g.vocab_size) {
+            return Err(format!("token id {id} is not below geometry.vocab_size {}", g.vocab_size));
+        }
+        if self.stop_token_ids.is_empty() {
+            return Err("stop_token_ids is empty: no reply would ever end by itself".into());
+        }
+        for file in [&self.graph.file, &self.tokenizer.file] {
+            if !self.files.contains_key(file) {
+                return Err(format!("files does not list {file}"));
+            }
+        }
+        if let Some(file) = self.files.keys().find(|file| file.contains(['/', '\\'])) {
+            return Err(format!("files lists {file}, which is not in the folder itself"));
+        }
+        if self.model.name.trim().is_empty() {
+            return Err("model.name is empty".into());
+        }
+        let names = &self.graph.names;
+        let mut distinct: Vec<&str> = names.small_inputs().into();
+        distinct.extend([&*names.key_cache, &names.value_cache, &names.logits]);
+        distinct.sort_unstable();
+        if let Some(twice) = distinct.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("graph.names: {} stands for two tensors", twice[0]));
+        }
+        // The ranges that a request's own values must keep: a default outside would fail every request.
+        let defaults = SamplingParams {
+            temperature: self.generation.temperature.unwrap_or(1.0),
+            top_p: self.generation.top_p.unwrap_or(1.0),
+            repetition_penalty: self.generation.repetition_penalty.unwrap_or(1.0),
+            ..Default::default()
+        };
+        defaults.validate(g.vocab_size).map_err(|error| format!("generation.{error}"))?;
+        for pattern in [&self.graph.names.key_cache, &self.graph.names.value_cache] {
+            if !pattern.contains("{layer}") {
+                return Err(format!("graph.names: {pattern} has no {{layer}}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::OutputKind;
+
+    /// The exporter's tests compare what they write with this same file.
+    const GOLDEN: &str = include_str!("../../../export/tests/golden/manifest.json");
+
+    fn parse(text: &str) -> Result<Manifest, LoadError> {
+        Manifest::parse(text, PathBuf::from("manifest.json"))
+    }
+
+    #[test]
+    fn the_golden_manifest_of_the_exporter_is_understood() {
+        let manifest = parse(GOLDEN).unwrap();
+        assert_eq!(manifest.schema_version, SCHEMA_VERSION);
+        assert_eq!(manifest.graph.output, OutputKind::Logits);
+        assert!(manifest.files.contains_key(&manifest.graph.file));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let golden: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
+        let cases = [
+            ("/schema_version", serde_json::json!(2), "schema_version 2"),
+            ("/geometry/num_layers", serde_json::json!(0), "geometry.num_layers"),
+            ("/geometry/rotary_dim", serde_json::json!(3), "geometry.rotary_dim"),
+            ("/geometry/num_kv_heads", serde_json::json!(1000), "num_attention_heads"),
+            ("/geometry/hidden_size", serde_json::json!(1u64 << 40), "geometry.hidden_size"),
+            ("/graph/block_size", serde_json::json!(48), "graph.block_size"),
+            ("/graph/output", serde_json::json!("topk"), "topk"),
+            ("/graph/names/key_cache", serde_json::json!("key"), "{layer}"),
+            ("/stop_token_ids", serde_json::json!([]), "stop_token_ids"),
+            ("/stop_token_ids/0", serde_json::json!(1_000_000), "1000000"),
+            ("/graph/names/past_seqlens", serde_json::json!("token_ids"), "token_ids stands for two"),
+            ("/generation/top_p", serde_json::json!(7), "generation.top_p"),
+            ("/generation/temperature", serde_json::json!(-5), "generation.temperature"),
+            ("/model/name", serde_json::json!(" "), "model.name"),
+            ("/files", serde_json::json!({}), "files"),
+            ("/files", serde_json::json!({"../x": {"bytes": 1, "sha256": ""}}), "files"),
+        ];
+        for (pointer, value, words) in cases {
+            let mut damaged = golden.clone();
+            *damaged.pointer_mut(pointer).unwrap() = value;
+            let error = parse(&damaged.to_string()).unwrap_err().to_string();
+            assert!(error.contains(words), "{pointer}: {error}");
+        }
+    }
+}
