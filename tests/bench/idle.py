@@ -42,6 +42,8 @@ def occupy(url: str, stack: contextlib.ExitStack) -> None:
 def measure(folder: Path, seconds: float, comment_period_s: int) -> dict[str, Reading]:
     """Every proxy at once, and no proxy, before one server."""
     options = ["--max-num-seqs", "1", "--keep-alive-comment", str(comment_period_s)]
+    # The wait itself is what is tested.
+    options += ["--queue-timeout", "0", "--first-token-timeout", "0"]
     with contextlib.ExitStack() as stack:
         server = Server(DEFAULT_MODEL, folder / "log", *options).wait_ready()
         stack.callback(server.stop)
