@@ -73,6 +73,14 @@ pub struct RunError(pub String);
 /// Why a model folder could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// A file of the folder is a link to somewhere else, which ONNX Runtime refuses to follow.
+    #[error("{} is a link to {}: the files of a model must lie in its folder (`cp -L` copies them)", path.display(), found.display())]
+    LinkOutside {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        found: PathBuf,
+    },
     /// A file of the folder can't be read.
     #[error("cannot read {path}: {source}")]
     Io {

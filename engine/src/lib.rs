@@ -6,6 +6,8 @@
 
 pub mod config;
 pub mod cost_model;
+#[cfg(test)]
+mod counting_allocator;
 pub mod engine;
 pub mod error;
 pub mod kv_cache;

@@ -219,6 +219,7 @@ fn uniform(seed: u64, position: u64, purpose: Purpose) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::counting_allocator::num_allocations;
     use crate::request::{Request, RequestId};
     use crate::sampling_params::SamplingParams;
     use std::time::Duration;
@@ -239,6 +240,26 @@ mod tests {
         let mut sampler = Sampler::new(4);
         let row = [0.0, 3.0, 3.0, -1.0, 99.0];
         assert_eq!(sampler.sample(&row, &sequence(&[0], &[], greedy())), Ok(1));
+    }
+
+    #[test]
+    fn a_draw_allocates_nothing() {
+        let row: Vec<f32> = (0..5000).map(|id| (id % 97) as f32 / 7.0).collect();
+        let mut sampler = Sampler::new(row.len());
+        let wild = SamplingParams {
+            top_k: 50,
+            top_p: 0.9,
+            repetition_penalty: 1.1,
+            presence_penalty: 0.5,
+            logit_bias: vec![(3, 1.0)],
+            ..Default::default()
+        };
+        for sampling in [greedy(), SamplingParams::default(), wild] {
+            let sequence = sequence(&[1, 2], &[3, 4, 3], sampling);
+            sampler.sample(&row, &sequence).unwrap();
+            let count = num_allocations(|| sampler.sample(&row, &sequence));
+            assert_eq!(count, 0, "{:?}", sequence.sampling);
+        }
     }
 
     #[test]

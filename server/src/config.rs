@@ -17,10 +17,17 @@ use crate::stream::memory_store::StoreLimits;
 use crate::stream::time_limits::TimeLimits;
 
 const MIB: usize = 1 << 20;
+/// Bodies of the largest size that may be read at once.
+const NUM_LARGEST_BODIES: usize = 32;
 
 /// A streaming, OpenAI-compatible server for ChatGLM3 and its family.
 #[derive(Debug, Parser)]
-#[command(name = "glmserve", version, max_term_width = 110)]
+#[command(
+    name = "glmserve",
+    version,
+    max_term_width = 110,
+    after_help = "GLMSERVE_SIMD=portable|avx2|avx512 forces the CPU attention's instruction set [default: the best]"
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -201,6 +208,7 @@ impl ServeArgs {
     pub fn http_options(&self, max_model_len: usize) -> HttpOptions {
         HttpOptions {
             max_body_bytes: self.max_body_bytes,
+            body_memory_bytes: self.max_body_bytes.saturating_mul(NUM_LARGEST_BODIES),
             comment_period: Duration::from_secs(self.keep_alive_comment),
             status_hold: Duration::from_millis(self.streams.status_hold),
             write_timeout: Duration::from_secs(self.streams.write_timeout),

@@ -15,7 +15,7 @@ use crate::stream::time_limits::Limit;
 use crate::text::TextError;
 
 /// Codes of refusals that come from load or shutdown, not from the request.
-pub const LOAD_CODES: [&str; 8] = [
+pub const LOAD_CODES: [&str; 9] = [
     QUEUE_FULL,
     DEADLINE_UNMEETABLE,
     QUEUE_TIMEOUT,
@@ -24,6 +24,7 @@ pub const LOAD_CODES: [&str; 8] = [
     REQUEST_TIMEOUT,
     DRAINING,
     UNAVAILABLE,
+    TOO_MANY_BODIES,
 ];
 const QUEUE_FULL: &str = "queue_full";
 const DEADLINE_UNMEETABLE: &str = "deadline_unmeetable";
@@ -33,10 +34,16 @@ const INTER_TOKEN_TIMEOUT: &str = "inter_token_timeout";
 const REQUEST_TIMEOUT: &str = "request_timeout";
 const DRAINING: &str = "draining";
 const UNAVAILABLE: &str = "unavailable";
+const TOO_MANY_BODIES: &str = "too_many_bodies";
 const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
 
 /// Another replica answers at once; this one will not come back sooner.
 const RETRY_UNAVAILABLE_S: u32 = 5;
+/// A body is read and converted in less, unless its client is slow.
+const RETRY_BODY_S: u32 = 1;
+/// Errors repeat what clients sent, which may be megabytes.
+const MAX_MESSAGE_CHARS: usize = 1000;
+const MAX_PARAM_CHARS: usize = 200;
 
 /// An error as a client sees it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,16 +54,25 @@ pub struct ApiError {
     message: String,
     param: Option<String>,
     retry_after_s: Option<u32>,
+    /// The methods that the path takes.
+    allowed: Option<&'static str>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), param: None, retry_after_s: None }
+        Self {
+            status,
+            code,
+            message: shortened(message.into(), MAX_MESSAGE_CHARS),
+            param: None,
+            retry_after_s: None,
+            allowed: None,
+        }
     }
 
     fn parameter(code: &'static str, param: impl Into<String>, message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::BAD_REQUEST, code, message);
-        Self { param: Some(param.into()), ..error }
+        Self { param: Some(shortened(param.into(), MAX_PARAM_CHARS)), ..error }
     }
 
     fn retry_after(self, seconds: u32) -> Self {
@@ -96,6 +112,19 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
     }
 
+    /// Other bodies take all the memory that there is for them.
+    pub fn too_many_bodies() -> Self {
+        let message = "too many large requests are being read";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, TOO_MANY_BODIES, message).retry_after(RETRY_BODY_S)
+    }
+
+    /// The body is compressed.
+    pub fn unsupported_encoding(encoding: &str) -> Self {
+        let message = format!("the header content-encoding: {encoding} is not read here");
+        let error = Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_encoding", message);
+        Self { param: Some("content-encoding".into()), ..error }
+    }
+
     /// The body did not arrive in time.
     pub fn body_timeout(seconds: u64) -> Self {
         let message = format!("the body did not arrive within {seconds} seconds");
@@ -131,12 +160,10 @@ impl ApiError {
     }
 
     /// The path exists, the method does not.
-    pub fn method_not_allowed(method: &str, path: &str) -> Self {
-        Self::new(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "method_not_allowed",
-            format!("{path} does not take {method}"),
-        )
+    pub fn method_not_allowed(method: &str, path: &str, allowed: &'static str) -> Self {
+        let message = format!("{path} does not take {method}");
+        let error = Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
+        Self { allowed: Some(allowed), ..error }
     }
 
     /// The key is missing or wrong.
@@ -227,11 +254,22 @@ impl ResponseError for ApiError {
         if let Some(seconds) = self.retry_after_s {
             response.insert_header((header::RETRY_AFTER, seconds));
         }
+        if let Some(allowed) = self.allowed {
+            response.insert_header((header::ALLOW, allowed));
+        }
         if self.status == StatusCode::UNAUTHORIZED {
             response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
         }
         response.json(self.body())
     }
+}
+
+fn shortened(mut text: String, max_chars: usize) -> String {
+    if let Some((end, _)) = text.char_indices().nth(max_chars) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
 }
 
 /// Retry-After has no parts of a second; to come too early would be refused again.
@@ -328,6 +366,14 @@ mod tests {
         let response = ApiError::from(SubmitError::Unavailable("draining")).error_response();
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers().get("retry-after").unwrap(), "5");
+    }
+
+    #[test]
+    fn what_a_client_sent_is_repeated_in_part() {
+        let error = ApiError::unknown_parameter("é".repeat(1_000_000));
+        assert_eq!(error.to_string().chars().count(), MAX_MESSAGE_CHARS + 1);
+        assert_eq!(error.param.unwrap().chars().count(), MAX_PARAM_CHARS + 1);
+        assert_eq!(ApiError::unknown_parameter("é").to_string(), "unknown parameter: é");
     }
 
     #[test]

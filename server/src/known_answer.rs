@@ -10,7 +10,6 @@ use glm_engine::{EventReceiver, Request, SamplingParams, SequenceError, TokenEve
 
 use crate::ServeError;
 use crate::state::AppState;
-use crate::text::TextError;
 use crate::text::chat_format::{Message, Role};
 
 /// Enough to go through prefill and several decodes, and short beside any request.
@@ -68,13 +67,16 @@ async fn check(state: &AppState, known: &KnownAnswer) -> Result<(), String> {
     }
 }
 
-fn request(state: &AppState) -> Result<Request, TextError> {
+fn request(state: &AppState) -> Result<Request, ServeError> {
     let message = Message { role: Role::User, content: "Hello".to_owned() };
     let prompt_token_ids = state.model.chat.encode(&[message], &state.model.tokenizer)?;
-    let room = state.engine.limits().max_model_len.saturating_sub(prompt_token_ids.len());
+    let (num_prompt_tokens, max_model_len) = (prompt_token_ids.len(), state.engine.limits().max_model_len);
+    if num_prompt_tokens >= max_model_len {
+        return Err(ServeError::NoRoom { num_prompt_tokens, max_model_len });
+    }
     let sampling = SamplingParams {
         temperature: 0.0,
-        max_tokens: NUM_TOKENS.min(room),
+        max_tokens: NUM_TOKENS.min(max_model_len - num_prompt_tokens),
         ignore_eos: true,
         ..SamplingParams::default()
     };

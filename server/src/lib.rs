@@ -1,6 +1,7 @@
 //! An OpenAI-compatible streaming server for ChatGLM3 and its family.
 
 pub mod auth;
+mod body_memory;
 pub mod config;
 pub mod error;
 #[cfg(test)]
@@ -49,6 +50,17 @@ pub enum ServeError {
     /// The first generation's prompt could not be made.
     #[error("warm-up: {0}")]
     WarmUpText(#[from] TextError),
+    /// Not even the first generation fits.
+    #[error(
+        "a prompt of one word has {num_prompt_tokens} tokens, and a sequence may have {max_model_len}: raise \
+         --max-model-len or --kv-cache-memory"
+    )]
+    NoRoom {
+        /// The shortest honest prompt.
+        num_prompt_tokens: usize,
+        /// The limit.
+        max_model_len: usize,
+    },
     /// The first generation was refused.
     #[error("warm-up: {0}")]
     WarmUpSubmit(#[from] SubmitError),

@@ -114,10 +114,11 @@ fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadE
 
 fn write_logits(args: &LogitsArgs) -> MainResult {
     let manifest = Manifest::load(&args.model.model)?;
-    let mut runner = load_runner(&args.model, &manifest)?;
-    let logits = glm_engine::runner::logits(&mut runner, &args.ids)?;
+    // Before the model, which may take minutes.
     let file =
         File::create(&args.out).map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
+    let mut runner = load_runner(&args.model, &manifest)?;
+    let logits = glm_engine::runner::logits(&mut runner, &args.ids)?;
     let mut out = BufWriter::new(file);
     npy::write(&mut out, logits.view())?;
     Ok(out.flush()?)
@@ -129,7 +130,7 @@ fn run_bench(args: BenchArgs) -> MainResult {
     println!("{report}");
     match report.is_clean() {
         true => Ok(()),
-        false => Err("streams broke; the figures above are of the others".into()),
+        false => Err("not every stream came whole; the figures above are of those that did".into()),
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use glm_engine::{EngineGauges, EngineObserver, Manifest, StepReport};
 use prometheus::core::Collector;
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -105,6 +106,7 @@ impl Metrics {
             .with_label_values(&[env!("CARGO_PKG_VERSION"), &manifest.model.name, &manifest.digest])
             .set(1);
         add(r, build_info)?;
+        r.register(Box::new(ProcessCollector::for_self()))?;
         let streams = Opts::new("glmserve_streams_total", "Accepted requests that ended, by outcome.");
         let streams = add(r, IntCounterVec::new(streams, &["outcome"])?)?;
         for outcome in Outcome::ALL {

@@ -9,9 +9,12 @@ mod models;
 mod request_headers;
 mod streams;
 
+use std::future::ready;
+
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::ConnectionType;
+use actix_web::guard::{Any, Get, Head};
+use actix_web::http::{ConnectionType, Version};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{HttpRequest, HttpResponse, Resource, Route, web};
 
@@ -21,40 +24,52 @@ use crate::state::AppState;
 
 /// Adds every route.
 pub(crate) fn configure(app: &mut web::ServiceConfig) {
-    app.service(resource("/startupz", web::get().to(health::started)))
-        .service(resource("/livez", web::get().to(health::live)))
-        .service(resource("/readyz", web::get().to(health::ready)))
-        .service(resource("/health", web::get().to(health::ready)))
-        .service(resource("/metrics", web::get().to(metrics::scrape)))
+    app.service(resource("/startupz", READ).route(get().to(health::started)))
+        .service(resource("/livez", READ).route(get().to(health::live)))
+        .service(resource("/readyz", READ).route(get().to(health::ready)))
+        .service(resource("/health", READ).route(get().to(health::ready)))
+        .service(resource("/metrics", READ).route(get().to(metrics::scrape)))
         .service(
             web::scope("/v1")
                 .wrap(from_fn(handshake::greet))
                 // The last one is the first to see a request.
                 .wrap(from_fn(auth::guard))
-                .service(resource("/chat/completions", web::post().to(chat_completions::create)))
-                .service(resource("/capabilities", web::get().to(handshake::capabilities)))
                 .service(
-                    resource("/streams/{id}", web::get().to(streams::get))
+                    resource("/chat/completions", "POST").route(web::post().to(chat_completions::create)),
+                )
+                .service(resource("/capabilities", READ).route(get().to(handshake::capabilities)))
+                .service(
+                    // Not HEAD: it would be one more reader, of a reply that it throws away.
+                    resource("/streams/{id}", "GET, DELETE")
+                        .route(web::get().to(streams::get))
                         .route(web::delete().to(streams::delete)),
                 )
-                .service(resource("/models", web::get().to(models::list)))
+                .service(resource("/models", READ).route(get().to(models::list)))
                 // Names of models may have slashes.
-                .service(resource("/models/{name:.+}", web::get().to(models::get))),
+                .service(resource("/models/{name:.+}", READ).route(get().to(models::get))),
         )
         .default_service(web::to(async |request: HttpRequest| -> Result<HttpResponse, ApiError> {
             Err(ApiError::unknown_url(request.path()))
         }));
 }
 
-fn resource(path: &str, route: Route) -> Resource {
-    web::resource(path).route(route).default_service(web::to(
-        async |request: HttpRequest| -> Result<HttpResponse, ApiError> {
-            Err(ApiError::method_not_allowed(request.method().as_str(), request.path()))
-        },
-    ))
+/// The methods of `get`.
+const READ: &str = "GET, HEAD";
+
+fn get() -> Route {
+    web::route().guard(Any(Get()).or(Head()))
 }
 
-/// Counts the requests that are answered with an error, and lets connections go while draining.
+fn resource(path: &str, allowed: &'static str) -> Resource {
+    let refuse = move |request: HttpRequest| {
+        let error = ApiError::method_not_allowed(request.method().as_str(), request.path(), allowed);
+        ready(Err::<HttpResponse, _>(error))
+    };
+    web::resource(path).default_service(web::to(refuse))
+}
+
+/// Counts the requests that are answered with an error, lets connections go while draining, and
+/// answers HTTP/1.0 in its own form.
 ///
 /// # Errors
 /// Those of the inner service.
@@ -63,6 +78,7 @@ pub(crate) async fn observe<B: MessageBody>(
     next: Next<B>,
 ) -> Result<ServiceResponse<B>, actix_web::Error> {
     let state = request.app_data::<web::Data<AppState>>().cloned();
+    let is_old = request.version() < Version::HTTP_11;
     let count = |error: Option<&actix_web::Error>| {
         if let (Some(state), Some(error)) = (&state, error.and_then(|e| e.as_error::<ApiError>())) {
             state.metrics.refused(error.code());
@@ -71,8 +87,12 @@ pub(crate) async fn observe<B: MessageBody>(
     match next.call(request).await {
         Ok(mut response) => {
             count(response.response().error());
-            if state.as_ref().is_some_and(|state| state.is_draining()) {
-                let head = response.response_mut().head_mut();
+            let head = response.response_mut().head_mut();
+            if is_old {
+                // It knows no chunks: a stream of unknown length ends with its connection.
+                head.no_chunking(true);
+            }
+            if is_old || state.as_ref().is_some_and(|state| state.is_draining()) {
                 head.set_connection_type(ConnectionType::Close);
             }
             Ok(response)

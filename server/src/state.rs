@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
-use glm_engine::{EngineHandle, Fault, Manifest, Request};
+use glm_engine::{EngineHandle, Fault, Manifest, Request, SubmitError};
 use tokio_util::task::TaskTracker;
 
 use crate::auth::ApiKeys;
+use crate::body_memory::BodyMemory;
 use crate::error::ApiError;
 use crate::known_answer::KnownAnswer;
 use crate::metrics::{Arrival, Metrics, StreamRecord};
@@ -70,6 +71,8 @@ impl ServedModel {
 pub struct HttpOptions {
     /// Most bytes of a request's body.
     pub max_body_bytes: usize,
+    /// Most bytes of all bodies that are being read.
+    pub body_memory_bytes: usize,
     /// Silence after which a stream says something.
     pub comment_period: Duration,
     /// How long headers wait for the first token.
@@ -103,6 +106,8 @@ pub struct AppState {
     pub keys: Option<ApiKeys>,
     /// The replies that run, and those kept for clients that come back.
     pub streams: Arc<dyn StreamStore>,
+    /// Bounds the bodies that are being read.
+    pub(crate) body_memory: BodyMemory,
     /// The pumps that run.
     pub pumps: TaskTracker,
     /// Seconds since the epoch at the start.
@@ -166,6 +171,7 @@ impl AppState {
         keys: Option<ApiKeys>,
     ) -> Self {
         Self {
+            body_memory: BodyMemory::new(options.body_memory_bytes),
             streams: Arc::new(MemoryStore::new(options.store_limits, Arc::clone(&metrics))),
             options,
             model,
@@ -204,7 +210,7 @@ impl AppState {
                 // Another request with this key may read it already, and hears the same.
                 writer.close(Event::Error(error.clone().into()));
                 self.streams.ended(&stream);
-                return Err(if self.is_draining() { ApiError::draining() } else { error.into() });
+                return Err(self.refusal(error));
             }
         };
         let detokenizer = Detokenizer::new(Arc::clone(self.model.tokenizer.vocabulary()));
@@ -221,6 +227,18 @@ impl AppState {
         };
         self.pumps.spawn(pump.run());
         Ok(OpenReply { stream, reader, arrival: Some(arrival) })
+    }
+
+    /// Whether the engine would take a request: a look, not a promise.
+    ///
+    /// # Errors
+    /// What the engine would say.
+    pub fn check_room(&self) -> Result<(), ApiError> {
+        self.engine.check_room().map_err(|error| self.refusal(error))
+    }
+
+    fn refusal(&self, error: SubmitError) -> ApiError {
+        if self.is_draining() { ApiError::draining() } else { error.into() }
     }
 
     /// The reply that a key names, after `cursor`. Nothing is generated again.

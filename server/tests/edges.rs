@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::events::{Events, complete_text};
-use support::{Options, Server, request, run, streaming};
+use support::{Options, Server, read_all, request, run, streaming};
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpSocket;
+use tokio::net::{TcpSocket, TcpStream};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -136,5 +136,96 @@ fn overload_changes_neither_readiness_nor_liveness() {
                 assert_eq!(server.get(path).await.0, 200, "{path}");
             }
         }
+    });
+}
+
+#[test]
+fn methods_are_answered_as_http_says() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        for path in ["/livez", "/readyz", "/startupz", "/health", "/metrics", "/v1/models"] {
+            assert_eq!(server.call("HEAD", path, &[], &Value::Null).await.status(), 200, "{path}");
+        }
+        for (method, path, allowed) in [
+            ("GET", "/v1/chat/completions", "POST"),
+            ("PUT", "/readyz", "GET, HEAD"),
+            ("POST", "/v1/streams/x", "GET, DELETE"),
+        ] {
+            let response = server.call(method, path, &[], &Value::Null).await;
+            assert_eq!(
+                (response.status().as_u16(), response.headers()["allow"].as_bytes()),
+                (405, allowed.as_bytes())
+            );
+        }
+    });
+}
+
+async fn raw(server: &Server, text: &str) -> String {
+    let mut socket = TcpStream::connect(server.address).await.unwrap();
+    socket.write_all(text.as_bytes()).await.unwrap();
+    tokio::time::timeout(5000 * MS, read_all(socket)).await.expect("an answer, and the end of the connection")
+}
+
+#[test]
+fn a_proxy_that_speaks_http_1_0_gets_a_whole_stream_without_chunks() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let body = streaming("say abc").to_string();
+        let head = format!("POST /v1/chat/completions HTTP/1.0\r\ncontent-length: {}\r\n\r\n", body.len());
+        let answer = raw(&server, &(head + &body)).await;
+        assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+        assert!(!answer.contains("transfer-encoding"), "{answer}");
+        assert!(answer.contains("\r\n\r\nid: 0.0\ndata: {"), "{answer}");
+        assert!(answer.ends_with("data: [DONE]\n\n"), "{answer}");
+    });
+}
+
+#[test]
+fn a_body_that_cannot_be_taken_is_refused_before_it_is_sent() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let start = |headers: &str| {
+            format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n\r\n")
+        };
+        let answer = raw(&server, &start("content-length: 2000000")).await;
+        assert!(answer.starts_with("HTTP/1.1 413") && answer.contains("body_too_large"), "{answer}");
+        let answer = raw(&server, &start("content-encoding: gzip\r\ncontent-length: 9")).await;
+        assert!(answer.starts_with("HTTP/1.1 415") && answer.contains("unsupported_encoding"), "{answer}");
+    });
+}
+
+#[test]
+fn large_bodies_that_trickle_in_leave_room_for_small_ones_and_refuse_more() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let mut slow = Vec::new();
+        for _ in 0..2 {
+            let mut socket = TcpStream::connect(server.address).await.unwrap();
+            let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1040000\r\n\r\n{";
+            socket.write_all(head.as_bytes()).await.unwrap();
+            slow.push(socket);
+        }
+        let large = format!("{}{}", " ".repeat(500_000), request("say hi"));
+        let mut response = server.send(large.clone()).await;
+        for _ in 0..100 {
+            if response.status() == 503 {
+                break;
+            }
+            response = server.send(large.clone()).await;
+        }
+        assert_eq!(
+            (response.status().as_u16(), response.headers()["retry-after"].as_bytes()),
+            (503, b"1".as_slice())
+        );
+        assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "too_many_bodies");
+        assert_eq!(server.post(request("say hi")).await.0, 200);
+        drop(slow);
+        for _ in 0..100 {
+            if server.send(large.clone()).await.status() == 200 {
+                return;
+            }
+            tokio::time::sleep(20 * MS).await;
+        }
+        panic!("the room of bodies whose clients left did not come back");
     });
 }

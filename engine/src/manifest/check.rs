@@ -55,6 +55,7 @@ impl Manifest {
                 let message = format!("it says that {name} has {} bytes, but it has {found}", entry.bytes);
                 return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
             }
+            check_place(dir, &path)?;
             if found <= MAX_HASHED_BYTES {
                 let content = std::fs::read(&path).map_err(|source| LoadError::Io { path, source })?;
                 if hex(&Sha256::digest(&content)) != entry.sha256 {
@@ -146,6 +147,17 @@ impl Manifest {
     }
 }
 
+/// ONNX Runtime reads weights only from the graph's own folder, and follows links to see that.
+fn check_place(dir: &Path, path: &Path) -> Result<(), LoadError> {
+    let real =
+        |path: &Path| path.canonicalize().map_err(|source| LoadError::Io { path: path.into(), source });
+    let found = real(path)?;
+    match found.starts_with(real(dir)?) {
+        true => Ok(()),
+        false => Err(LoadError::LinkOutside { path: path.into(), found }),
+    }
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -168,6 +180,20 @@ mod tests {
         assert_eq!(manifest.schema_version, SCHEMA_VERSION);
         assert_eq!(manifest.graph.output, OutputKind::Logits);
         assert!(manifest.files.contains_key(&manifest.graph.file));
+    }
+
+    #[test]
+    fn a_file_that_is_a_link_to_elsewhere_is_refused() {
+        let root = std::env::temp_dir().join(format!("glm-engine-links-{}", std::process::id()));
+        let dir = root.join("model");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(root.join("blob"), "").unwrap();
+        std::fs::write(dir.join("inside"), "").unwrap();
+        std::os::unix::fs::symlink("../blob", dir.join("away")).unwrap();
+        std::os::unix::fs::symlink("inside", dir.join("near")).unwrap();
+        let found = ["inside", "near", "away"].map(|name| check_place(&dir, &dir.join(name)).is_ok());
+        std::fs::remove_dir_all(&root).unwrap();
+        assert_eq!(found, [true, true, false]);
     }
 
     #[test]

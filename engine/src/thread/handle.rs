@@ -256,6 +256,18 @@ impl EngineHandle {
         self.send(request, false)
     }
 
+    /// Whether a request would find a place now: a look before the work of making one.
+    ///
+    /// # Errors
+    /// What [`Self::submit`] would say.
+    pub fn check_room(&self) -> Result<(), SubmitError> {
+        self.check_accepting()?;
+        match self.shared.num_requests.load(Ordering::Acquire) {
+            count if count < self.shared.limits.max_num_requests => Ok(()),
+            count => Err(self.shared.queue_full(count)),
+        }
+    }
+
     /// Queues a known-answer request before all others, even if the queue is full. It gets blocks in
     /// the next step, at the cost of whoever is preempted first. One at a time.
     ///
@@ -271,6 +283,10 @@ impl EngineHandle {
 
     fn check(&self, request: &Request) -> Result<(), SubmitError> {
         check_request(request, &self.shared.limits)?;
+        self.check_accepting()
+    }
+
+    fn check_accepting(&self) -> Result<(), SubmitError> {
         if self.shared.accepting.load(Ordering::Acquire) {
             return Ok(());
         }

@@ -87,6 +87,9 @@ pub enum BenchError {
     /// The metrics that were asked for cannot be read.
     #[error("cannot read the metrics: {0}")]
     Metrics(#[source] ClientError),
+    /// There is no such process here.
+    #[error("process {0} does not tell its memory")]
+    Pid(u32),
     /// The JSON report cannot be written.
     #[error("cannot write {path}: {error}")]
     Json {
@@ -101,6 +104,7 @@ pub enum BenchError {
 ///
 /// The caller prints the report and exits with a failure unless [`BenchReport::is_clean`].
 pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
+    check(&args)?;
     let mut config = ClientConfig::new(&args.base_url);
     config.api_key.clone_from(&args.api_key);
     config.idle_timeout = Duration::from_secs(args.idle_timeout_s);
@@ -127,6 +131,7 @@ pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
         let mut run = RunReport::new(streams, args.max_tokens, clock::now() - started, &samples);
         let after = read_counters(&bench.client, &args).await?;
         run.tokens_per_step = after.tokens_per_step(&before);
+        run.step_ms = after.step_ms(&before);
         let resident_bytes = after.resident_bytes.or_else(|| server_side::resident_bytes(args.pid?));
         run.resident_mib = resident_bytes.map(|bytes| bytes / f64::from(1 << 20));
         eprintln!("{streams} streams: {:.1} output tok/s in {:.1} s", run.output_tokens_per_s, run.wall_s);
@@ -147,6 +152,18 @@ pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
         written.map_err(|error| BenchError::Json { path, error })?;
     }
     Ok(report)
+}
+
+/// What would otherwise be found out after minutes of measuring.
+fn check(args: &BenchArgs) -> Result<(), BenchError> {
+    if let Some(pid) = args.pid.filter(|pid| server_side::resident_bytes(*pid).is_none()) {
+        return Err(BenchError::Pid(pid));
+    }
+    if let Some(path) = &args.json {
+        let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        opened.map_err(|error| BenchError::Json { path: path.clone(), error })?;
+    }
+    Ok(())
 }
 
 async fn first_model(client: &Client) -> Result<String, BenchError> {

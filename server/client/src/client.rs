@@ -57,7 +57,9 @@ impl Client {
     /// A client with `config`. It goes to the server itself, never by a proxy from the environment: a proxy
     /// that buffers would change what is measured. HTTPS is not built in.
     pub fn new(mut config: ClientConfig) -> Result<Self, ClientError> {
-        config.base_url.truncate(config.base_url.trim_end_matches('/').len());
+        // Clients of OpenAI's API are used to giving the address with the version.
+        let base_url = config.base_url.trim_end_matches('/');
+        config.base_url.truncate(base_url.strip_suffix("/v1").unwrap_or(base_url).len());
         let http = reqwest::Client::builder()
             .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
@@ -206,7 +208,7 @@ mod tests {
     use crate::testing::{CannedServer, Reply};
 
     async fn client(server: &CannedServer) -> Client {
-        let mut config = ClientConfig::new(format!("{}/", server.base_url));
+        let mut config = ClientConfig::new(format!("{}/v1/", server.base_url));
         config.api_key = Some("secret".into());
         config.idle_timeout = Duration::from_millis(300);
         Client::new(config).expect("a client")

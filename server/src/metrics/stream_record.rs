@@ -61,9 +61,14 @@ impl StreamRecord {
             return;
         }
         let metrics = &self.metrics;
+        let is_whole = matches!(outcome, Outcome::Stop | Outcome::Length);
+        if is_whole && self.last_token.is_none() {
+            // The first token was the stop id, which is no text and an answer all the same.
+            metrics.first_token.observe(self.arrival.0.elapsed().as_secs_f64());
+        }
         metrics.streams.with_label_values(&[outcome.name()]).inc();
         metrics.duration.observe(self.arrival.0.elapsed().as_secs_f64());
-        if matches!(outcome, Outcome::Stop | Outcome::Length) && !self.has_text {
+        if is_whole && !self.has_text {
             metrics.empty_streams.inc();
         }
     }

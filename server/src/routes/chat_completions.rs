@@ -10,7 +10,9 @@ mod types;
 
 use std::time::Duration;
 
+use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
+use tokio::sync::SemaphorePermit;
 
 use self::convert::Completion;
 pub(super) use self::fields::HONOURED as SUPPORTED_FIELDS;
@@ -34,10 +36,15 @@ pub(super) async fn create(
     owner: web::ReqData<Owner>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
-    let arrival = Arrival::now();
     let RequestHeaders { key, cursor, prefer, limits } =
         RequestHeaders::read(&request, state.options.time_limits)?;
-    let body = read(body, state.options.max_body_bytes).await?;
+    let (body, _memory) = read(&request, body, &state).await?;
+    // From here on: how long a client takes to send its body says nothing about this server.
+    let arrival = Arrival::now();
+    if key.is_none() {
+        // Before the work of reading and tokenising. A known key may need no place.
+        state.check_room()?;
+    }
     let (completion, key) = if body.len() <= INLINE_BODY_BYTES {
         convert(&body, key, &state)?
     } else {
@@ -77,7 +84,29 @@ fn convert(
     Ok((completion, key))
 }
 
-async fn read(body: web::Payload, limit: usize) -> Result<web::Bytes, ApiError> {
+/// Reads the body, with the permit to hold it in memory.
+async fn read<'a>(
+    request: &HttpRequest,
+    body: web::Payload,
+    state: &'a AppState,
+) -> Result<(web::Bytes, SemaphorePermit<'a>), ApiError> {
+    let headers = request.headers();
+    if let Some(encoding) = headers.get(header::CONTENT_ENCODING).filter(|value| *value != "identity") {
+        return Err(ApiError::unsupported_encoding(&String::from_utf8_lossy(encoding.as_bytes())));
+    }
+    let limit = state.options.max_body_bytes;
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    // A body that doesn't say how long it is may be as long as any.
+    let num_bytes = length.unwrap_or(limit);
+    if num_bytes > limit {
+        return Err(ApiError::body_too_large(limit));
+    }
+    let permit = state.body_memory.permit(num_bytes).ok_or_else(ApiError::too_many_bodies)?;
+    let bytes = read_all(body, limit).await?;
+    Ok((bytes, permit))
+}
+
+async fn read_all(body: web::Payload, limit: usize) -> Result<web::Bytes, ApiError> {
     match tokio::time::timeout(BODY_TIMEOUT, body.to_bytes_limited(limit)).await {
         Ok(Ok(Ok(bytes))) => Ok(bytes),
         Ok(Ok(Err(error))) => Err(ApiError::invalid_body(&error)),

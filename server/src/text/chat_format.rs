@@ -204,11 +204,9 @@ mod tests {
     /// The real tokenizer is not ours to ship: `GLMSERVE_TEST_CHATGLM3_TOKENIZER` names a converted copy.
     /// The conversation and its ids were published in an issue of THUDM/ChatGLM3 (127).
     #[test]
+    #[ignore = "needs ChatGLM3's own tokenizer"]
     fn the_real_tokenizer_gives_the_published_ids() {
-        let Some(file) = std::env::var_os("GLMSERVE_TEST_CHATGLM3_TOKENIZER") else {
-            eprintln!("SKIPPED: no ChatGLM3 tokenizer on this machine");
-            return;
-        };
+        let file = std::env::var_os("GLMSERVE_TEST_CHATGLM3_TOKENIZER").expect("the variable names it");
         let (format, tokenizer) = load(&fixtures::chatglm3_with(Path::new(&file)));
         let messages = [
             message(

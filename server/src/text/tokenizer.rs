@@ -32,12 +32,17 @@ impl Tokenizer {
                 "it registers special tokens, which users could then write; export it again".into(),
             ));
         }
+        let vocab = encoder.get_vocab(false);
+        let num_rows = manifest.geometry.padded_vocab_size;
+        if let Some((piece, id)) = vocab.iter().find(|(_, id)| **id as usize >= num_rows) {
+            return Err(fail(format!("{piece:?} has the id {id}, and the model has {num_rows} rows")));
+        }
         // A file may ask for either; both would change what a prompt says.
         encoder.with_padding(None);
         encoder.with_truncation(None).map_err(|e| fail(e.to_string()))?;
         let special_ids: Vec<u32> =
             manifest.chat.special_tokens.values().chain(&manifest.stop_token_ids).copied().collect();
-        let vocabulary = Vocabulary::new(&encoder.get_vocab(false), manifest.tokenizer.pieces, &special_ids);
+        let vocabulary = Vocabulary::new(&vocab, manifest.tokenizer.pieces, &special_ids);
         Ok(Self { encoder, vocabulary: Arc::new(vocabulary) })
     }
 

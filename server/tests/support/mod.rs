@@ -108,6 +108,7 @@ impl Server {
         let (engine, _) = EngineThread::spawn(runner, config, geometry.vocab_size, metrics.clone()).unwrap();
         let http = HttpOptions {
             max_body_bytes: options.max_body_bytes,
+            body_memory_bytes: 2 * options.max_body_bytes,
             comment_period: options.comment_period,
             status_hold: options.status_hold,
             write_timeout: options.write_timeout,

@@ -5,6 +5,7 @@
 mod world;
 
 use super::simd::Simd;
+use crate::counting_allocator::num_allocations;
 use world::{Random, Shape, Share, World};
 
 fn levels() -> impl Iterator<Item = (&'static str, Simd)> {
@@ -88,6 +89,20 @@ fn only_these_slots(world: &World, shares: &[Share], what: &str) {
             }
             assert!(value[at].iter().zip(value_head).all(|(got, want)| f64::from(*got) == want), "{what}");
         }
+    }
+}
+
+#[test]
+fn a_call_allocates_nothing_once_the_workspace_has_grown() {
+    let mut random = Random(3);
+    let shape = Shape::random(&mut random, 300);
+    for (name, simd) in levels() {
+        let mut world = World::new(3, 5, shape, 16, 2);
+        world.step(&[share(0, 0, 200), share(1, 0, 90)], simd, 1);
+        let call = world.call(&[share(0, 200, 40), share(1, 90, 1)], true);
+        let mut count = || num_allocations(|| world.run(&call, simd, 1).unwrap());
+        count();
+        assert_eq!(count(), 1, "{name}: more than the output, which is the test's own");
     }
 }
 

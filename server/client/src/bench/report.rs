@@ -74,6 +74,8 @@ pub struct RunReport {
     pub latency_ms: Option<Spread>,
     /// Tokens generated per engine step, from the server's counters.
     pub tokens_per_step: Option<f64>,
+    /// Mean time of an engine step, from the server's counters.
+    pub step_ms: Option<f64>,
     /// The server's memory after the run.
     pub resident_mib: Option<f64>,
 }
@@ -142,6 +144,7 @@ impl RunReport {
             tpot_ms: Spread::of(whole.iter().filter_map(|sample| sample.tpot())),
             latency_ms: Spread::of(whole.iter().map(|sample| sample.latency)),
             tokens_per_step: None,
+            step_ms: None,
             resident_mib: None,
         }
     }
@@ -200,6 +203,7 @@ impl fmt::Display for BenchReport {
             row(f, "        max", &|run| cell(run, |spread| spread.max))?;
         }
         row(f, "tokens a step", &|run| optional(run.tokens_per_step))?;
+        row(f, "step ms mean", &|run| optional(run.step_ms))?;
         row(f, "server RSS MiB", &|run| optional(run.resident_mib))?;
         for run in &self.runs {
             self.fmt_notes(f, run)?;

@@ -9,6 +9,7 @@ use std::path::Path;
 pub(super) struct Counters {
     pub(super) num_steps: Option<f64>,
     pub(super) num_generation_tokens: Option<f64>,
+    pub(super) step_seconds: Option<f64>,
     pub(super) resident_bytes: Option<f64>,
 }
 
@@ -18,6 +19,7 @@ impl Counters {
         Self {
             num_steps: sum(text, "glmserve_engine_steps_total"),
             num_generation_tokens: sum(text, "glmserve_generation_tokens_total"),
+            step_seconds: sum(text, "glmserve_step_duration_seconds_sum"),
             resident_bytes: sum(text, "process_resident_memory_bytes"),
         }
     }
@@ -27,6 +29,13 @@ impl Counters {
         let num_steps = self.num_steps? - before.num_steps?;
         let num_tokens = self.num_generation_tokens? - before.num_generation_tokens?;
         (num_steps > 0.0).then(|| num_tokens / num_steps)
+    }
+
+    /// Mean milliseconds of an engine step between `before` and `self`.
+    pub(super) fn step_ms(&self, before: &Self) -> Option<f64> {
+        let num_steps = self.num_steps? - before.num_steps?;
+        let seconds = self.step_seconds? - before.step_seconds?;
+        (num_steps > 0.0).then(|| seconds * 1e3 / num_steps)
     }
 }
 
@@ -74,6 +83,9 @@ mod tests {
         assert_eq!(before.resident_bytes, None);
         let after = Counters { num_steps: Some(20.0), num_generation_tokens: Some(60.0), ..before };
         assert_eq!(after.tokens_per_step(&before), Some(4.0));
+        assert_eq!(after.step_ms(&before), None, "its time is not told");
+        let timed = |counters: Counters, seconds| Counters { step_seconds: Some(seconds), ..counters };
+        assert_eq!(timed(after, 0.75).step_ms(&timed(before, 0.5)), Some(25.0));
         assert_eq!(before.tokens_per_step(&before), None, "no step was made");
         assert_eq!(after.tokens_per_step(&Counters::default()), None);
     }

@@ -1,0 +1,45 @@
+//! Owns the tests' count of allocations.
+//!
+//! Invariant: each thread counts its own, so tests that run side by side don't disturb each other.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+thread_local! {
+    static NUM_ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct CountingAllocator;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+// SAFETY: all work is the system allocator's; counting touches a constant-initialised thread local,
+// which allocates nothing. The default `realloc` allocates, and is counted.
+unsafe impl GlobalAlloc for CountingAllocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        NUM_ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's promise is handed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is handed on; `pointer` came from `System`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+/// How often this thread allocated during `f`.
+pub(crate) fn num_allocations<T>(f: impl FnOnce() -> T) -> u64 {
+    let before = NUM_ALLOCATIONS.get();
+    let kept = f();
+    let after = NUM_ALLOCATIONS.get();
+    drop(kept);
+    after - before
+}
+
+#[test]
+fn allocations_are_counted() {
+    assert_eq!(num_allocations(|| 1), 0);
+    assert_eq!(num_allocations(|| vec![Box::new(1)]), 2);
+}
