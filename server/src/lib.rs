@@ -90,7 +90,7 @@ pub async fn serve(
     let app = move || {
         App::new().app_data(shared.clone()).wrap(from_fn(routes::observe)).configure(routes::configure)
     };
-    connection::bound_send_buffers(&listener)?;
+    connection::bound_sends(&listener, state.options.write_timeout)?;
     let server = HttpServer::new(app)
         .on_connect(|io, extensions| {
             if let Some(connection) = Connection::of(io) {

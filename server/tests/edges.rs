@@ -198,21 +198,19 @@ fn a_body_that_cannot_be_taken_is_refused_before_it_is_sent() {
 fn large_bodies_that_trickle_in_leave_room_for_small_ones_and_refuse_more() {
     run(async {
         let server = Server::start(Options::default()).await;
+        let large = format!("{}{}", " ".repeat(500_000), request("say hi"));
         let mut slow = Vec::new();
-        for _ in 0..2 {
+        let response = loop {
+            let response = server.send(large.clone()).await;
+            if response.status() == 503 {
+                break response;
+            }
+            assert!(slow.len() < 100, "each slow client is given room");
             let mut socket = TcpStream::connect(server.address).await.unwrap();
             let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1040000\r\n\r\n{";
             socket.write_all(head.as_bytes()).await.unwrap();
             slow.push(socket);
-        }
-        let large = format!("{}{}", " ".repeat(500_000), request("say hi"));
-        let mut response = server.send(large.clone()).await;
-        for _ in 0..100 {
-            if response.status() == 503 {
-                break;
-            }
-            response = server.send(large.clone()).await;
-        }
+        };
         assert_eq!(
             (response.status().as_u16(), response.headers()["retry-after"].as_bytes()),
             (503, b"1".as_slice())
@@ -227,5 +225,22 @@ fn large_bodies_that_trickle_in_leave_room_for_small_ones_and_refuse_more() {
             tokio::time::sleep(20 * MS).await;
         }
         panic!("the room of bodies whose clients left did not come back");
+    });
+}
+
+#[test]
+fn answers_in_one_piece_that_nobody_reads_are_cut_too() {
+    const NUM_ANSWERS: usize = 200;
+    run(async {
+        let server = Server::start(Options { write_timeout: 300 * MS, ..Options::default() }).await;
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let mut socket = socket.connect(server.address).await.unwrap();
+        let requests = "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n".repeat(NUM_ANSWERS);
+        socket.write_all(requests.as_bytes()).await.unwrap();
+        tokio::time::sleep(3000 * MS).await;
+        let text = tokio::time::timeout(5000 * MS, read_all(socket)).await.expect("the connection ends");
+        let num_answers = text.matches("HTTP/1.1 200").count();
+        assert!((1..NUM_ANSWERS).contains(&num_answers), "{num_answers} answers came");
     });
 }

@@ -20,12 +20,18 @@ use tokio::time::Instant;
 /// The kernel's send buffer: seconds of text for a reader, and a bound for thousands of them.
 const SEND_BUFFER_BYTES: usize = 64 * 1024;
 
-/// Bounds what the kernel keeps for each connection that `listener` will accept.
+/// Bounds what the kernel keeps for each connection that `listener` will accept, and for how long.
+///
+/// A stream is watched here and cut after `write_timeout`. The kernel cuts what nobody here sees: the
+/// last bytes of a stream, and answers in one piece.
 ///
 /// # Errors
 /// The operating system refuses.
-pub fn bound_send_buffers(listener: &TcpListener) -> std::io::Result<()> {
-    socket2::SockRef::from(listener).set_send_buffer_size(SEND_BUFFER_BYTES)
+pub fn bound_sends(listener: &TcpListener, write_timeout: Duration) -> std::io::Result<()> {
+    let socket = socket2::SockRef::from(listener);
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+    // Later than the watch, which counts and logs what it cuts.
+    socket.set_tcp_user_timeout(Some(2 * write_timeout))
 }
 
 /// A second handle of a client's socket. Only the connection itself may own it: the socket stays open
