@@ -77,7 +77,8 @@ pub enum ServeError {
     },
 }
 
-/// Serves until `signals` says so: once to drain, twice to end at once. A closed channel is one signal.
+/// Serves until `signals` says so: once to drain, twice to end what still runs with an error, three
+/// times to go at once. A closed channel is one signal.
 ///
 /// # Errors
 /// [`ServeError`]: the sockets or the first generation failed.

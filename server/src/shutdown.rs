@@ -1,7 +1,7 @@
 //! Owns the end of the server: which signals count, and what happens between the first and the exit.
 //!
-//! Invariant: every accepted stream gets its terminal event and `[DONE]` before the sockets close,
-//! unless a second signal says that nobody cares.
+//! Invariant: every accepted stream gets its terminal event and `[DONE]` before the sockets close. A
+//! second signal ends the drain early; only a third says that nobody cares.
 
 use std::time::Duration;
 
@@ -41,12 +41,12 @@ pub async fn drain(state: &AppState, signals: &mut mpsc::Receiver<()>) -> bool {
     tokio::select! {
         () = state.pumps.wait() => return true,
         () = tokio::time::sleep(state.options.drain_timeout) => {}
-        Some(()) = signals.recv() => {
-            state.engine.abort_all();
-            return false;
-        }
+        Some(()) = signals.recv() => {}
     }
     tracing::warn!(num_streams = state.pumps.len(), "the drain time is over");
     state.engine.abort_all();
-    tokio::time::timeout(ABORT_TIMEOUT, state.pumps.wait()).await.is_ok()
+    tokio::select! {
+        done = tokio::time::timeout(ABORT_TIMEOUT, state.pumps.wait()) => done.is_ok(),
+        Some(()) = signals.recv() => false,
+    }
 }

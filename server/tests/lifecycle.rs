@@ -164,13 +164,15 @@ fn a_stream_that_outlasts_the_drain_time_ends_with_a_typed_error() {
 }
 
 #[test]
-fn a_second_signal_ends_the_server_at_once() {
+fn a_second_signal_ends_the_drain_and_streams_hear_of_it() {
     run(async {
         let server = Server::start(Options::default()).await;
-        let _socket = server.open(&streaming("slow 220")).await;
+        let socket = server.open(&streaming("slow 220")).await;
         server.until("glmserve_requests_running", 1).await;
         server.signals.send(()).await.unwrap();
         server.signals.send(()).await.unwrap();
+        let text = read_all(socket).await;
+        assert!(text.contains("\"code\":\"shutting_down\"") && text.contains("data: [DONE]"), "{text}");
         tokio::time::timeout(Duration::from_secs(2), server.ended()).await.expect("at once").unwrap();
     });
 }
