@@ -16,7 +16,12 @@ EXPORTER := $(shell find export -name '*.py' -not -path '*/tests/*') export/pypr
 # it up, when the wheel is there.
 WITH_ORT = GLMSERVE_ORT_LIB="$${GLMSERVE_ORT_LIB:-$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)}"
 
-.PHONY: help serve test lint test-rust test-python test-deploy bench quality build model clean
+# The GPU wheel lies beside .venv, not in it: it holds the same package as the CPU's. Tests put it in front.
+ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
+CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
+WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
+
+.PHONY: help serve test lint test-rust test-python test-cuda test-deploy bench quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -54,7 +59,7 @@ PRECISION ?= --precision int8 --quant-block-size 64
 	tests/tools/fetch.sh
 
 test: .venv/test.stamp .tools/stamp build model ## set up everything and run every test
-	$(MAKE) --no-print-directory lint test-rust test-python test-deploy
+	$(MAKE) --no-print-directory lint test-rust test-python test-cuda test-deploy
 
 # ruff's settings: .ruff.toml, and export/pyproject.toml for the package.
 lint: ## formatting and lints, warnings are errors
@@ -77,6 +82,18 @@ test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 test-python:
 	cd export && ../.venv/bin/pytest -q
 	.venv/bin/pytest -q tests/python
+
+$(ORT_GPU)/stamp: Makefile
+	$(PIP) --no-deps --upgrade --target $(@D) onnxruntime-gpu==1.31.1
+	touch $@
+
+$(CUDA_STUB)/stamp: tests/cuda_stub/build.sh tests/cuda_stub/cuda_stub.c
+	tests/cuda_stub/build.sh $(@D)
+	touch $@
+
+# The real GPU wheel over a double of the CUDA libraries: what a machine without a GPU can prove.
+test-cuda: $(ORT_GPU)/stamp $(CUDA_STUB)/stamp ## prove the CUDA graphs without a GPU
+	cd export && $(WITH_CUDA_STUB) PYTHONPATH="$(ORT_GPU)" ../.venv/bin/pytest -q tests/test_cuda.py
 
 test-deploy:
 	deploy/validate.sh
