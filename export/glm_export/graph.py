@@ -1,6 +1,6 @@
 """Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
 
-Invariant: every node is one that the target's provider has a kernel for in ONNX Runtime, except PagedAttention
+Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention
 on the CPU, which the engine brings itself.
 """
 
