@@ -91,9 +91,20 @@ $(CUDA_STUB)/stamp: tests/cuda_stub/build.sh tests/cuda_stub/cuda_stub.c
 	tests/cuda_stub/build.sh $(@D)
 	touch $@
 
+CUDA_FOLDERS := .models/cuda-tests
+
+$(CUDA_FOLDERS)/scales.json: .venv/test.stamp $(EXPORTER) export/tests/cuda_folders.py
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	.venv/bin/python export/tests/cuda_folders.py $(@D)
+	touch $@
+
 # The real GPU wheel over a double of the CUDA libraries: what a machine without a GPU can prove.
-test-cuda: $(ORT_GPU)/stamp $(CUDA_STUB)/stamp ## prove the CUDA graphs without a GPU
+test-cuda: $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json ## prove the CUDA graphs without a GPU
 	cd export && $(WITH_CUDA_STUB) PYTHONPATH="$(ORT_GPU)" ../.venv/bin/pytest -q tests/test_cuda.py
+	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(CURDIR)/$(CUDA_FOLDERS)" \
+	  GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" \
+	  cargo test --release --locked -p glm-engine --test cuda -- --nocapture
 
 test-deploy:
 	deploy/validate.sh

@@ -50,5 +50,5 @@ pub fn logits(runner: &mut impl ModelRunner, token_ids: &[u32]) -> Result<Array2
     plan.clear(needed);
     plan.push(RequestId(0), token_ids, 0, &blocks, block_size, true);
     plan.logits_indices = (0..token_ids.len() as i32).collect();
-    runner.run(&plan).map(|output| output.logits.to_owned())
+    runner.run(&plan)?.logits.rows().map(|rows| rows.to_owned())
 }

@@ -4,16 +4,14 @@ Runs where the variable CUDA_STUB is set, on the GPU wheel over the test double 
 test-cuda`). Numbers mean nothing there; placement, kernel choice and input checks are the real library's.
 """
 
-import json
 import os
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
+import cuda_folders
+from cuda_folders import GRAPHS
 from cuda_session import OPTIONS, CudaSession, open_session
-from glm_export import tiny
-from glm_export.cli import export
 from paged_session import Batch
 
 pytestmark = pytest.mark.skipif(
@@ -22,19 +20,6 @@ pytestmark = pytest.mark.skipif(
 
 BLOCK_SIZE = 128
 CAPABILITIES = ["7.5", "8.0", "8.9", "9.0"]
-GRAPHS = {
-    "fp16": ("fp16", {}),
-    "bf16": ("bf16", {}),
-    "int8-fp16": ("int8", {}),
-    "int4-fp16": ("int4", {}),
-    "int8-bf16": ("int8", {"activations": "bf16"}),
-    "int4-bf16": ("int4", {"activations": "bf16"}),
-    "fp16-logits": ("fp16", {"output": "logits"}),
-    "fp16-kv-fp8": ("fp16", {"kv_cache_dtype": "float8e4m3fn"}),
-    "bf16-kv-fp8": ("bf16", {"kv_cache_dtype": "float8e4m3fn"}),
-    "fp16-kv-int8": ("fp16", {"kv_cache_dtype": "int8", "kv_cache_scales": "scales.json"}),
-    "int4-kv-int4": ("int4", {"kv_cache_dtype": "int4", "kv_cache_scales": "scales.json"}),
-}
 
 
 def steps():
@@ -55,14 +40,7 @@ def steps():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Every kind of graph, at ChatGLM3's width of heads."""
-    base = tmp_path_factory.mktemp("cuda")
-    tiny.write(base / "checkpoint", tiny.Shape(head_dim=128))
-    (base / "scales.json").write_text(json.dumps({"key": [0.1, 0.1], "value": [0.1, 0.1]}))
-    for name, (precision, options) in GRAPHS.items():
-        if "kv_cache_scales" in options:
-            options = options | {"kv_cache_scales": base / options["kv_cache_scales"]}
-        export(base / "checkpoint", base / name, precision, provider="cuda", **options)
-    return base
+    return cuda_folders.write(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -105,18 +83,10 @@ def test_a_memory_limit_and_another_arena_are_accepted(folders):
     assert {key: found[key] for key in options} == options
 
 
-def test_a_node_without_a_cuda_kernel_is_refused():
+def test_a_node_without_a_cuda_kernel_is_refused(folders):
     """The negative control: without it a session that quietly used the CPU would pass everything above."""
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("Unique", ["x"], ["y"])],
-        "unique",
-        [value("x", TensorProto.FLOAT, ["n"])],
-        [value("y", TensorProto.FLOAT, ["m"])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     with pytest.raises(Exception, match="fallback to CPU EP has been explicitly disabled"):
-        open_session(model.SerializeToString())
+        open_session(folders / cuda_folders.NEGATIVE_CONTROL / "model.onnx")
 
 
 @pytest.mark.parametrize(("fault", "words"), [("launch", "CUDA"), ("memory", "memory|allocate")])

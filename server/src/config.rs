@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use glm_engine::manifest::Provider;
 use glm_engine::{EngineConfig, LoadError, Manifest};
 use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
@@ -55,6 +56,12 @@ pub struct ModelArgs {
     /// Memory of the KV cache, in MiB
     #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = up_to::<{ 1 << 24 }>)]
     pub kv_cache_memory: usize,
+    /// Number of the GPU, for a graph of the CUDA provider
+    #[arg(long, env = "GLMSERVE_DEVICE", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1023))]
+    pub device: u32,
+    /// Memory of the GPU that weights, KV cache and everything else may take, in MiB [default: all]
+    #[arg(long, env = "GLMSERVE_GPU_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
+    pub gpu_memory: Option<usize>,
 }
 
 /// Options of `serve`.
@@ -234,12 +241,22 @@ impl StreamArgs {
 }
 
 impl ModelArgs {
-    /// Bytes of the KV cache.
+    /// Bytes of the KV cache, which is in the provider's memory.
     ///
     /// # Errors
-    /// [`LoadError::Config`]: more than the machine has. It would be granted now and missed later.
-    pub fn kv_cache_bytes(&self) -> Result<usize, LoadError> {
+    /// [`LoadError::Config`]: more than the machine has, where it would be granted now and missed later,
+    /// or than the GPU may give.
+    pub fn kv_cache_bytes(&self, provider: Provider) -> Result<usize, LoadError> {
         let num_bytes = self.kv_cache_memory * MIB;
+        if provider == Provider::Cuda {
+            return match self.gpu_memory {
+                Some(limit) if self.kv_cache_memory >= limit => Err(LoadError::Config(format!(
+                    "--kv-cache-memory {} MiB leaves nothing of --gpu-memory {limit} MiB for the weights",
+                    self.kv_cache_memory
+                ))),
+                _ => Ok(num_bytes),
+            };
+        }
         match machine_memory() {
             Some(memory) if num_bytes > memory => Err(LoadError::Config(format!(
                 "--kv-cache-memory {} MiB is more than the machine's {} MiB",

@@ -107,7 +107,9 @@ fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadE
     let options = OrtOptions {
         library: args.onnxruntime.clone(),
         num_threads: args.num_threads(),
-        kv_cache_bytes: args.kv_cache_bytes()?,
+        kv_cache_bytes: args.kv_cache_bytes(manifest.graph.provider)?,
+        device_id: args.device as i32,
+        device_memory_bytes: args.gpu_memory.map(|mib| mib << 20),
     };
     OrtRunner::load(&args.model, manifest, &options)
 }
