@@ -21,7 +21,7 @@ ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
 CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
 WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
 
-.PHONY: help serve test lint test-rust test-python test-cuda test-deploy bench quality build model clean
+.PHONY: help serve test lint test-rust test-python test-cuda test-deploy gpu-check bench quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -108,6 +108,18 @@ test-cuda: $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json ## pr
 
 test-deploy:
 	deploy/validate.sh
+
+# For a machine with a GPU and its driver; the CUDA libraries come as wheels, about 2 GB.
+.tools/onnxruntime-cuda/stamp: Makefile
+	$(PIP) --upgrade --target $(@D) "onnxruntime-gpu[cuda,cudnn]==1.31.1"
+	touch $@
+
+GPU_CHECK_WORK ?= .models/gpu-check
+
+gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and speed on this machine's GPU, step by step
+	LD_LIBRARY_PATH="$$(ls -d $(CURDIR)/.tools/onnxruntime-cuda/nvidia/*/lib | paste -sd:)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" \
+	  GLMSERVE_ORT_LIB="$$(ls $(CURDIR)/.tools/onnxruntime-cuda/onnxruntime/capi/libonnxruntime.so.*)" \
+	  .venv/bin/python tests/bench/gpu_check.py --work $(GPU_CHECK_WORK) $(ARGS)
 
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
