@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 
@@ -37,6 +38,7 @@ class CudaSession:
         self.outputs = [value.name for value in graph.output]
         self._binding = self.session.io_binding()
         self._caches = []
+        self._fixed = []
         for value in graph.input:
             if "_cache." not in value.name:
                 continue
@@ -56,6 +58,22 @@ class CudaSession:
             self._binding.bind_output(name)
         self.session.run_with_iobinding(self._binding)
         return dict(zip(wanted, self._binding.copy_outputs_to_cpu(), strict=True))
+
+    def run_at_fixed_addresses(self, batch, times):
+        """Runs a step again and again with every tensor where it was the first time."""
+        if not self._fixed:
+            for name, values in batch.feeds().items():
+                device = "cpu" if name == "attention_metadata" else "cuda"
+                self._fixed.append(onnxruntime.OrtValue.ortvalue_from_numpy(values, device, 0))
+                self._binding.bind_ortvalue_input(name, self._fixed[-1])
+            rows = len(batch.wanted)
+            for value in self.session.get_outputs():
+                dtype = np.int32 if value.type == "tensor(int32)" else np.float32
+                shape = [rows, *value.shape[1:]]
+                self._fixed.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0))
+                self._binding.bind_ortvalue_output(value.name, self._fixed[-1])
+        for _ in range(times):
+            self.session.run_with_iobinding(self._binding)
 
     def placement(self):
         """How often each operator ran on each provider; ends the session's profile."""

@@ -89,6 +89,16 @@ def test_a_node_without_a_cuda_kernel_is_refused(folders):
         open_session(folders / cuda_folders.NEGATIVE_CONTROL / "model.onnx")
 
 
+def test_a_decode_can_be_captured(folders, monkeypatch):
+    """All that a CUDA graph asks of the graph; the engine does not use one yet."""
+    session = CudaSession(folders / "fp16", 8, OPTIONS | {"enable_cuda_graph": "1"})
+    session.run_at_fixed_addresses(steps()["decode of 40"], 3)
+    # From here on a step is one launch of what was captured.
+    monkeypatch.setenv("GLMSERVE_STUB_FAIL", "graph")
+    with pytest.raises(RuntimeError, match=r"cudaGraphLaunch|CUDA"):
+        session.run_at_fixed_addresses(steps()["decode of 40"], 1)
+
+
 @pytest.mark.parametrize(("fault", "words"), [("launch", "CUDA"), ("memory", "memory|allocate")])
 def test_faults_of_the_device_are_errors(folders, monkeypatch, fault, words):
     monkeypatch.setenv("GLMSERVE_STUB_MEMORY", str(1 << 20))

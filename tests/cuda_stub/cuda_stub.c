@@ -4,7 +4,7 @@
  * Invariant: device memory is zeroed host memory, copies copy, launches do nothing and say so by success. So
  * sessions are built, kernels are chosen and inputs are checked as on a GPU, and every number is meaningless.
  * GLMSERVE_STUB_CAPABILITY (for example 8.0) is the compute capability; GLMSERVE_STUB_FAIL=launch makes
- * launches fail, GLMSERVE_STUB_FAIL=memory allocations beyond GLMSERVE_STUB_MEMORY bytes.
+ * launches fail, =graph those of captured graphs, =memory allocations beyond GLMSERVE_STUB_MEMORY bytes.
  * Offsets and numbers are those of CUDA 13's driver_types.h. */
 
 #include <stddef.h>
@@ -202,7 +202,8 @@ static _Thread_local int last_error;
 static int launch(void) { return last_error = fails("launch") ? ERROR_LAUNCH : OK; }
 #define LAUNCHES(name) int name(void) { return launch(); }
 LAUNCHES(cudaLaunchKernel) LAUNCHES(__cudaLaunchKernel) LAUNCHES(cudaLaunchKernelExC)
-LAUNCHES(cudaLaunchCooperativeKernel) LAUNCHES(cudaGraphLaunch)
+LAUNCHES(cudaLaunchCooperativeKernel)
+int cudaGraphLaunch(void) { return last_error = fails("graph") ? ERROR_LAUNCH : OK; }
 int cudaPeekAtLastError(void) { return last_error; }
 int cudaGetLastError(void) {
     int error = last_error;
