@@ -162,6 +162,9 @@ pub struct LogitsArgs {
     /// Token ids of the sequence
     #[arg(long, value_name = "ID,..", value_delimiter = ',', required = true)]
     pub ids: Vec<u32>,
+    /// Tokens a step; 1 is what decoding runs [default: all]
+    #[arg(long, value_name = "N", value_parser = up_to::<{ 1 << 24 }>)]
+    pub chunk: Option<usize>,
     /// Where to write float32 [number of ids, padded vocabulary]
     #[arg(long, value_name = "FILE.npy")]
     pub out: PathBuf,

@@ -117,7 +117,7 @@ fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadE
 fn write_logits(args: &LogitsArgs) -> MainResult {
     let manifest = Manifest::load(&args.model.model)?;
     let mut runner = load_runner(&args.model, &manifest)?;
-    let logits = glm_engine::runner::logits(&mut runner, &args.ids)?;
+    let logits = glm_engine::runner::logits(&mut runner, &args.ids, args.chunk.unwrap_or(args.ids.len()))?;
     let file =
         File::create(&args.out).map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
     let mut out = BufWriter::new(file);

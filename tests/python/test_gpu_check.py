@@ -23,7 +23,8 @@ def test_every_step_runs_once_and_again_only_when_asked(tmp_path):
     assert {name.split("/")[0] for name in results} == {"reference", "numbers", "weights", "export", "speed"}
     exact = results["numbers/wide/fp32"]
     assert exact["same_greedy"] == "24/24"
-    assert "200 tokens" in exact["found"]
+    assert "200 tokens" in exact["prompt"]
+    assert "140 tokens" in exact["decode"]
     assert all(results[f"speed/int4/{rows}"]["decode_tokens_per_s"] > 0 for rows in (1, 2))
     assert "| wide | fp32 | 200 tokens" in first.stdout
     again = gpu_check(tmp_path, "--redo", "speed/int8/1")

@@ -211,7 +211,6 @@ mod tests {
             ("/graph/block_size", serde_json::json!(48), "graph.block_size"),
             ("/graph/output", serde_json::json!("topk"), "belong to output topk"),
             ("/graph/output", serde_json::json!("ids"), "unknown variant `ids`"),
-            ("/graph/names/topk_ids", serde_json::json!("x"), "unknown"),
             ("/graph/provider", serde_json::json!("cuda"), "graph.activation_dtype Float32"),
             ("/graph/activation_dtype", serde_json::json!("float16"), "graph.activation_dtype Float16"),
             ("/graph/kv_cache_dtype", serde_json::json!("int8"), "graph.kv_cache_dtype Int8"),
