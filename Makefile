@@ -100,11 +100,14 @@ $(CUDA_FOLDERS)/scales.json: .venv/test.stamp $(EXPORTER) export/tests/cuda_fold
 	touch $@
 
 # The real GPU wheel over a double of the CUDA libraries: what a machine without a GPU can prove.
-test-cuda: $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json ## prove the CUDA graphs without a GPU
+test-cuda: build $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json ## prove the CUDA graphs without a GPU
 	cd export && $(WITH_CUDA_STUB) PYTHONPATH="$(ORT_GPU)" ../.venv/bin/pytest -q tests/test_cuda.py
 	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(CURDIR)/$(CUDA_FOLDERS)" \
 	  GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" \
 	  cargo test --release --locked -p glm-engine --test cuda -- --nocapture
+	$(WITH_CUDA_STUB) GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" GLMSERVE_STUB_CAPABILITY=9.0 \
+	  .venv/bin/python tests/bench/gpu_check.py --work $(CUDA_FOLDERS)/gpu-check --redo "" --ignore-numbers \
+	  --layers 1 --hidden-size 256 --prompt-tokens 16 --max-tokens 4 --rows 1 16 --kv-cache-memory 64
 
 test-deploy:
 	deploy/validate.sh
