@@ -83,7 +83,7 @@ test-python:
 	cd export && ../.venv/bin/pytest -q
 	.venv/bin/pytest -q tests/python
 
-$(ORT_GPU)/stamp: Makefile
+$(ORT_GPU)/stamp: .venv/serve.stamp Makefile
 	$(PIP) --no-deps --upgrade --target $(@D) onnxruntime-gpu==1.31.1
 	touch $@
 
@@ -101,8 +101,8 @@ $(CUDA_FOLDERS)/scales.json: .venv/test.stamp $(EXPORTER) export/tests/cuda_fold
 
 # The real GPU wheel over a double of the CUDA libraries: what a machine without a GPU can prove.
 test-cuda: build $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json ## prove the CUDA graphs without a GPU
-	cd export && $(WITH_CUDA_STUB) PYTHONPATH="$(ORT_GPU)" ../.venv/bin/pytest -q tests/test_cuda.py
-	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(CURDIR)/$(CUDA_FOLDERS)" \
+	cd export && $(WITH_CUDA_STUB) PYTHONPATH="$(ORT_GPU)$${PYTHONPATH:+:$$PYTHONPATH}" ../.venv/bin/pytest -q tests/test_cuda.py
+	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(abspath $(CUDA_FOLDERS))" \
 	  GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" \
 	  cargo test --release --locked -p glm-engine --test cuda -- --nocapture
 	$(WITH_CUDA_STUB) GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" GLMSERVE_STUB_CAPABILITY=9.0 \
@@ -113,7 +113,7 @@ test-deploy:
 	deploy/validate.sh
 
 # For a machine with a GPU and its driver; the CUDA libraries come as wheels, about 2 GB.
-.tools/onnxruntime-cuda/stamp: Makefile
+.tools/onnxruntime-cuda/stamp: .venv/serve.stamp Makefile
 	$(PIP) --upgrade --target $(@D) "onnxruntime-gpu[cuda,cudnn]==1.31.1"
 	touch $@
 

@@ -84,7 +84,7 @@ pub struct Geometry {
 pub struct Graph {
     /// File name of the ONNX model.
     pub file: String,
-    /// `int4`, `int8`, `fp16` or `fp32`: the weights.
+    /// `int4`, `int8`, `bf16`, `fp16` or `fp32`: the weights.
     pub precision: String,
     /// `cpu` or `cuda`.
     pub provider: Provider,

@@ -200,6 +200,28 @@ mod tests {
     }
 
     #[test]
+    fn a_cuda_graph_with_candidates_is_understood() {
+        let mut text: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
+        let graph = text["graph"].as_object_mut().unwrap();
+        for (key, value) in [
+            ("provider", "cuda"),
+            ("activation_dtype", "bfloat16"),
+            ("kv_cache_dtype", "int4"),
+            ("output", "topk"),
+        ] {
+            graph.insert(key.into(), value.into());
+        }
+        for name in ["topk_ids", "topk_values", "logsumexp"] {
+            assert!(parse(&text.to_string()).unwrap_err().to_string().contains("topk_ids"));
+            text["graph"]["names"][name] = name.into();
+        }
+        let manifest = parse(&text.to_string()).unwrap();
+        assert_eq!(manifest.graph.names.topk(), Some(["topk_ids", "topk_values", "logsumexp"]));
+        let bytes = |dtype| manifest.geometry.kv_bytes_per_token(dtype);
+        assert_eq!(bytes(Dtype::Float16), 4 * bytes(manifest.graph.kv_cache_dtype));
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let golden: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
         let cases = [
