@@ -2,10 +2,10 @@
 
     gpu_check.py --work DIR [--provider cuda|cpu] [--layers N ...] [--redo STEP]
 
-Each program that a step runs is cut off after STEP_SECONDS. A step leaves its result in DIR/state.json; what is
-there is not run again, so a lease that ends is taken up where it was. Weights are random and made on the spot. `--provider cpu` runs the
-very same steps without a GPU; `--ignore-numbers` is for the test double of the CUDA libraries, whose numbers
-mean nothing.
+Each program that a step runs is cut off after STEP_SECONDS. A step leaves its result in DIR/state.json; what
+is there is not run again, so a lease that ends is taken up where it was. Weights are random and made on the
+spot. `--provider cpu` runs the very same steps without a GPU; `--ignore-numbers` is for the double of the
+CUDA libraries, whose numbers mean nothing.
 """
 
 import argparse
