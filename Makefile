@@ -16,7 +16,12 @@ EXPORTER := $(shell find export -name '*.py' -not -path '*/tests/*') export/pypr
 # it up, when the wheel is there.
 WITH_ORT = GLMSERVE_ORT_LIB="$${GLMSERVE_ORT_LIB:-$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)}"
 
-.PHONY: help serve test lint deny test-rust test-python test-deploy bench quality build model clean
+# The GPU wheel lies beside .venv, not in it: it holds the same package as the CPU's. Tests put it in front.
+ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
+CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
+WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
+
+.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -54,7 +59,7 @@ PRECISION ?= --precision int8 --quant-block-size 64
 	tests/tools/fetch.sh
 
 test: .venv/test.stamp .tools/stamp build model ## set up everything and run every test
-	$(MAKE) --no-print-directory lint test-rust test-python test-deploy
+	$(MAKE) --no-print-directory lint test-rust test-python test-cuda test-deploy
 
 # ruff's settings: .ruff.toml, and export/pyproject.toml for the package.
 lint: ## formatting and lints, warnings are errors
@@ -86,8 +91,46 @@ test-python:
 	cd export && ../.venv/bin/pytest -q
 	.venv/bin/pytest -q tests/python
 
+$(ORT_GPU)/stamp: .venv/serve.stamp Makefile
+	$(PIP) --no-deps --upgrade --target $(@D) onnxruntime-gpu==1.31.1
+	touch $@
+
+$(CUDA_STUB)/stamp: tests/cuda_stub/build.sh tests/cuda_stub/cuda_stub.c
+	tests/cuda_stub/build.sh $(@D)
+	touch $@
+
+CUDA_FOLDERS := .models/cuda-tests
+
+$(CUDA_FOLDERS)/scales.json: .venv/test.stamp $(EXPORTER) export/tests/cuda_folders.py
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	.venv/bin/python export/tests/cuda_folders.py $(@D)
+	touch $@
+
+# The real GPU wheel over a double of the CUDA libraries: what a machine without a GPU can prove.
+test-cuda: build $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json ## prove the CUDA graphs without a GPU
+	cd export && $(WITH_CUDA_STUB) PYTHONPATH="$(ORT_GPU)$${PYTHONPATH:+:$$PYTHONPATH}" ../.venv/bin/pytest -q tests/test_cuda.py
+	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(abspath $(CUDA_FOLDERS))" \
+	  GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" \
+	  cargo test --release --locked -p glm-engine --test cuda -- --nocapture
+	$(WITH_CUDA_STUB) GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" GLMSERVE_STUB_CAPABILITY=9.0 \
+	  .venv/bin/python tests/bench/gpu_check.py --work $(CUDA_FOLDERS)/gpu-check --redo "" --ignore-numbers \
+	  --layers 1 --hidden-size 256 --prompt-tokens 16 --max-tokens 4 --rows 1 16 --kv-cache-memory 64
+
 test-deploy:
 	deploy/validate.sh
+
+# For a machine with a GPU and its driver; the CUDA libraries come as wheels, about 2 GB.
+.tools/onnxruntime-cuda/stamp: .venv/serve.stamp Makefile
+	$(PIP) --upgrade --target $(@D) "onnxruntime-gpu[cuda,cudnn]==1.31.1"
+	touch $@
+
+GPU_CHECK_WORK ?= .models/gpu-check
+
+gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and speed on this machine's GPU, step by step
+	LD_LIBRARY_PATH="$$(ls -d $(CURDIR)/.tools/onnxruntime-cuda/nvidia/*/lib | paste -sd:)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" \
+	  GLMSERVE_ORT_LIB="$$(ls $(CURDIR)/.tools/onnxruntime-cuda/onnxruntime/capi/libonnxruntime.so.*)" \
+	  .venv/bin/python tests/bench/gpu_check.py --work $(GPU_CHECK_WORK) $(ARGS)
 
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)

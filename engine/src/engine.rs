@@ -14,7 +14,7 @@ use crate::runner::ModelRunner;
 use crate::sampler::Sampler;
 use crate::scheduler::{ScheduleOutcome, Scheduler};
 use crate::sequence::{RunningSequence, Sequence};
-use crate::step::StepPlan;
+use crate::step::{StepOutput, StepPlan};
 
 /// Scheduler, runner and sampler, and the buffers between them.
 #[derive(Debug)]
@@ -149,7 +149,7 @@ impl<R: ModelRunner> Engine<R> {
         if self.plan.is_empty() {
             return report;
         }
-        let output = match self.runner.run(&self.plan) {
+        let mut output = match self.runner.run(&self.plan) {
             Ok(output) => output,
             Err(error) => {
                 report.failed = true;
@@ -168,15 +168,8 @@ impl<R: ModelRunner> Engine<R> {
             let end = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens;
             report.num_prompt_tokens += report_prompt_tokens(sequence, end);
             let Some(row) = scheduled.logits_row else { continue };
-            let row = output.logits.row(row);
-            let is_finished = match row.to_slice() {
-                Some(row) => apply_row(&mut self.sampler, row, sequence, &mut self.events),
-                None => fail(
-                    sequence.id,
-                    SequenceError::Run("logits are not contiguous".into()),
-                    &mut self.events,
-                ),
-            };
+            let token_id = sample(&mut self.sampler, &mut output, row, sequence);
+            let is_finished = apply_token(token_id, sequence, &mut self.events);
             report.num_generated_tokens += 1;
             if is_finished {
                 let is_non_finite = matches!(
@@ -199,14 +192,29 @@ fn report_prompt_tokens(sequence: &mut Sequence, end: usize) -> usize {
     num_new
 }
 
-/// Samples from a row, appends and reports the token; true if that ended the sequence.
-fn apply_row(
+/// The sequence's next token: from the row's candidates, or from the whole row where they don't do.
+fn sample(
     sampler: &mut Sampler,
-    row: &[f32],
+    output: &mut StepOutput<'_>,
+    row: usize,
+    sequence: &Sequence,
+) -> Result<u32, SequenceError> {
+    let candidates = output.candidates.and_then(|candidates| candidates.row(row));
+    if let Some(found) = candidates.and_then(|row| sampler.sample_candidates(row, sequence)) {
+        return found;
+    }
+    let rows = output.logits.rows().map_err(|error| SequenceError::Run(error.0))?;
+    let row = rows.row(row).to_slice();
+    sampler.sample(row.ok_or_else(|| SequenceError::Run("logits are not contiguous".into()))?, sequence)
+}
+
+/// Appends and reports the token; true if that ended the sequence.
+fn apply_token(
+    token_id: Result<u32, SequenceError>,
     sequence: &mut Sequence,
     events: &mut Vec<(RequestId, TokenEvent)>,
 ) -> bool {
-    let token_id = match sampler.sample(row, sequence) {
+    let token_id = match token_id {
         Ok(token_id) => token_id,
         Err(error) => return fail(sequence.id, error, events),
     };

@@ -30,7 +30,7 @@ pub use manifest::Manifest;
 pub use observer::{EngineGauges, EngineObserver, NoObserver, StepReport};
 pub use request::{FinishReason, Request, RequestId, TokenEvent};
 pub use sampling_params::SamplingParams;
-pub use step::{ScheduledSequence, StepOutput, StepPlan};
+pub use step::{Candidates, FetchLogits, Logits, ScheduledSequence, StepOutput, StepPlan};
 pub use thread::{
     EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver, Fault, Progress, Stage,
 };

@@ -84,7 +84,7 @@ pub struct Geometry {
 pub struct Graph {
     /// File name of the ONNX model.
     pub file: String,
-    /// `int4`, `int8`, `fp16` or `fp32`: the weights.
+    /// `int4`, `int8`, `bf16`, `fp16` or `fp32`: the weights.
     pub precision: String,
     /// `cpu` or `cuda`.
     pub provider: Provider,
@@ -120,25 +120,35 @@ pub enum Dtype {
     Float16,
     /// 16-bit brain float.
     Bfloat16,
+    /// 8-bit float, 4 bits of exponent; KV cache only.
+    Float8e4m3fn,
+    /// 8-bit whole number; KV cache only.
+    Int8,
+    /// 4-bit whole number, two a byte; KV cache only.
+    Int4,
 }
 
 impl Dtype {
-    /// Bytes an element takes.
-    pub fn num_bytes(self) -> usize {
+    /// Bits an element takes.
+    pub fn num_bits(self) -> usize {
         match self {
-            Self::Float32 => 4,
-            Self::Float16 | Self::Bfloat16 => 2,
+            Self::Float32 => 32,
+            Self::Float16 | Self::Bfloat16 => 16,
+            Self::Float8e4m3fn | Self::Int8 => 8,
+            Self::Int4 => 4,
         }
     }
 }
 
-/// What comes out of the graph. `topk` (ids, values and the log of the sum of exponentials, so
-/// that a GPU need not copy whole rows) is reserved: a build that does not know it refuses it.
+/// What comes out of the graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OutputKind {
     /// Float32 rows of `padded_vocab_size` values.
     Logits,
+    /// The rows, and the best of each with the log of the sum of exponentials, so that a GPU need not
+    /// copy whole rows.
+    Topk,
 }
 
 /// Names of graph inputs and outputs. Shapes: T packed tokens, B sequences, M blocks a table row,
@@ -166,6 +176,12 @@ pub struct TensorNames {
     pub value_cache: String,
     /// float32 `[R, padded_vocab_size]`.
     pub logits: String,
+    /// int32 `[R, K]`, with output `topk`: the best ids below `vocab_size`.
+    pub topk_ids: Option<String>,
+    /// float32 `[R, K]`, with output `topk`: their logits, the largest first.
+    pub topk_values: Option<String>,
+    /// float32 `[R, 1]`, with output `topk`: over the ids below `vocab_size`.
+    pub logsumexp: Option<String>,
 }
 
 impl TensorNames {
@@ -180,6 +196,11 @@ impl TensorNames {
             &self.attention_metadata,
             &self.logits_indices,
         ]
+    }
+
+    /// The outputs besides the logits: ids, values and logsumexp, with output `topk`.
+    pub fn topk(&self) -> Option<[&str; 3]> {
+        Some([self.topk_ids.as_deref()?, self.topk_values.as_deref()?, self.logsumexp.as_deref()?])
     }
 
     /// Names of a layer's key and value cache.
@@ -247,6 +268,6 @@ pub struct FileEntry {
 impl Geometry {
     /// Bytes of keys and values that one token takes over all layers.
     pub fn kv_bytes_per_token(&self, dtype: Dtype) -> usize {
-        2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.num_bytes()
+        2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.num_bits() / 8
     }
 }

@@ -5,7 +5,7 @@
 pub mod fake;
 pub mod ort;
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 
 use crate::error::RunError;
 use crate::request::RequestId;
@@ -34,11 +34,16 @@ pub trait ModelRunner: Send {
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError>;
 }
 
-/// The logits of every position of one sequence, computed in one step: `[token_ids, vocabulary]`.
+/// The logits of every position of one sequence, computed in steps of `chunk` tokens: `[token_ids,
+/// vocabulary]`. Steps of one token are what decoding runs.
 ///
 /// # Errors
-/// [`RunError`] if the sequence doesn't fit the cache or the run fails.
-pub fn logits(runner: &mut impl ModelRunner, token_ids: &[u32]) -> Result<Array2<f32>, RunError> {
+/// [`RunError`] if the sequence doesn't fit the cache or a run fails.
+pub fn logits(
+    runner: &mut impl ModelRunner,
+    token_ids: &[u32],
+    chunk: usize,
+) -> Result<Array2<f32>, RunError> {
     let KvCacheLayout { num_blocks, block_size, .. } = runner.kv_cache();
     let needed = token_ids.len().div_ceil(block_size);
     if token_ids.is_empty() || needed > num_blocks {
@@ -47,8 +52,13 @@ pub fn logits(runner: &mut impl ModelRunner, token_ids: &[u32]) -> Result<Array2
     // The order of the blocks must not matter, so don't use the obvious one.
     let blocks: Vec<u32> = (0..needed as u32).rev().collect();
     let mut plan = StepPlan::default();
-    plan.clear(needed);
-    plan.push(RequestId(0), token_ids, 0, &blocks, block_size, true);
-    plan.logits_indices = (0..token_ids.len() as i32).collect();
-    runner.run(&plan).map(|output| output.logits.to_owned())
+    let mut parts = Vec::new();
+    for (index, tokens) in token_ids.chunks(chunk.max(1)).enumerate() {
+        plan.clear(needed);
+        plan.push(RequestId(0), tokens, index * chunk, &blocks, block_size, true);
+        plan.logits_indices = (0..tokens.len() as i32).collect();
+        parts.push(runner.run(&plan)?.logits.rows()?.to_owned());
+    }
+    let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
+    ndarray::concatenate(Axis(0), &views).map_err(|error| RunError(error.to_string()))
 }

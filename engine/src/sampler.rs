@@ -4,6 +4,8 @@
 //! state: a draw is keyed by seed, position and purpose, so neither batching nor preemption can
 //! change it.
 
+mod candidates;
+
 use crate::error::SequenceError;
 use crate::sequence::Sequence;
 
@@ -50,9 +52,7 @@ impl Sampler {
             return Err(SequenceError::NonFiniteLogits { position });
         }
         let params = &sequence.sampling;
-        let is_plain = params.logit_bias.is_empty()
-            && !params.has_penalties()
-            && sequence.output().len() >= params.min_tokens;
+        let is_plain = sequence.takes_plain_logits();
         if is_plain && params.temperature == 0.0 {
             return Ok(argmax(row));
         }

@@ -77,6 +77,12 @@ impl Sequence {
         &self.tokens[self.num_prompt_tokens..]
     }
 
+    /// Whether the next token is chosen from logits as they are: no penalty, bias or ban applies.
+    pub fn takes_plain_logits(&self) -> bool {
+        let params = &self.sampling;
+        params.logit_bias.is_empty() && !params.has_penalties() && self.output().len() >= params.min_tokens
+    }
+
     /// Appends a sampled token.
     pub fn push(&mut self, token_id: u32) {
         self.tokens.push(token_id);

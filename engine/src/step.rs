@@ -4,6 +4,7 @@
 
 use ndarray::ArrayView2;
 
+use crate::error::RunError;
 use crate::request::RequestId;
 
 /// One sequence's share of a step.
@@ -104,9 +105,77 @@ impl StepPlan {
     }
 }
 
-/// What a runner computed.
+/// What a runner computed. Row `i` belongs to `logits_indices[i]` of the plan.
 #[derive(Debug)]
 pub struct StepOutput<'a> {
-    /// Row `i` belongs to `logits_indices[i]` of the plan: `[R, padded_vocab_size]`.
-    pub logits: ArrayView2<'a, f32>,
+    /// The best of each row, if the runner has them at hand.
+    pub candidates: Option<Candidates<'a>>,
+    /// Whole rows.
+    pub logits: Logits<'a>,
+}
+
+/// Whole rows of logits, or whoever can fetch them: `[R, padded_vocab_size]`.
+#[derive(Debug)]
+pub enum Logits<'a> {
+    /// In memory.
+    Here(ArrayView2<'a, f32>),
+    /// On a device.
+    Elsewhere(&'a mut dyn FetchLogits),
+}
+
+/// Brings a step's rows from where they are.
+pub trait FetchLogits: std::fmt::Debug {
+    /// The rows; asked again, the same ones at no cost.
+    ///
+    /// # Errors
+    /// [`RunError`] if they can't be copied.
+    fn fetch(&mut self) -> Result<ArrayView2<'_, f32>, RunError>;
+}
+
+impl Logits<'_> {
+    /// The rows, fetched if need be.
+    ///
+    /// # Errors
+    /// [`RunError`] if they can't be copied.
+    pub fn rows(&mut self) -> Result<ArrayView2<'_, f32>, RunError> {
+        match self {
+            Self::Here(rows) => Ok(rows.view()),
+            Self::Elsewhere(source) => source.fetch(),
+        }
+    }
+}
+
+/// The best tokens of every row.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidates<'a> {
+    /// Token ids, `[R, K]`.
+    pub ids: ArrayView2<'a, i32>,
+    /// Their logits, the largest first: `[R, K]`.
+    pub values: ArrayView2<'a, f32>,
+    /// Logarithm of the sum of exponentials over the vocabulary, `[R]`.
+    pub logsumexp: &'a [f32],
+}
+
+/// The best tokens of one row.
+#[derive(Debug, Clone, Copy)]
+pub struct CandidateRow<'a> {
+    /// Token ids.
+    pub ids: &'a [i32],
+    /// Their logits, the largest first.
+    pub values: &'a [f32],
+    /// Logarithm of the sum of exponentials over the vocabulary.
+    pub logsumexp: f32,
+}
+
+impl<'a> Candidates<'a> {
+    /// The candidates of a row.
+    pub fn row(&self, row: usize) -> Option<CandidateRow<'a>> {
+        let width = self.ids.ncols();
+        let of = row * width..(row + 1) * width;
+        Some(CandidateRow {
+            ids: self.ids.to_slice()?.get(of.clone())?,
+            values: self.values.to_slice()?.get(of)?,
+            logsumexp: *self.logsumexp.get(row)?,
+        })
+    }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::runner::{KvCacheLayout, ModelRunner};
 use glm_engine::{
-    EngineConfig, EngineHandle, EngineThread, EventReceiver, Fault, NoObserver, Request, RunError,
+    EngineConfig, EngineHandle, EngineThread, EventReceiver, Fault, Logits, NoObserver, Request, RunError,
     SamplingParams, SequenceError, Stage, StepOutput, StepPlan, SubmitError, TokenEvent,
 };
 
@@ -42,13 +42,13 @@ impl ModelRunner for Machine {
         if plan.token_ids.contains(&(ERROR as i32)) {
             return Err(RunError("injected".into()));
         }
-        self.logits = self.fake.run(plan)?.logits.to_owned();
+        self.logits = self.fake.run(plan)?.logits.rows()?.to_owned();
         for (scheduled, &start) in plan.sequences.iter().zip(&plan.cumulative_sequence_length) {
             if let Some(row) = scheduled.logits_row.filter(|_| plan.token_ids[start as usize] == NAN as i32) {
                 self.logits.row_mut(row).fill(f32::NAN);
             }
         }
-        Ok(StepOutput { logits: self.logits.view() })
+        Ok(StepOutput { candidates: None, logits: Logits::Here(self.logits.view()) })
     }
 }
 

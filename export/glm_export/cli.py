@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from glm_export import __version__, check, config, graph, manifest, tokenizer, weights
+from glm_export import __version__, check, config, graph, manifest, target, tokenizer, weights
 from glm_export.checkpoint import Checkpoint
 from glm_export.error import ExportError
 from glm_export.quantize import Scheme
+from glm_export.target import BLOCK_SIZES, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 
-PRECISIONS = {"fp32": None, "int8": 8, "int4": 4}
-DEFAULT_BLOCK_SIZE = 32
 DEFAULT_QUANT_BLOCK_SIZE = 32
 # Terms that must travel with the weights, under the names that publishers use.
 NOTICE_FILES = (
@@ -37,18 +36,31 @@ def export(
     precision: str,
     *,
     name: str | None = None,
-    block_size: int = DEFAULT_BLOCK_SIZE,
+    provider: str = "cpu",
+    activations: str | None = None,
+    kv_cache_dtype: str | None = None,
+    kv_cache_scales: Path | None = None,
+    output: str | None = None,
+    block_size: int | None = None,
     quant_block_size: int = DEFAULT_QUANT_BLOCK_SIZE,
     max_model_len: int | None = None,
     force: bool = False,
 ) -> str:
     """Exports a checkpoint folder; returns the digest of what was written."""
-    if not 16 <= block_size <= 256 or block_size & (block_size - 1):
-        raise ExportError(f"--block-size {block_size} is not a power of two from 16 to 256")
-    source, target = checkpoint.resolve(), out.resolve()
-    if target == source or target in source.parents:
+    made_for = target.choose(
+        precision,
+        provider,
+        activations=activations,
+        kv_cache=kv_cache_dtype,
+        block_size=block_size,
+        output=output,
+    )
+    source, destination = checkpoint.resolve(), out.resolve()
+    if destination == source or destination in source.parents:
         raise ExportError(f"{out} must not be or contain the checkpoint folder {checkpoint}")
     settings = config.load(checkpoint, max_model_len)
+    target.check_geometry(made_for, settings.geometry)
+    made_for = target.with_scales(made_for, kv_cache_scales, settings.geometry.num_layers)
     if name is not None and not name.strip():
         raise ExportError("--name is empty")
     if name is not None:
@@ -60,11 +72,11 @@ def export(
     with output_folder(out, force) as folder:
         first_special = min(settings.chat.special_tokens.values())
         tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
-        graph.write(settings, tensors, scheme, block_size, folder)
+        graph.write(settings, tensors, scheme, made_for, folder)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)
-        return manifest.write(settings, precision, block_size, folder)
+        return manifest.write(settings, made_for, folder)
 
 
 @contextmanager
@@ -111,6 +123,11 @@ def main(arguments: list[str] | None = None) -> int:
             options.out,
             options.precision,
             name=options.name,
+            provider=options.provider,
+            activations=options.activations,
+            kv_cache_dtype=options.kv_cache_dtype,
+            kv_cache_scales=options.kv_cache_scales,
+            output=options.output,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
             max_model_len=options.max_model_len,
@@ -142,9 +159,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--precision", choices=PRECISIONS, required=True, help="type of the weights")
+    parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="what runs it (%(default)s)")
+    parser.add_argument(
+        "--activations",
+        choices=("fp16", "bf16"),
+        help="for --provider cuda with quantised weights: what it computes in (fp16)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHES, help="type of keys and values (as activations)"
+    )
+    parser.add_argument(
+        "--kv-cache-scales",
+        type=Path,
+        metavar="FILE",
+        help='for a quantised cache, JSON: {"key": [one a layer], "value": [...]}',
+    )
+    parser.add_argument(
+        "--output", choices=OUTPUTS, help="what leaves the graph besides logits (cpu: nothing, cuda: topk)"
+    )
     parser.add_argument("--name", help="name the model is served under")
     parser.add_argument(
-        "--block-size", type=int, default=DEFAULT_BLOCK_SIZE, help="tokens a KV block holds (%(default)s)"
+        "--block-size",
+        type=int,
+        help=f"tokens a KV block holds (cpu: {BLOCK_SIZES['cpu']}, cuda: {BLOCK_SIZES['cuda']})",
     )
     parser.add_argument(
         "--quant-block-size",

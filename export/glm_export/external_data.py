@@ -67,4 +67,5 @@ class ExternalData:
     def _write_rows(self, file: BinaryIO, name: str, first_row: int, rows: np.ndarray) -> None:
         rows = np.ascontiguousarray(rows)
         file.seek(self._offsets[name] + first_row * rows[:1].nbytes)
-        file.write(rows.data)
+        # As bytes: the buffer protocol has no bfloat16.
+        file.write(rows.reshape(-1).view(np.uint8).data)

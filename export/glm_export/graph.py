@@ -1,7 +1,7 @@
 """Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
 
-Invariant: every node is one that ONNX Runtime's CPU provider has a kernel for, except PagedAttention, which
-the engine brings itself.
+Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention
+on the CPU, which the engine brings itself.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
@@ -19,6 +20,7 @@ from glm_export.config import Config, Geometry
 from glm_export.error import ExportError
 from glm_export.external_data import ExternalData
 from glm_export.quantize import Scheme
+from glm_export.target import KV_CACHES, Target
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -27,6 +29,8 @@ OPSET = 21
 IR_VERSION = 10
 # Activations become int8 inside the kernel: at 8 bits any other level dequantises the weights at each call.
 INT8_ACTIVATIONS = 4
+# Candidates a row leaves the graph with. A nucleus is seldom wider; where it is, the engine asks for the row.
+TOP_K = 64
 
 NAMES = {
     "token_ids": "token_ids",
@@ -40,6 +44,7 @@ NAMES = {
     "value_cache": "value_cache.{layer}",
     "logits": "logits",
 }
+TOPK_NAMES = {"topk_ids": "topk_ids", "topk_values": "topk_values", "logsumexp": "logsumexp"}
 _INDEX_SHAPES: dict[str, list[str | int]] = {
     "token_ids": ["num_tokens"],
     "cumulative_sequence_length": ["num_sequences_plus_1"],
@@ -51,17 +56,22 @@ _INDEX_SHAPES: dict[str, list[str | int]] = {
 }
 
 
+def names(target: Target) -> dict[str, str]:
+    """Names of inputs and outputs by role."""
+    return NAMES | (TOPK_NAMES if target.output == "topk" else {})
+
+
 def write(
-    config: Config, checkpoint: Checkpoint, scheme: Scheme | None, block_size: int, folder: Path
+    config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target, folder: Path
 ) -> None:
-    """Writes the graph and its weights; without a scheme the weights stay float32."""
-    builder = _Builder(config, checkpoint, scheme)
+    """Writes the graph and its weights; without a scheme the weights have the activations' type."""
+    builder = _Builder(config, checkpoint, scheme, target)
     builder.decoder()
     graph = helper.make_graph(
         builder.nodes,
         config.name,
-        _inputs(config.geometry, block_size),
-        [_value(NAMES["logits"], TensorProto.FLOAT, ["num_rows", config.geometry.padded_vocab_size])],
+        _inputs(config.geometry, target),
+        _outputs(config.geometry, target),
         builder.data.initializers,
     )
     model = helper.make_model(
@@ -79,13 +89,30 @@ def _value(name: str, item_type: int, shape: list[str | int]) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, item_type, shape)
 
 
-def _inputs(geometry: Geometry, block_size: int) -> list[ValueInfoProto]:
+def _inputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
     inputs = [_value(NAMES[role], TensorProto.INT32, shape) for role, shape in _INDEX_SHAPES.items()]
-    cache = ["num_blocks", block_size, geometry.num_kv_heads, geometry.head_dim]
+    width = geometry.head_dim // 2 if target.kv_cache == "int4" else geometry.head_dim
+    cache = ["num_blocks", target.block_size, geometry.num_kv_heads, width]
+    item_type = helper.np_dtype_to_tensor_dtype(np.dtype(KV_CACHES[target.kv_cache]))
     for layer in range(geometry.num_layers):
         for role in ("key_cache", "value_cache"):
-            inputs.append(_value(NAMES[role].format(layer=layer), TensorProto.FLOAT, cache))
+            inputs.append(_value(NAMES[role].format(layer=layer), item_type, cache))
     return inputs
+
+
+def _outputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
+    outputs = [_value(NAMES["logits"], TensorProto.FLOAT, ["num_rows", geometry.padded_vocab_size])]
+    if target.output == "topk":
+        width = num_candidates(geometry)
+        outputs.append(_value(TOPK_NAMES["topk_ids"], TensorProto.INT32, ["num_rows", width]))
+        outputs.append(_value(TOPK_NAMES["topk_values"], TensorProto.FLOAT, ["num_rows", width]))
+        outputs.append(_value(TOPK_NAMES["logsumexp"], TensorProto.FLOAT, ["num_rows", 1]))
+    return outputs
+
+
+def num_candidates(geometry: Geometry) -> int:
+    """How many candidates a row leaves the graph with."""
+    return min(TOP_K, geometry.vocab_size)
 
 
 def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -100,9 +127,9 @@ def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _narrowed(source: str, rows: np.ndarray, dtype: type) -> np.ndarray:
-    largest = np.abs(rows).max()
-    if largest > np.finfo(dtype).max:
+def _narrowed(source: str, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
+    largest = np.abs(rows).max(initial=0)
+    if largest > float(ml_dtypes.finfo(dtype).max):
         raise ExportError(f"{source}: {largest} is beyond the largest {np.dtype(dtype).name}")
     return rows.astype(dtype)
 
@@ -110,8 +137,10 @@ def _narrowed(source: str, rows: np.ndarray, dtype: type) -> np.ndarray:
 class _Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, scheme: Scheme | None) -> None:
+    def __init__(self, config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target) -> None:
         self.config = config
+        self.target = target
+        self.dtype = target.dtype
         self.checkpoint = checkpoint
         self.scheme = scheme
         self.nodes: list[NodeProto] = []
@@ -121,8 +150,8 @@ class _Builder:
         """The whole network: packed token ids in, logits of the wanted rows out."""
         table = weights.top_level(self.config)
         cos, sin = rotary_tables(self.config)
-        self.data.add("rotary.cos", cos)
-        self.data.add("rotary.sin", sin)
+        self.data.add("rotary.cos", cos.astype(self.dtype))
+        self.data.add("rotary.sin", sin.astype(self.dtype))
 
         residual = self.embedding(table["embedding"].source)
         update = None
@@ -131,16 +160,50 @@ class _Builder:
         hidden, _ = self.norm("final_norm", table["final_norm"].source, residual, update)
         # Quantised like the rest: it is read whole for every token, and one scheme a folder keeps
         # `precision` true. At 4 bits this costs some quality, as measured in the README.
-        self.linear("lm_head", table["lm_head"].source, None, hidden, output=NAMES["logits"])
+        if self.dtype == np.float32:
+            logits = self.linear("lm_head", table["lm_head"].source, None, hidden, output=NAMES["logits"])
+        else:
+            rows = self.linear("lm_head", table["lm_head"].source, None, hidden)
+            logits = self.node("Cast", [rows], NAMES["logits"], to=TensorProto.FLOAT)
+        if self.target.output == "topk":
+            self.candidates(logits)
+
+    def candidates(self, logits: str) -> None:
+        """The best of each row and the weight of all, so that whole rows need not leave a GPU."""
+        g = self.config.geometry
+        count = self.constant("topk.count", [num_candidates(g)])
+        start, axis = self.constant("topk.start", [0]), self.constant("topk.axis", [1])
+        real = logits
+        if g.vocab_size < g.padded_vocab_size:
+            end = self.constant("topk.vocab_size", [g.vocab_size])
+            real = self.node("Slice", [logits, start, end, axis], "topk.real")
+        values = TOPK_NAMES["topk_values"]
+        self.nodes.append(
+            helper.make_node("TopK", [real, count], [values, "topk.ids"], "topk", axis=1, sorted=1)
+        )
+        self.node("Cast", ["topk.ids"], TOPK_NAMES["topk_ids"], to=TensorProto.INT32)
+        # Spelt out, since ReduceLogSumExp needs cuDNN on the CUDA provider and these do not.
+        one = self.constant("topk.one", [1])
+        best = self.node("Slice", [values, start, one, axis], "topk.best")
+        shifted = self.node("Sub", [real, best], "topk.shifted")
+        exponentials = self.node("Exp", [shifted], "topk.exponentials")
+        total = self.node("ReduceSum", [exponentials, axis], "topk.total", keepdims=1)
+        log = self.node("Log", [total], "topk.log")
+        self.node("Add", [log, best], TOPK_NAMES["logsumexp"])
+
+    def constant(self, name: str, values: list[int]) -> str:
+        """A few whole numbers that shapes depend on; in the graph itself, where shape inference sees them."""
+        self.data.initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
+        return name
 
     def embedding(self, source: str) -> str:
         tensor = self.checkpoint[source]
         # Half precision is what the authors publish, so it is exact there and halves the largest tensor.
-        dtype = np.float32 if self.scheme is None else np.float16
+        dtype = np.float16 if self.scheme is not None and self.dtype == np.float32 else self.dtype
         name = self.data.reserve("embedding.weight", dtype, tensor.shape)
         self.data.fill((name, first, _narrowed(source, rows, dtype)) for first, rows in tensor.chunks())
         rows = self.node("Gather", [name, NAMES["token_ids"]], "embedding.rows", axis=0)
-        if self.scheme is None:
+        if dtype == self.dtype:
             return rows
         return self.node("Cast", [rows], "embedding.float32", to=TensorProto.FLOAT)
 
@@ -174,7 +237,7 @@ class _Builder:
         caches = [NAMES[role].format(layer=index) for role in ("key_cache", "value_cache")]
         batch = [NAMES[role] for role in ("cumulative_sequence_length", "past_seqlens", "block_table")]
         rotary = ["rotary.cos", "rotary.sin"]
-        no_sink_norms_scales = [""] * 5
+        no_sink_norms = [""] * 3
         return self.node(
             "PagedAttention",
             [
@@ -183,7 +246,8 @@ class _Builder:
                 *batch,
                 *rotary,
                 NAMES["slot_mapping"],
-                *no_sink_norms_scales,
+                *no_sink_norms,
+                *self.cache_scales(index),
                 NAMES["attention_metadata"],
             ],
             f"layers.{index}.attention",
@@ -193,11 +257,31 @@ class _Builder:
             scale=g.head_dim**-0.5,
             do_rotary=1,
             rotary_interleaved=1,
+            **self.cache_attributes(),
         )
+
+    def cache_scales(self, index: int) -> list[str]:
+        """Names of what a layer's keys and values are divided by, empty where they are stored as they are."""
+        if not self.target.has_quantised_cache:
+            return ["", ""]
+        sides = {"key": self.target.key_scales, "value": self.target.value_scales}
+        return [
+            self.data.add(f"layers.{index}.{side}_scale", np.array([scales[index]], np.float32))
+            for side, scales in sides.items()
+        ]
+
+    def cache_attributes(self) -> dict[str, str]:
+        """What tells the kernel of a quantised cache."""
+        if not self.target.has_quantised_cache:
+            return {}
+        names = {f"{side}_quant_type": "PER_TENSOR" for side in "kv"}
+        if self.target.kv_cache == "int4":
+            names |= {f"{side}_cache_dtype": "int4" for side in "kv"}
+        return names
 
     def norm(self, name: str, source: str, residual: str, update: str | None) -> tuple[str, str]:
         """RMSNorm of residual + update; returns the normed rows and the sum."""
-        scale = self.data.add(f"{name}.weight", self.checkpoint[source].rows())
+        scale = self.data.add(f"{name}.weight", _narrowed(source, self.checkpoint[source].rows(), self.dtype))
         epsilon = self.config.norm_epsilon
         if update is None:
             normed = self.node(
@@ -221,21 +305,25 @@ class _Builder:
         """rows @ weight.T + bias."""
         tensor = self.checkpoint[source]
         addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
-        bias_name = self.data.add(f"{name}.bias", addend) if addend.any() else ""
+        bias_name = ""
+        if addend.any():
+            bias_name = self.data.add(f"{name}.bias", _narrowed(bias, addend, self.dtype))
         output = output or name
         if self.scheme is None:
-            weight = self.data.reserve(f"{name}.weight", np.float32, tensor.shape)
-            self.data.fill((weight, first, values) for first, values in tensor.chunks())
+            weight = self.data.reserve(f"{name}.weight", self.dtype, tensor.shape)
+            self.data.fill(
+                (weight, first, _narrowed(source, values, self.dtype)) for first, values in tensor.chunks()
+            )
             inputs = [rows, weight, *([bias_name] if bias_name else [])]
             return self.node("Gemm", inputs, output, transB=1)
 
         num_rows, width = tensor.shape
         scheme = self.scheme.fitted(source, width)
         arrays = {
-            part: self.data.reserve(f"{name}.{part}", np.float32 if part == "scales" else np.uint8, shape)
+            part: self.data.reserve(f"{name}.{part}", self.dtype if part == "scales" else np.uint8, shape)
             for part, shape in scheme.shapes(num_rows, width).items()
         }
-        self.data.fill(_quantized(tensor, scheme, arrays))
+        self.data.fill(_quantized(tensor, scheme, arrays, self.dtype))
         inputs = [rows, arrays["packed"], arrays["scales"], arrays.get("zeros", ""), "", bias_name]
         while not inputs[-1]:
             inputs.pop()
@@ -248,7 +336,8 @@ class _Builder:
             N=num_rows,
             bits=scheme.bits,
             block_size=scheme.block_size,
-            accuracy_level=INT8_ACTIVATIONS,
+            # CUDA's kernels have one way; an attribute that is not there says so.
+            **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
         )
 
     def node(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
@@ -257,8 +346,8 @@ class _Builder:
 
 
 def _quantized(
-    tensor: Tensor, scheme: Scheme, arrays: dict[str, str]
+    tensor: Tensor, scheme: Scheme, arrays: dict[str, str], dtype: np.dtype
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     for first, rows in tensor.chunks():
         for part, array in scheme.quantize(rows).items():
-            yield arrays[part], first, array
+            yield arrays[part], first, array.astype(dtype) if part == "scales" else array

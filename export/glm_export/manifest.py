@@ -13,15 +13,16 @@ from typing import Any
 
 from glm_export import __version__, graph, tokenizer
 from glm_export.config import Config
+from glm_export.target import Target
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
 
-def write(config: Config, precision: str, block_size: int, folder: Path) -> str:
+def write(config: Config, target: Target, folder: Path) -> str:
     """Writes the manifest of a folder whose other files are in place; returns its digest."""
     files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
-    content = describe(config, precision, block_size, files)
+    content = describe(config, target, files)
     (folder / MANIFEST_FILE).write_text(to_text(content), encoding="utf-8")
     return content["digest"]
 
@@ -31,9 +32,7 @@ def to_text(content: dict[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
-def describe(
-    config: Config, precision: str, block_size: int, files: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def describe(config: Config, target: Target, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The manifest's content."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -47,13 +46,13 @@ def describe(
         "geometry": asdict(config.geometry),
         "graph": {
             "file": graph.GRAPH_FILE,
-            "precision": precision,
-            "provider": "cpu",
-            "activation_dtype": "float32",
-            "kv_cache_dtype": "float32",
-            "block_size": block_size,
-            "output": "logits",
-            "names": graph.NAMES,
+            "precision": target.precision,
+            "provider": target.provider,
+            "activation_dtype": target.activations,
+            "kv_cache_dtype": target.kv_cache,
+            "block_size": target.block_size,
+            "output": target.output,
+            "names": graph.names(target),
         },
         "tokenizer": {"file": tokenizer.TOKENIZER_FILE, "pieces": config.tokenizer.pieces},
         "chat": {

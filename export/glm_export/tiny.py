@@ -48,6 +48,8 @@ class Shape:
     ffn_size: int = 128
     seq_length: int = 512
     rope_ratio: float = 1.0
+    # At least the tokenizer's, which is small: more rows make a head of the real size.
+    padded_vocab_size: int = 0
 
 
 def write(out: Path, shape: Shape | None = None, seed: int = 0, force: bool = False) -> None:
@@ -68,7 +70,7 @@ def write(out: Path, shape: Shape | None = None, seed: int = 0, force: bool = Fa
             "kv_channels": shape.head_dim,
             "multi_query_group_num": shape.num_kv_heads,
             # Rows beyond the vocabulary, as the real ones have: a server must never sample them.
-            "padded_vocab_size": -(-(vocab_size + 1) // 64) * 64,
+            "padded_vocab_size": max(-(-(vocab_size + 1) // 64) * 64, shape.padded_vocab_size),
             "layernorm_epsilon": 1e-5,
             "rope_ratio": shape.rope_ratio,
             "seq_length": shape.seq_length,

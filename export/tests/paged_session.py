@@ -80,16 +80,20 @@ class PagedSession:
         int32 = {
             value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.INT32
         }
+        outputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
         for index, piece in enumerate(self._pieces):
             used = {name for node in piece for name in node.input if name}
             outside = sorted(used - produced_by[index] - initializers.keys())
             later = {name for after in self._pieces[index + 1 :] for node in after for name in node.input}
-            later |= {node.input[0] for node in self._attention} | {"logits"}
+            later |= {node.input[0] for node in self._attention} | outputs.keys()
             graph = helper.make_graph(
                 piece,
                 f"piece{index}",
                 [_value(name, TensorProto.INT32 if name in int32 else TensorProto.FLOAT) for name in outside],
-                [_value(name, TensorProto.FLOAT) for name in sorted(produced_by[index] & later)],
+                [
+                    _value(name, outputs.get(name, TensorProto.FLOAT))
+                    for name in sorted(produced_by[index] & later)
+                ],
                 [initializers[name] for name in sorted(used & initializers.keys())],
             )
             part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
@@ -101,6 +105,10 @@ class PagedSession:
 
     def run(self, batch):
         """Runs a step, updates the caches, returns the logits of the wanted rows."""
+        return self.run_all(batch)["logits"]
+
+    def run_all(self, batch):
+        """As `run`, and returns every value of the graph by name."""
         values = batch.feeds()
         for index, session in enumerate(self._sessions):
             wanted = [value.name for value in session.get_outputs()]
@@ -109,7 +117,7 @@ class PagedSession:
             if index < len(self._attention):
                 node = self._attention[index]
                 values[node.output[0]] = self._paged_attention(node, values)
-        return values["logits"]
+        return values
 
     def _paged_attention(self, node, values):
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}

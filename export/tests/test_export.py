@@ -16,6 +16,7 @@ from glm_export import cli, config, manifest, tiny
 from glm_export.checkpoint import Checkpoint
 from glm_export.error import ExportError
 from glm_export.external_data import ALIGNMENT
+from glm_export.target import Target
 
 GEOMETRY = [
     *("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "rotary_dim"),
@@ -63,7 +64,7 @@ def test_golden_manifest(tmp_path):
         name: {"bytes": len(name), "sha256": hashlib.sha256(name.encode()).hexdigest()}
         for name in ("model.onnx", "model.onnx.data", "tokenizer.json")
     }
-    found = manifest.describe(settings, "int4", 32, files)
+    found = manifest.describe(settings, Target("int4"), files)
     golden = Path(__file__).parent / "golden" / "manifest.json"
     if os.environ.get("GLM_WRITE_GOLDEN"):
         golden.write_text(manifest.to_text(found), encoding="utf-8")

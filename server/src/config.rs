@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use glm_engine::manifest::Provider;
 use glm_engine::{EngineConfig, LoadError, Manifest};
 use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
@@ -62,6 +63,12 @@ pub struct ModelArgs {
     /// Memory of the KV cache, in MiB
     #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = up_to::<{ 1 << 24 }>)]
     pub kv_cache_memory: usize,
+    /// Number of the GPU, for a graph of the CUDA provider
+    #[arg(long, env = "GLMSERVE_DEVICE", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1023))]
+    pub device: u32,
+    /// Memory of the GPU that weights, KV cache and everything else may take, in MiB [default: all]
+    #[arg(long, env = "GLMSERVE_GPU_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
+    pub gpu_memory: Option<usize>,
 }
 
 /// Options of `serve`.
@@ -162,6 +169,9 @@ pub struct LogitsArgs {
     /// Token ids of the sequence
     #[arg(long, value_name = "ID,..", value_delimiter = ',', required = true)]
     pub ids: Vec<u32>,
+    /// Tokens a step; 1 is what decoding runs [default: all]
+    #[arg(long, value_name = "N", value_parser = up_to::<{ 1 << 24 }>)]
+    pub chunk: Option<usize>,
     /// Where to write float32 [number of ids, padded vocabulary]
     #[arg(long, value_name = "FILE.npy")]
     pub out: PathBuf,
@@ -242,12 +252,22 @@ impl StreamArgs {
 }
 
 impl ModelArgs {
-    /// Bytes of the KV cache.
+    /// Bytes of the KV cache, which is in the provider's memory.
     ///
     /// # Errors
-    /// [`LoadError::Config`]: more than the machine has. It would be granted now and missed later.
-    pub fn kv_cache_bytes(&self) -> Result<usize, LoadError> {
+    /// [`LoadError::Config`]: more than the machine has, where it would be granted now and missed later,
+    /// or than the GPU may give.
+    pub fn kv_cache_bytes(&self, provider: Provider) -> Result<usize, LoadError> {
         let num_bytes = self.kv_cache_memory * MIB;
+        if provider == Provider::Cuda {
+            return match self.gpu_memory {
+                Some(limit) if self.kv_cache_memory >= limit => Err(LoadError::Config(format!(
+                    "--kv-cache-memory {} MiB leaves nothing of --gpu-memory {limit} MiB for the weights",
+                    self.kv_cache_memory
+                ))),
+                _ => Ok(num_bytes),
+            };
+        }
         match machine_memory() {
             Some(memory) if num_bytes > memory => Err(LoadError::Config(format!(
                 "--kv-cache-memory {} MiB is more than the machine's {} MiB",

@@ -107,7 +107,9 @@ fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadE
     let options = OrtOptions {
         library: args.onnxruntime.clone(),
         num_threads: args.num_threads(),
-        kv_cache_bytes: args.kv_cache_bytes()?,
+        kv_cache_bytes: args.kv_cache_bytes(manifest.graph.provider)?,
+        device_id: args.device as i32,
+        device_memory_bytes: args.gpu_memory.map(|mib| mib << 20),
     };
     OrtRunner::load(&args.model, manifest, &options)
 }
@@ -118,7 +120,7 @@ fn write_logits(args: &LogitsArgs) -> MainResult {
     let file =
         File::create(&args.out).map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
     let mut runner = load_runner(&args.model, &manifest)?;
-    let logits = glm_engine::runner::logits(&mut runner, &args.ids)?;
+    let logits = glm_engine::runner::logits(&mut runner, &args.ids, args.chunk.unwrap_or(args.ids.len()))?;
     let mut out = BufWriter::new(file);
     npy::write(&mut out, logits.view())?;
     Ok(out.flush()?)

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::{Manifest, SCHEMA_VERSION};
+use super::{Dtype, Manifest, OutputKind, Provider, SCHEMA_VERSION};
 use crate::error::LoadError;
 use crate::sampling_params::SamplingParams;
 
@@ -126,6 +126,7 @@ impl Manifest {
         let names = &self.graph.names;
         let mut distinct: Vec<&str> = names.small_inputs().into();
         distinct.extend([&*names.key_cache, &names.value_cache, &names.logits]);
+        distinct.extend(names.topk().into_iter().flatten());
         distinct.sort_unstable();
         if let Some(twice) = distinct.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(format!("graph.names: {} stands for two tensors", twice[0]));
@@ -138,10 +139,38 @@ impl Manifest {
             ..Default::default()
         };
         defaults.validate(g.vocab_size).map_err(|error| format!("generation.{error}"))?;
+        if (self.graph.output == OutputKind::Topk) != names.topk().is_some() {
+            return Err("graph.names: topk_ids, topk_values and logsumexp belong to output topk".into());
+        }
+        self.check_dtypes()?;
         for pattern in [&self.graph.names.key_cache, &self.graph.names.value_cache] {
             if !pattern.contains("{layer}") {
                 return Err(format!("graph.names: {pattern} has no {{layer}}"));
             }
+        }
+        Ok(())
+    }
+
+    /// What each provider computes in, and what it can keep keys and values as.
+    fn check_dtypes(&self) -> Result<(), String> {
+        let graph = &self.graph;
+        let (activations, cache) = (graph.activation_dtype, graph.kv_cache_dtype);
+        let may_compute = match graph.provider {
+            Provider::Cpu => activations == Dtype::Float32,
+            Provider::Cuda => matches!(activations, Dtype::Float16 | Dtype::Bfloat16),
+        };
+        if !may_compute {
+            return Err(format!(
+                "graph.activation_dtype {activations:?}: {:?} cannot run it",
+                graph.provider
+            ));
+        }
+        let is_quantised = matches!(cache, Dtype::Float8e4m3fn | Dtype::Int8 | Dtype::Int4);
+        if cache != activations && !(is_quantised && graph.provider == Provider::Cuda) {
+            return Err(format!(
+                "graph.kv_cache_dtype {cache:?} does not go with {activations:?} on {:?}",
+                graph.provider
+            ));
         }
         Ok(())
     }
@@ -165,8 +194,6 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::OutputKind;
-
     /// The exporter's tests compare what they write with this same file.
     const GOLDEN: &str = include_str!("../../../export/tests/golden/manifest.json");
 
@@ -197,6 +224,28 @@ mod tests {
     }
 
     #[test]
+    fn a_cuda_graph_with_candidates_is_understood() {
+        let mut text: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
+        let graph = text["graph"].as_object_mut().unwrap();
+        for (key, value) in [
+            ("provider", "cuda"),
+            ("activation_dtype", "bfloat16"),
+            ("kv_cache_dtype", "int4"),
+            ("output", "topk"),
+        ] {
+            graph.insert(key.into(), value.into());
+        }
+        for name in ["topk_ids", "topk_values", "logsumexp"] {
+            assert!(parse(&text.to_string()).unwrap_err().to_string().contains("topk_ids"));
+            text["graph"]["names"][name] = name.into();
+        }
+        let manifest = parse(&text.to_string()).unwrap();
+        assert_eq!(manifest.graph.names.topk(), Some(["topk_ids", "topk_values", "logsumexp"]));
+        let bytes = |dtype| manifest.geometry.kv_bytes_per_token(dtype);
+        assert_eq!(bytes(Dtype::Float16), 4 * bytes(manifest.graph.kv_cache_dtype));
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let golden: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
         let cases = [
@@ -206,7 +255,11 @@ mod tests {
             ("/geometry/num_kv_heads", serde_json::json!(1000), "num_attention_heads"),
             ("/geometry/hidden_size", serde_json::json!(1u64 << 40), "geometry.hidden_size"),
             ("/graph/block_size", serde_json::json!(48), "graph.block_size"),
-            ("/graph/output", serde_json::json!("topk"), "topk"),
+            ("/graph/output", serde_json::json!("topk"), "belong to output topk"),
+            ("/graph/output", serde_json::json!("ids"), "unknown variant `ids`"),
+            ("/graph/provider", serde_json::json!("cuda"), "graph.activation_dtype Float32"),
+            ("/graph/activation_dtype", serde_json::json!("float16"), "graph.activation_dtype Float16"),
+            ("/graph/kv_cache_dtype", serde_json::json!("int8"), "graph.kv_cache_dtype Int8"),
             ("/graph/names/key_cache", serde_json::json!("key"), "{layer}"),
             ("/stop_token_ids", serde_json::json!([]), "stop_token_ids"),
             ("/stop_token_ids/0", serde_json::json!(1_000_000), "1000000"),

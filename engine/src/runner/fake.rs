@@ -7,7 +7,7 @@ use ndarray::{Array2, s};
 
 use super::{KvCacheLayout, ModelRunner};
 use crate::error::RunError;
-use crate::step::{StepOutput, StepPlan};
+use crate::step::{Logits, StepOutput, StepPlan};
 
 /// What follows a history of token ids.
 pub type Reply = Box<dyn FnMut(&[u32]) -> Result<u32, RunError> + Send>;
@@ -92,7 +92,7 @@ impl ModelRunner for FakeRunner {
             }
             self.logits[(row, next as usize)] = 8.0;
         }
-        Ok(StepOutput { logits: self.logits.slice(s![..num_rows, ..]) })
+        Ok(StepOutput { candidates: None, logits: Logits::Here(self.logits.slice(s![..num_rows, ..])) })
     }
 }
 

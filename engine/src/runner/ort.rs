@@ -5,21 +5,23 @@
 //! writes them in place while this runner holds them exclusively.
 
 mod inputs;
+mod outputs;
+mod provider;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use ndarray::ArrayView2;
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
-use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{IoBinding, Session};
-use ort::value::{DynValue, Outlet, Tensor, TensorElementType};
+use ort::value::{Outlet, TensorElementType};
 
 use self::inputs::bind_step;
+use self::outputs::Outputs;
+use self::provider::Device;
 use super::{KvCacheLayout, ModelRunner};
 use crate::error::{LoadError, RunError};
-use crate::manifest::{Dtype, Geometry, Graph, Manifest, Provider};
-use crate::operators;
+use crate::manifest::{Geometry, Graph, Manifest};
 use crate::step::{StepOutput, StepPlan};
 
 /// How to run a graph.
@@ -31,6 +33,10 @@ pub struct OrtOptions {
     pub num_threads: usize,
     /// Most bytes the KV cache may take.
     pub kv_cache_bytes: usize,
+    /// Which GPU; for graphs of the CUDA provider.
+    pub device_id: i32,
+    /// Most bytes of the GPU's memory, cache and weights included; for graphs of the CUDA provider.
+    pub device_memory_bytes: Option<usize>,
 }
 
 /// Runs a model folder's graph.
@@ -41,12 +47,35 @@ pub struct OrtRunner {
     binding: IoBinding,
     graph: Graph,
     layout: KvCacheLayout,
-    logits_memory: MemoryInfo<'static>,
-    logits: Option<DynValue>,
+    rows_memory: MemoryInfo<'static>,
+    host_memory: MemoryInfo<'static>,
+    outputs: Outputs,
 }
 
 fn runtime(error: impl std::fmt::Display) -> LoadError {
     LoadError::Runtime(error.to_string())
+}
+
+/// ONNX Runtime's state of this process. It stays: the crate keeps sessions of its own that copy
+/// tensors between devices, and allows no second one.
+static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
+
+/// Loads the library, the first time.
+fn environment(library: &Path) -> Result<&'static Environment, LoadError> {
+    if let Some(environment) = ENVIRONMENT.get() {
+        return Ok(environment);
+    }
+    let environment = ort::init_from(library).map_err(|error| {
+        LoadError::Config(format!(
+            "cannot load ONNX Runtime from {} ({error}): name the library, which the Python package \
+             onnxruntime (for CUDA onnxruntime-gpu) 1.31.1 holds as onnxruntime/capi/libonnxruntime.so.1.31.1",
+            library.display()
+        ))
+    })?;
+    // On by default in the library: it would send usage, model name and machine to its makers.
+    let environment = environment.with_name("glmserve").with_telemetry(false);
+    let environment = environment.build().map_err(runtime)?;
+    Ok(ENVIRONMENT.get_or_init(|| environment))
 }
 
 impl OrtRunner {
@@ -56,42 +85,30 @@ impl OrtRunner {
     /// [`LoadError`]: the library, the graph or the budget doesn't fit.
     pub fn load(dir: &Path, manifest: &Manifest, options: &OrtOptions) -> Result<Self, LoadError> {
         let graph = manifest.graph.clone();
-        if graph.provider != Provider::Cpu || graph.kv_cache_dtype != Dtype::Float32 {
-            return Err(LoadError::Config(
-                "this graph is for the CUDA provider, which this build cannot run yet: export for the CPU"
-                    .into(),
-            ));
-        }
         let layout = layout(&manifest.geometry, &graph, options.kv_cache_bytes)?;
-        let environment = ort::init_from(&options.library).map_err(|error| {
-            LoadError::Config(format!(
-                "cannot load ONNX Runtime from {} ({error}): name the library, which the Python package \
-                 onnxruntime 1.31.1 holds as onnxruntime/capi/libonnxruntime.so.1.31.1",
-                options.library.display()
-            ))
-        })?;
-        // On by default in the library: it would send usage, model name and machine to its makers.
-        let environment = environment.with_name("glmserve").with_telemetry(false);
-        let environment = environment.build().map_err(runtime)?;
-        let session = open(&environment, &dir.join(&graph.file), options.num_threads).map_err(runtime)?;
+        let environment = environment(&options.library)?;
+        let device = Device::new(graph.provider, options);
+        let session = provider::open(environment, &dir.join(&graph.file), graph.provider, options)?;
         check_contract(&session, &manifest.geometry, &graph)?;
         let mut binding = session.create_binding().map_err(runtime)?;
-        bind_caches(&mut binding, &manifest.geometry, &graph, layout).map_err(runtime)?;
-        let logits_memory =
-            MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::Default);
-        let logits_memory = logits_memory.map_err(runtime)?;
-        Ok(Self { session, binding, graph, layout, logits_memory, logits: None })
+        provider::bind_caches(&session, &mut binding, device, &manifest.geometry, &graph, layout)?;
+        let rows_memory = device.memory().map_err(runtime)?;
+        let host_memory =
+            MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::Default)
+                .map_err(runtime)?;
+        let outputs = Outputs::default();
+        Ok(Self { session, binding, graph, layout, rows_memory, host_memory, outputs })
     }
 
-    fn run_bound(&mut self, plan: &StepPlan) -> ort::Result<DynValue> {
-        // The previous step's logits go back to the arena before the next ones are taken.
-        self.logits = None;
-        bind_step(&mut self.binding, &self.graph.names, plan)?;
-        // A binding keeps the tensor it returned, and the next step may want another number of rows.
-        self.binding.bind_output_to_device(self.graph.names.logits.as_str(), &self.logits_memory)?;
+    fn run_bound(&mut self, plan: &StepPlan) -> ort::Result<()> {
+        // The previous step's rows go back to the arena before the next ones are taken.
+        self.outputs = Outputs::default();
+        let names = &self.graph.names;
+        bind_step(&mut self.binding, names, plan)?;
+        outputs::bind(&mut self.binding, names, &self.rows_memory, &self.host_memory)?;
         let mut outputs = self.session.run_binding(&self.binding)?;
-        let name = self.graph.names.logits.as_str();
-        outputs.remove(name).ok_or_else(|| ort::Error::new(format!("the graph has no output {name}")))
+        self.outputs = Outputs::take(&mut outputs, names, plan.logits_indices.len())?;
+        Ok(())
     }
 }
 
@@ -109,10 +126,11 @@ fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Resu
         let found = dtype_of(session.inputs(), name);
         found.filter(|(ty, _)| *ty == TensorElementType::Int32).ok_or_else(|| wrong(name))?;
     }
-    let cache = [graph.block_size, geometry.num_kv_heads, geometry.head_dim].map(|size| size as i64);
+    let cache = provider::cache_shape(geometry, graph).map(|size| size as i64);
+    let cache_type = provider::element_type(graph.kv_cache_dtype);
     for name in (0..geometry.num_layers).flat_map(|layer| names.caches(layer)) {
         let found = dtype_of(session.inputs(), &name);
-        let fits = |(ty, shape): &(_, Vec<i64>)| *ty == TensorElementType::Float32 && shape.ends_with(&cache);
+        let fits = |(ty, shape): &(_, Vec<i64>)| *ty == cache_type && shape.ends_with(&cache);
         found.filter(fits).ok_or_else(|| wrong(&name))?;
     }
     let num_inputs = names.small_inputs().len() + 2 * geometry.num_layers;
@@ -125,7 +143,13 @@ fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Resu
     let fits = |(ty, shape): &(_, Vec<i64>)| {
         *ty == TensorElementType::Float32 && shape.len() == 2 && shape[1] == width
     };
-    found.filter(fits).map(drop).ok_or_else(|| wrong(&names.logits))
+    found.filter(fits).ok_or_else(|| wrong(&names.logits))?;
+    let types = [TensorElementType::Int32, TensorElementType::Float32, TensorElementType::Float32];
+    for (name, wanted) in names.topk().into_iter().flatten().zip(types) {
+        let found = dtype_of(session.outputs(), name);
+        found.filter(|(ty, shape)| *ty == wanted && shape.len() == 2).ok_or_else(|| wrong(name))?;
+    }
+    Ok(())
 }
 
 /// As many blocks as the budget holds.
@@ -141,48 +165,13 @@ fn layout(geometry: &Geometry, graph: &Graph, kv_cache_bytes: usize) -> Result<K
     Ok(KvCacheLayout { num_blocks, block_size: graph.block_size, num_bytes: num_blocks * block_bytes })
 }
 
-fn open(environment: &Environment, path: &Path, num_threads: usize) -> ort::Result<Session> {
-    Session::builder(environment)?
-        .with_intra_threads(num_threads)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_operators(operators::domain(num_threads)?)?
-        .commit_from_file(path)
-}
-
-/// Allocates one key and one value tensor a layer and binds them as inputs.
-fn bind_caches(
-    binding: &mut IoBinding,
-    geometry: &Geometry,
-    graph: &Graph,
-    layout: KvCacheLayout,
-) -> ort::Result<()> {
-    let shape = [layout.num_blocks, layout.block_size, geometry.num_kv_heads, geometry.head_dim];
-    for layer in 0..geometry.num_layers {
-        for name in graph.names.caches(layer) {
-            // Zeroed memory is mapped lazily: it becomes resident as blocks are used.
-            let cache = Tensor::from_array((shape, vec![0f32; shape.iter().product()]))?;
-            binding.bind_input(name, &cache)?;
-        }
-    }
-    Ok(())
-}
-
 impl ModelRunner for OrtRunner {
     fn kv_cache(&self) -> KvCacheLayout {
         self.layout
     }
 
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
-        let failed = |error: ort::Error| RunError(error.to_string());
-        let logits = self.run_bound(plan).map_err(failed)?;
-        let (shape, values) = self.logits.insert(logits).try_extract_tensor::<f32>().map_err(failed)?;
-        // A step without wanted rows still asked for one: see `bind_step`.
-        let num_rows = plan.logits_indices.len();
-        let width = shape.last().map_or(0, |&width| width as usize);
-        let wanted = values.get(..num_rows * width);
-        let logits = wanted.and_then(|wanted| ArrayView2::from_shape((num_rows, width), wanted).ok());
-        let logits =
-            logits.ok_or_else(|| RunError(format!("{num_rows} rows of logits have shape {shape:?}")))?;
-        Ok(StepOutput { logits })
+        self.run_bound(plan).map_err(|error| RunError(error.to_string()))?;
+        self.outputs.view()
     }
 }

@@ -11,7 +11,8 @@ use crate::step::StepPlan;
 pub(super) fn bind_step(binding: &mut IoBinding, names: &TensorNames, plan: &StepPlan) -> ort::Result<()> {
     // A prompt's early chunks want no row. Kernels are not made for zero rows, so ask for one.
     let logits_indices = if plan.logits_indices.is_empty() { &[0][..] } else { &plan.logits_indices };
-    let metadata = [plan.max_query_len as i32, plan.max_kv_len as i32, 0];
+    // Bounds for all sequences, and a lower bound of the longest context: it is known exactly.
+    let metadata = [plan.max_query_len as i32, plan.max_kv_len as i32, plan.max_kv_len as i32];
     let vectors = [
         (&names.token_ids, &plan.token_ids[..]),
         (&names.cumulative_sequence_length, &plan.cumulative_sequence_length),

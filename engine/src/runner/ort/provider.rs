@@ -1,0 +1,156 @@
+//! Owns what differs between providers: the session's options, and the memory of caches and outputs.
+//!
+//! Invariant: in a CUDA session nothing falls back to the CPU, and the engine's own operators are not
+//! registered: they would take the place of the provider's.
+
+use std::path::Path;
+
+use ort::environment::Environment;
+use ort::ep::{ArenaExtendStrategy, CUDA};
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::{IoBinding, Session};
+use ort::value::{DynTensor, Tensor, TensorElementType};
+
+use super::{KvCacheLayout, OrtOptions};
+use crate::error::LoadError;
+use crate::manifest::{Dtype, Geometry, Graph, Provider};
+use crate::operators;
+
+/// Where a session's tensors lie.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Device {
+    provider: Provider,
+    id: i32,
+}
+
+impl Device {
+    pub(super) fn new(provider: Provider, options: &OrtOptions) -> Self {
+        Self { provider, id: options.device_id }
+    }
+
+    /// Memory of the caches and of whole rows of logits.
+    pub(super) fn memory(self) -> ort::Result<MemoryInfo<'static>> {
+        let (device, id) = match self.provider {
+            Provider::Cpu => (AllocationDevice::CPU, 0),
+            Provider::Cuda => (AllocationDevice::CUDA, self.id),
+        };
+        MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
+    }
+}
+
+/// Opens the graph at `path` for its provider.
+///
+/// # Errors
+/// [`LoadError`] in clear words where the provider itself is what fails.
+pub(super) fn open(
+    environment: &Environment,
+    path: &Path,
+    provider: Provider,
+    options: &OrtOptions,
+) -> Result<Session, LoadError> {
+    let builder = Session::builder(environment).map_err(super::runtime)?;
+    match provider {
+        Provider::Cpu => on_cpu(builder, path, options).map_err(super::runtime),
+        Provider::Cuda => on_cuda(builder, path, options).map_err(|error| explain(&error)),
+    }
+}
+
+fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
+    builder
+        .with_intra_threads(options.num_threads)?
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_operators(operators::domain(options.num_threads)?)?
+        .commit_from_file(path)
+}
+
+fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
+    let mut provider = CUDA::default()
+        .with_device_id(options.device_id)
+        // The default doubles at each growth, which next to a large cache runs out of memory early.
+        .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
+        // It would round float32 products to 10 bits; the graph has none but in logits' log-sum.
+        .with_tf32(false);
+    if let Some(limit) = options.device_memory_bytes {
+        provider = provider.with_memory_limit(limit);
+    }
+    builder
+        .with_intra_threads(options.num_threads)?
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_disable_cpu_fallback()?
+        .with_execution_providers([provider.build().error_on_failure()])?
+        .commit_from_file(path)
+}
+
+fn explain(error: &ort::Error) -> LoadError {
+    let text = error.to_string();
+    let hint = if text.contains("libonnxruntime_providers") || text.contains("not enabled in this build") {
+        "the library is not onnxruntime-gpu's, or the CUDA 13 libraries (libcudart, libcublas) are not on \
+         LD_LIBRARY_PATH"
+    } else if text.contains("fallback to CPU EP") {
+        "a node of the graph has no CUDA kernel: export it with --provider cuda"
+    } else if text.contains("driver") || text.contains("device") {
+        "CUDA 13 needs an NVIDIA driver of version 580 or later and a GPU of compute capability 7.5 or later"
+    } else if text.contains("emory") || text.contains("llocate") {
+        "the model does not fit the device's memory: choose a smaller --kv-cache-memory or precision"
+    } else {
+        "the CUDA provider failed"
+    };
+    LoadError::Runtime(format!("{hint} ({text})"))
+}
+
+/// Allocates one key and one value tensor a layer on the session's device and binds them as inputs.
+pub(super) fn bind_caches(
+    session: &Session,
+    binding: &mut IoBinding,
+    device: Device,
+    geometry: &Geometry,
+    graph: &Graph,
+    layout: KvCacheLayout,
+) -> Result<(), LoadError> {
+    let bind = |binding: &mut IoBinding| {
+        let allocator = Allocator::new(session, device.memory()?)?;
+        let [block_size, heads, width] = cache_shape(geometry, graph);
+        let shape = [layout.num_blocks, block_size, heads, width];
+        for name in (0..geometry.num_layers).flat_map(|layer| graph.names.caches(layer)) {
+            match device.provider {
+                // Zeroed memory is mapped lazily: it becomes resident as blocks are used.
+                Provider::Cpu => {
+                    let cache = Tensor::from_array((shape, vec![0f32; shape.iter().product()]))?;
+                    binding.bind_input(name, &cache)?;
+                }
+                // Uninitialised: kernels read no slot that no step wrote.
+                Provider::Cuda => {
+                    let cache = DynTensor::new(&allocator, element_type(graph.kv_cache_dtype), shape)?;
+                    binding.bind_input(name, &cache)?;
+                }
+            }
+        }
+        Ok(())
+    };
+    bind(binding).map_err(|error: ort::Error| match device.provider {
+        Provider::Cpu => super::runtime(error),
+        Provider::Cuda => explain(&error),
+    })
+}
+
+/// Sizes of a block: tokens, heads, and elements as they are stored.
+pub(super) fn cache_shape(geometry: &Geometry, graph: &Graph) -> [usize; 3] {
+    let width = match graph.kv_cache_dtype {
+        Dtype::Int4 => geometry.head_dim / 2,
+        _ => geometry.head_dim,
+    };
+    [graph.block_size, geometry.num_kv_heads, width]
+}
+
+/// What elements of a type are stored as.
+pub(super) fn element_type(dtype: Dtype) -> TensorElementType {
+    match dtype {
+        Dtype::Float32 => TensorElementType::Float32,
+        Dtype::Float16 => TensorElementType::Float16,
+        Dtype::Bfloat16 => TensorElementType::Bfloat16,
+        Dtype::Float8e4m3fn => TensorElementType::Float8E4M3FN,
+        Dtype::Int8 => TensorElementType::Int8,
+        Dtype::Int4 => TensorElementType::Uint8,
+    }
+}

@@ -1,0 +1,131 @@
+//! Owns the proof that the runner opens, feeds and reads a session of ONNX Runtime's CUDA provider.
+//!
+//! Runs where `GLMSERVE_TEST_CUDA` names the folder of `export/tests/cuda_folders.py` and
+//! `GLMSERVE_ORT_LIB` the GPU wheel's library, over the test double of the CUDA libraries: `make
+//! test-cuda`. Numbers mean nothing there: all logits are zero, so every greedy token is 0.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use glm_engine::runner::ModelRunner;
+use glm_engine::runner::ort::{OrtOptions, OrtRunner};
+use glm_engine::{Engine, EngineConfig, FinishReason, LoadError, Manifest, Request, RequestId, StepPlan};
+use glm_engine::{SamplingParams, TokenEvent};
+
+const GRAPHS: [&str; 11] = [
+    "fp16",
+    "bf16",
+    "int8-fp16",
+    "int4-fp16",
+    "int8-bf16",
+    "int4-bf16",
+    "fp16-logits",
+    "fp16-kv-fp8",
+    "bf16-kv-fp8",
+    "fp16-kv-int8",
+    "int4-kv-int4",
+];
+
+fn options() -> OrtOptions {
+    OrtOptions {
+        library: std::env::var_os("GLMSERVE_ORT_LIB").expect("GLMSERVE_ORT_LIB is not set").into(),
+        num_threads: 1,
+        kv_cache_bytes: 8 << 20,
+        device_id: 0,
+        device_memory_bytes: Some(1 << 30),
+    }
+}
+
+fn load(folder: &Path, options: &OrtOptions) -> Result<(OrtRunner, usize), LoadError> {
+    let manifest = Manifest::load(folder)?;
+    Ok((OrtRunner::load(folder, &manifest, options)?, manifest.geometry.vocab_size))
+}
+
+fn set(name: &str, value: &str) {
+    // SAFETY: one test, and nothing but the double, which this thread calls, reads the environment.
+    unsafe { std::env::set_var(name, value) };
+}
+
+/// One test, since the double is told what to do by the environment of the process.
+#[test]
+fn the_runner_drives_the_cuda_provider() {
+    let Some(folders) = std::env::var_os("GLMSERVE_TEST_CUDA").map(PathBuf::from) else {
+        eprintln!("skipped: GLMSERVE_TEST_CUDA names no folder; run `make test-cuda`");
+        return;
+    };
+    for capability in ["7.5", "8.0", "8.9", "9.0"] {
+        set("GLMSERVE_STUB_CAPABILITY", capability);
+        // Turing has no bfloat16.
+        for graph in GRAPHS.iter().filter(|graph| capability != "7.5" || !graph.contains("bf16")) {
+            let (runner, vocab_size) = load(&folders.join(graph), &options()).expect(graph);
+            serve(runner, vocab_size, graph);
+        }
+    }
+    let fp16 = folders.join("fp16");
+    a_failed_launch_ends_a_step_and_nothing_else(&fp16);
+    words_are_clear(&folders, &fp16);
+}
+
+/// Prompts in chunks, beside decodes, with and without need of whole rows.
+fn serve(runner: OrtRunner, vocab_size: usize, graph: &str) {
+    let config = EngineConfig { max_num_batched_tokens: 64, max_model_len: 512, ..EngineConfig::default() };
+    let mut engine = Engine::new(runner, config, vocab_size);
+    let greedy = SamplingParams { temperature: 0.0, max_tokens: 3, ..SamplingParams::default() };
+    let params = [
+        greedy.clone(),
+        SamplingParams { repetition_penalty: 1.1, ..greedy.clone() },
+        SamplingParams { temperature: 0.8, top_p: 0.8, ..greedy },
+    ];
+    for (id, (sampling, length)) in params.into_iter().zip([3, 150, 20]).enumerate() {
+        let request = Request { prompt_token_ids: vec![7; length], sampling, deadline: None };
+        engine.add(RequestId(id as u64), request, Duration::ZERO);
+    }
+    let mut finished = 0;
+    for step in 0..40 {
+        let report = engine.step(Duration::from_millis(step), 64);
+        assert!(!report.failed, "{graph}: {:?}", engine.events());
+        for (id, event) in engine.events() {
+            match event {
+                TokenEvent::Token { token_id } if id.0 == 0 => assert_eq!(*token_id, 0, "{graph}"),
+                TokenEvent::Finished { reason, .. } => {
+                    assert_eq!(*reason, FinishReason::Length, "{graph}");
+                    finished += 1;
+                }
+                TokenEvent::Failed(error) => panic!("{graph}: {error}"),
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(finished, 3, "{graph}");
+    assert!(engine.is_idle(), "{graph}");
+}
+
+fn a_failed_launch_ends_a_step_and_nothing_else(folder: &Path) {
+    let (mut runner, _) = load(folder, &options()).unwrap();
+    let mut plan = StepPlan::default();
+    plan.clear(1);
+    plan.push(RequestId(0), &[1, 2, 3], 0, &[0], 128, true);
+    set("GLMSERVE_STUB_FAIL", "launch");
+    let error = runner.run(&plan).expect_err("a launch failed").0;
+    assert!(error.contains("CUDA"), "{error}");
+    set("GLMSERVE_STUB_FAIL", "");
+    let mut output = runner.run(&plan).unwrap();
+    assert_eq!(output.candidates.expect("the graph has candidates").row(0).unwrap().ids.len(), 64);
+    let rows = output.logits.rows().unwrap();
+    assert_eq!((rows.nrows(), rows.iter().all(|value| *value == 0.0)), (1, true));
+}
+
+fn words_are_clear(folders: &Path, fp16: &Path) {
+    let words = |folder: &Path, options: &OrtOptions| match load(folder, options) {
+        Ok(_) => panic!("{} was loaded", folder.display()),
+        Err(error) => error.to_string(),
+    };
+    let negative = words(&folders.join("unique"), &options());
+    assert!(negative.contains("a node of the graph has no CUDA kernel"), "{negative}");
+    let tight = OrtOptions { device_memory_bytes: Some(4 << 20), ..options() };
+    let error = words(fp16, &tight);
+    assert!(error.contains("does not fit the device's memory"), "{error}");
+    let error = words(fp16, &OrtOptions { device_id: 7, ..options() });
+    assert!(error.contains("driver of version 580"), "{error}");
+    println!("negative control: {negative}");
+}

@@ -1,0 +1,143 @@
+"""Owns what a graph is made for: provider, precision, types of activations and cache, block size, output.
+
+Invariant: a Target that exists can be run by its provider; what cannot was refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from glm_export.config import Geometry
+from glm_export.error import ExportError
+
+# Bits of a quantised weight; None leaves weights in the activations' type.
+PRECISIONS = {"fp32": None, "fp16": None, "bf16": None, "int8": 8, "int4": 4}
+PROVIDERS = ("cpu", "cuda")
+OUTPUTS = ("logits", "topk")
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+# What an element is stored as; two of int4 share a byte.
+KV_CACHES = DTYPES | {"float8e4m3fn": ml_dtypes.float8_e4m3fn, "int8": np.int8, "int4": np.uint8}
+QUANTISED_KV_CACHES = ("float8e4m3fn", "int8", "int4")
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# ONNX Runtime's flash kernels read pages of 128 tokens in place at ChatGLM3's head of 128 channels, and
+# smaller ones only after a copy.
+BLOCK_SIZES = {"cpu": 32, "cuda": 128}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One choice of all that the checkpoint leaves open; dtypes are the manifest's names."""
+
+    precision: str
+    provider: str = "cpu"
+    activations: str = "float32"
+    kv_cache: str = "float32"
+    block_size: int = BLOCK_SIZES["cpu"]
+    output: str = "logits"
+    # One factor a layer for keys and one for values; none where the cache is not quantised.
+    key_scales: tuple[float, ...] = ()
+    value_scales: tuple[float, ...] = ()
+
+    @property
+    def has_quantised_cache(self) -> bool:
+        """Whether keys and values are divided by a scale when they are stored."""
+        return self.kv_cache in QUANTISED_KV_CACHES
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of activations, and of weights that are not quantised."""
+        return np.dtype(DTYPES[self.activations])
+
+
+def choose(
+    precision: str,
+    provider: str = "cpu",
+    *,
+    activations: str | None = None,
+    kv_cache: str | None = None,
+    block_size: int | None = None,
+    output: str | None = None,
+) -> Target:
+    """Fills in what was not chosen, and refuses what the provider cannot run."""
+    block_size = BLOCK_SIZES[provider] if block_size is None else block_size
+    if not 16 <= block_size <= 256 or block_size & (block_size - 1):
+        raise ExportError(f"--block-size {block_size} is not a power of two from 16 to 256")
+    if PRECISIONS[precision] is None:
+        if activations not in (None, precision):
+            raise ExportError(
+                f"--activations {activations}: weights of {precision} have activations of {precision}"
+            )
+        activations = precision
+    activations = SHORT[activations or ("fp32" if provider == "cpu" else "fp16")]
+    # The CPU's fp16 would only be converted; CUDA's PagedAttention has no float32.
+    if (provider == "cpu") != (activations == "float32"):
+        _refuse_activations(provider, activations)
+    kv_cache = activations if kv_cache is None else kv_cache
+    if kv_cache != activations:
+        _refuse_kv_cache(provider, kv_cache, activations)
+    output = output or ("logits" if provider == "cpu" else "topk")
+    return Target(precision, provider, activations, kv_cache, block_size, output)
+
+
+def check_geometry(target: Target, geometry: Geometry) -> None:
+    """Refuses sizes that the provider's attention has no kernel for."""
+    width = geometry.rotary_dim // 2
+    if target.provider == "cuda" and width % 8:
+        raise ExportError(
+            f"--provider cuda: PagedAttention rotates multiples of 16 channels, not {geometry.rotary_dim} "
+            f"(kv_channels {geometry.head_dim})"
+        )
+
+
+def _refuse_activations(provider: str, activations: str) -> None:
+    if provider == "cpu":
+        raise ExportError(
+            f"--provider cpu computes in float32: its kernels convert {activations} at each call; "
+            "choose --precision fp32, int8 or int4"
+        )
+    raise ExportError(
+        "--provider cuda has no PagedAttention for float32: choose --precision fp16, bf16, int8 or int4"
+    )
+
+
+def _refuse_kv_cache(provider: str, kv_cache: str, activations: str) -> None:
+    if provider == "cpu" or kv_cache not in QUANTISED_KV_CACHES:
+        known = "" if provider == "cpu" else f", or one of {', '.join(QUANTISED_KV_CACHES)}"
+        raise ExportError(
+            f"--kv-cache-dtype {kv_cache}: on {provider} it is the activations' {activations}{known}"
+        )
+
+
+def with_scales(target: Target, path: Path | None, num_layers: int) -> Target:
+    """The target with the scales of its cache: the file's, or 1 where the type has exponents of its own."""
+    if not target.has_quantised_cache:
+        if path is not None:
+            raise ExportError(f"--kv-cache-scales: a cache of {target.kv_cache} has no scales")
+        return target
+    if path is not None:
+        keys, values = (_scales(path, role, num_layers) for role in ("key", "value"))
+        return replace(target, key_scales=keys, value_scales=values)
+    if target.kv_cache != "float8e4m3fn":
+        raise ExportError(
+            f"--kv-cache-dtype {target.kv_cache} needs --kv-cache-scales FILE: whole numbers have no "
+            "range of their own, and the right one is measured on your data"
+        )
+    ones = (1.0,) * num_layers
+    return replace(target, key_scales=ones, value_scales=ones)
+
+
+def _scales(path: Path, role: str, num_layers: int) -> tuple[float, ...]:
+    try:
+        scales = json.loads(path.read_text(encoding="utf-8"))[role]
+        fits = len(scales) == num_layers and all(0 < float(scale) < math.inf for scale in scales)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path}: {role}: {type(error).__name__} {error}") from None
+    if not fits:
+        raise ExportError(f"{path}: {role} must be {num_layers} positive numbers, one a layer")
+    return tuple(map(float, scales))

@@ -1,0 +1,58 @@
+"""Owns the folders that CUDA tests on both sides run: every kind of graph of one tiny checkpoint.
+
+`cuda_folders.py OUT` writes them for the Rust side.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from glm_export import config, manifest, target, tiny
+from glm_export.cli import export
+
+SCALES = "scales.json"
+GRAPHS = {
+    "fp16": ("fp16", {}),
+    "bf16": ("bf16", {}),
+    "int8-fp16": ("int8", {}),
+    "int4-fp16": ("int4", {}),
+    "int8-bf16": ("int8", {"activations": "bf16"}),
+    "int4-bf16": ("int4", {"activations": "bf16"}),
+    "fp16-logits": ("fp16", {"output": "logits"}),
+    "fp16-kv-fp8": ("fp16", {"kv_cache_dtype": "float8e4m3fn"}),
+    "bf16-kv-fp8": ("bf16", {"kv_cache_dtype": "float8e4m3fn"}),
+    "fp16-kv-int8": ("fp16", {"kv_cache_dtype": "int8", "kv_cache_scales": SCALES}),
+    "int4-kv-int4": ("int4", {"kv_cache_dtype": "int4", "kv_cache_scales": SCALES}),
+}
+NEGATIVE_CONTROL = "unique"
+
+
+def write(out):
+    """Writes a folder for each graph, and one with a node that has no CUDA kernel."""
+    # Heads as wide as ChatGLM3's: the choice of kernels depends on it.
+    tiny.write(out / "checkpoint", tiny.Shape(head_dim=128))
+    (out / SCALES).write_text(json.dumps({"key": [0.1, 0.1], "value": [0.1, 0.1]}))
+    for name, (precision, options) in GRAPHS.items():
+        if "kv_cache_scales" in options:
+            options = options | {"kv_cache_scales": out / SCALES}
+        export(out / "checkpoint", out / name, precision, provider="cuda", **options)
+    _write_negative_control(out)
+    return out
+
+
+def _write_negative_control(out):
+    folder = out / NEGATIVE_CONTROL
+    export(out / "checkpoint", folder, "fp16", provider="cuda")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.graph.node.append(helper.make_node("Unique", ["logits"], ["unique"]))
+    model.graph.output.append(helper.make_tensor_value_info("unique", TensorProto.FLOAT, ["n"]))
+    onnx.save(model, folder / "model.onnx")
+    (folder / "manifest.json").unlink()
+    manifest.write(config.load(out / "checkpoint"), target.choose("fp16", "cuda"), folder)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

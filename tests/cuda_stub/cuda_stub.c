@@ -1,0 +1,234 @@
+/* Owns a test double of the CUDA libraries that ONNX Runtime's CUDA provider links: one source, linked once
+ * for each library name by build.sh.
+ *
+ * Invariant: device memory is zeroed host memory, copies copy, launches do nothing and say so by success. So
+ * sessions are built, kernels are chosen and inputs are checked as on a GPU, and every number is meaningless.
+ * GLMSERVE_STUB_CAPABILITY (for example 8.0) is the compute capability; GLMSERVE_STUB_FAIL=launch makes
+ * launches fail, =graph those of captured graphs, =memory allocations beyond GLMSERVE_STUB_MEMORY bytes.
+ * Offsets and numbers are those of CUDA 13's driver_types.h. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { OK = 0, ERROR_MEMORY = 2, ERROR_LAUNCH = 719, ALIGNMENT = 512, SIZE_OF_PROPERTIES = 1008 };
+
+static int handle; /* What every created thing points to: nothing looks inside. */
+
+static int capability(void) {
+    const char *text = getenv("GLMSERVE_STUB_CAPABILITY");
+    if (!text || strlen(text) != 3) text = "8.0";
+    return (text[0] - '0') * 10 + text[2] - '0';
+}
+
+static int fails(const char *kind) {
+    const char *text = getenv("GLMSERVE_STUB_FAIL");
+    return text && !strcmp(text, kind);
+}
+
+static size_t memory(void) {
+    const char *text = getenv("GLMSERVE_STUB_MEMORY");
+    return text ? strtoull(text, NULL, 10) : (size_t)80 << 30;
+}
+
+static int shared_memory_optin(void) {
+    switch (capability()) {
+        case 75: return 65536;
+        case 80: return 166912;
+        case 89: return 101376;
+        default: return 232448;
+    }
+}
+
+/* Properties and attributes */
+
+static void put(void *base, size_t offset, int value) { memcpy((char *)base + offset, &value, sizeof value); }
+
+int cudaGetDeviceProperties(void *properties, int device) {
+    (void)device;
+    size_t total = memory(), per_block = 49152;
+    memset(properties, 0, SIZE_OF_PROPERTIES);
+    strcpy(properties, "CUDA stub");
+    memcpy((char *)properties + 288, &total, sizeof total);
+    memcpy((char *)properties + 296, &per_block, sizeof per_block);
+    size_t per_multiprocessor = shared_memory_optin() + 1024, optin = shared_memory_optin();
+    memcpy((char *)properties + 624, &per_multiprocessor, sizeof per_multiprocessor);
+    memcpy((char *)properties + 672, &optin, sizeof optin);
+    put(properties, 304, 65536);                                     /* regsPerBlock */
+    put(properties, 308, 32);                                        /* warpSize */
+    put(properties, 320, 1024);                                      /* maxThreadsPerBlock */
+    put(properties, 324, 1024), put(properties, 328, 1024), put(properties, 332, 64); /* maxThreadsDim */
+    put(properties, 336, INT32_MAX), put(properties, 340, 65535), put(properties, 344, 65535); /* maxGridSize */
+    put(properties, 360, capability() / 10);
+    put(properties, 364, capability() % 10);
+    put(properties, 384, 108);                                       /* multiProcessorCount */
+    put(properties, 560, 1);                                         /* concurrentKernels */
+    put(properties, 588, 1);                                         /* unifiedAddressing */
+    put(properties, 596, 40 << 20);                                  /* l2CacheSize */
+    put(properties, 604, 2048);                                      /* maxThreadsPerMultiProcessor */
+    put(properties, 632, 65536);                                     /* regsPerMultiprocessor */
+    put(properties, 688, 32);                                        /* maxBlocksPerMultiProcessor */
+    return OK;
+}
+
+int cudaDeviceGetAttribute(int *value, int attribute, int device) {
+    (void)device;
+    switch (attribute) {
+        case 1: *value = 1024; break;                                /* MaxThreadsPerBlock */
+        case 8: *value = 49152; break;                               /* MaxSharedMemoryPerBlock */
+        case 10: *value = 32; break;                                 /* WarpSize */
+        case 12: *value = 65536; break;                              /* MaxRegistersPerBlock */
+        case 16: *value = 108; break;                                /* MultiProcessorCount */
+        case 38: *value = 40 << 20; break;                           /* L2CacheSize */
+        case 39: *value = 2048; break;                               /* MaxThreadsPerMultiProcessor */
+        case 75: *value = capability() / 10; break;
+        case 76: *value = capability() % 10; break;
+        case 81: *value = shared_memory_optin() + 1024; break;       /* MaxSharedMemoryPerMultiprocessor */
+        case 97: *value = shared_memory_optin(); break;              /* MaxSharedMemoryPerBlockOptin */
+        default: *value = 0;                                         /* MemoryPoolsSupported and the rest */
+    }
+    return OK;
+}
+
+int cudaGetDeviceCount(int *count) { return *count = 1, OK; }
+int cudaGetDevice(int *device) { return *device = 0, OK; }
+int cudaSetDevice(int device) { return device == 0 ? OK : 101; }
+int cudaRuntimeGetVersion(int *version) { return *version = 13000, OK; }
+int cudaDriverGetVersion(int *version) { return *version = 13000, OK; }
+const char *cudaGetErrorName(int error) { return error ? "cudaErrorOfStub" : "cudaSuccess"; }
+const char *cudaGetErrorString(int error) { return error == ERROR_MEMORY ? "out of memory" : "a failure that a test asked for"; }
+
+/* Memory: zeroed, so that what no kernel wrote is finite. The allocation's start lies before the pointer. */
+
+static size_t used;
+
+static int take(void **pointer, size_t bytes) {
+    if (fails("memory") && used + bytes > memory()) return ERROR_MEMORY;
+    char *start = calloc(1, bytes + 2 * ALIGNMENT);
+    if (!start) return ERROR_MEMORY;
+    char *aligned = (char *)(((uintptr_t)start + 2 * ALIGNMENT - 1) & ~(uintptr_t)(ALIGNMENT - 1));
+    memcpy(aligned - sizeof start, &start, sizeof start);
+    memcpy(aligned - sizeof start - sizeof bytes, &bytes, sizeof bytes);
+    __atomic_add_fetch(&used, bytes, __ATOMIC_RELAXED);
+    return *pointer = aligned, OK;
+}
+
+static int give_back(void *pointer) {
+    if (!pointer) return OK;
+    char *start;
+    size_t bytes;
+    memcpy(&start, (char *)pointer - sizeof start, sizeof start);
+    memcpy(&bytes, (char *)pointer - sizeof start - sizeof bytes, sizeof bytes);
+    __atomic_sub_fetch(&used, bytes, __ATOMIC_RELAXED);
+    return free(start), OK;
+}
+
+int cudaMalloc(void **pointer, size_t bytes) { return take(pointer, bytes); }
+int cudaFree(void *pointer) { return give_back(pointer); }
+int cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) { return (void)flags, take(pointer, bytes); }
+int cudaMallocHost(void **pointer, size_t bytes) { return take(pointer, bytes); }
+int cudaFreeHost(void *pointer) { return give_back(pointer); }
+int cudaFreeAsync(void *pointer, void *stream) { return (void)stream, give_back(pointer); }
+int cudaMallocFromPoolAsync(void **pointer, size_t bytes, void *pool, void *stream) {
+    return (void)pool, (void)stream, take(pointer, bytes);
+}
+int cudaMemGetInfo(size_t *available, size_t *total) { return *available = *total = memory(), OK; }
+int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
+    return (void)kind, memcpy(to, from, bytes), OK;
+}
+int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
+    return (void)stream, cudaMemcpy(to, from, bytes, kind);
+}
+int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
+                      int kind, void *stream) {
+    (void)kind, (void)stream;
+    for (size_t row = 0; row < height; row++)
+        memcpy((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
+    return OK;
+}
+int cudaMemcpyFromSymbol(void *to, const void *symbol, size_t bytes, size_t offset, int kind) {
+    return (void)symbol, (void)offset, (void)kind, memset(to, 0, bytes), OK;
+}
+int cudaMemset(void *to, int value, size_t bytes) { return memset(to, value, bytes), OK; }
+int cudaMemsetAsync(void *to, int value, size_t bytes, void *stream) {
+    return (void)stream, cudaMemset(to, value, bytes);
+}
+int cudaPointerGetAttributes(void *attributes, const void *pointer) {
+    return (void)pointer, memset(attributes, 0, 88), OK;
+}
+
+/* Things that are created */
+
+#define CREATES(name) int name(void **made) { return *made = &handle, OK; }
+CREATES(cudaStreamCreate) CREATES(cudaStreamCreateWithFlags) CREATES(cudaEventCreate)
+CREATES(cudaEventCreateWithFlags) CREATES(cudaMemPoolCreate) CREATES(cudaGraphInstantiate)
+CREATES(cudaLibraryLoadData) CREATES(cudaLibraryGetKernel) CREATES(__cudaGetKernel)
+CREATES(cublasCreate_v2) CREATES(cublasLtCreate) CREATES(cublasLtMatmulDescCreate)
+CREATES(cublasLtMatmulPreferenceCreate) CREATES(cublasLtMatrixLayoutCreate)
+CREATES(cublasLtMatrixTransformDescCreate)
+int cudaStreamEndCapture(void *stream, void **graph) { return (void)stream, *graph = &handle, OK; }
+int cudaStreamIsCapturing(void *stream, int *status) { return (void)stream, *status = 0, OK; }
+int cudaEventElapsedTime(float *ms, void *from, void *to) { return (void)from, (void)to, *ms = 1, OK; }
+int cudaFuncGetAttributes(void *attributes, const void *function) {
+    (void)function;
+    memset(attributes, 0, 144);
+    return put(attributes, 24, 1024), OK;                            /* maxThreadsPerBlock */
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *function, int threads,
+                                                           size_t bytes, unsigned flags) {
+    return (void)function, (void)threads, (void)bytes, (void)flags, *blocks = 1, OK;
+}
+int cudaGetDriverEntryPointByVersion(const char *symbol, void **pointer, unsigned version, uint64_t flags,
+                                     int *status) {
+    (void)symbol, (void)version, (void)flags;
+    *pointer = NULL;
+    if (status) *status = 1;                                         /* cudaDriverEntryPointSymbolNotFound */
+    return OK;
+}
+void *__cudaRegisterFatBinary(void *binary) { return (void)binary, &handle; }
+int cublasLtMatmulAlgoGetHeuristic(void *lt, void *what, void *a, void *b, void *c, void *d, void *preference,
+                                   int wanted, void *results, int *found) {
+    (void)lt, (void)what, (void)a, (void)b, (void)c, (void)d, (void)preference, (void)results;
+    return *found = wanted > 0, OK;
+}
+int cublasGetMathMode(void *blas, int *mode) { return (void)blas, *mode = 0, OK; }
+const char *cublasGetStatusName(int status) { return status ? "CUBLAS_STATUS_OF_STUB" : "CUBLAS_STATUS_SUCCESS"; }
+const char *cublasGetStatusString(int status) { return cublasGetStatusName(status); }
+
+/* Launches; an error stays until it is asked for. */
+
+static _Thread_local int last_error;
+static int launch(void) { return last_error = fails("launch") ? ERROR_LAUNCH : OK; }
+#define LAUNCHES(name) int name(void) { return launch(); }
+LAUNCHES(cudaLaunchKernel) LAUNCHES(__cudaLaunchKernel) LAUNCHES(cudaLaunchKernelExC)
+LAUNCHES(cudaLaunchCooperativeKernel)
+int cudaGraphLaunch(void) { return last_error = fails("graph") ? ERROR_LAUNCH : OK; }
+int cudaPeekAtLastError(void) { return last_error; }
+int cudaGetLastError(void) {
+    int error = last_error;
+    return last_error = OK, error;
+}
+
+/* What does nothing */
+
+#define NOTHING(name) int name(void) { return OK; }
+NOTHING(__cudaPopCallConfiguration) NOTHING(__cudaPushCallConfiguration) NOTHING(__cudaRegisterFatBinaryEnd)
+NOTHING(__cudaRegisterFunction) NOTHING(__cudaRegisterVar) NOTHING(__cudaUnregisterFatBinary)
+NOTHING(cuTensorMapEncodeTiled) NOTHING(cudaDeviceSynchronize) NOTHING(cudaEventDestroy) NOTHING(cudaEventRecord)
+NOTHING(cudaEventRecordWithFlags) NOTHING(cudaEventSynchronize) NOTHING(cudaFuncSetAttribute)
+NOTHING(cudaGraphDestroy) NOTHING(cudaGraphExecDestroy) NOTHING(cudaKernelSetAttributeForDevice)
+NOTHING(cudaLaunchHostFunc) NOTHING(cudaLibraryUnload) NOTHING(cudaMemPoolDestroy)
+NOTHING(cudaMemPoolGetAttribute) NOTHING(cudaMemPoolSetAttribute) NOTHING(cudaMemPoolTrimTo)
+NOTHING(cudaStreamBeginCapture) NOTHING(cudaStreamDestroy) NOTHING(cudaStreamSynchronize)
+NOTHING(cudaStreamWaitEvent)
+NOTHING(cublasDestroy_v2) NOTHING(cublasDgeam) NOTHING(cublasDgemmBatched) NOTHING(cublasDgemmStridedBatched)
+NOTHING(cublasDgemm_v2) NOTHING(cublasDgetrfBatched) NOTHING(cublasDgetriBatched) NOTHING(cublasGemmBatchedEx)
+NOTHING(cublasGemmEx) NOTHING(cublasGemmStridedBatchedEx) NOTHING(cublasScopy_v2) NOTHING(cublasSetMathMode)
+NOTHING(cublasSetStream_v2) NOTHING(cublasSgeam) NOTHING(cublasSgemmBatched) NOTHING(cublasSgemmStridedBatched)
+NOTHING(cublasSgemm_v2) NOTHING(cublasSgetrfBatched) NOTHING(cublasSgetriBatched) NOTHING(cublasSscal_v2)
+NOTHING(cublasLtDestroy) NOTHING(cublasLtMatmul) NOTHING(cublasLtMatmulAlgoConfigSetAttribute)
+NOTHING(cublasLtMatmulAlgoInit) NOTHING(cublasLtMatmulDescDestroy) NOTHING(cublasLtMatmulDescSetAttribute)
+NOTHING(cublasLtMatmulPreferenceDestroy) NOTHING(cublasLtMatmulPreferenceSetAttribute)
+NOTHING(cublasLtMatrixLayoutDestroy) NOTHING(cublasLtMatrixLayoutSetAttribute) NOTHING(cublasLtMatrixTransform)
+NOTHING(cublasLtMatrixTransformDescDestroy)
