@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from glm_export import __version__, check, config, graph, manifest, tokenizer, weights
+from glm_export import __version__, check, config, graph, known_answer, manifest, tokenizer, weights
 from glm_export.checkpoint import Checkpoint
 from glm_export.error import ExportError
 from glm_export.quantize import Scheme
@@ -61,6 +61,7 @@ def export(
         first_special = min(settings.chat.special_tokens.values())
         tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
         graph.write(settings, tensors, scheme, block_size, folder)
+        known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)
