@@ -29,7 +29,8 @@ CHUNK = 1 << 16
 def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """The graph's logits of every token of a sequence, exactly and as rounded as kernels round.
 
-    The second shows how far a kernel may be off: rows that enter a product are rounded to its type.
+    The second shows how far a kernel may be off: what a node gives is rounded to the type of activations, and
+    what enters a product to int8 where the kernel does so.
     """
     model = onnx.load(graph_file, load_external_data=False)
     weights = _Weights(graph_file.parent, model.graph.initializer)
@@ -38,6 +39,7 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
         names["token_ids"]: np.array(token_ids * 2),
         names["logits_indices"]: np.arange(2 * len(token_ids)),
     }
+    dtype = weights.activations(model.graph.node)
     uses = Counter(name for node in model.graph.node for name in node.input)
     for node in model.graph.node:
         compute = NODES.get(node.op_type)
@@ -45,6 +47,9 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
             raise ExportError(f"known answer: no rule for the node {node.op_type}")
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         outputs = compute(_Inputs(node, values, weights), attributes)
+        for array in outputs:
+            rows = array[len(array) // 2 :]
+            rows[...] = rows.astype(dtype)
         if names["logits"] in node.output:
             exact, rounded = np.split(outputs[0], 2)
             return exact, rounded
@@ -74,6 +79,11 @@ class _Weights:
     def dtype(self, name: str) -> np.dtype:
         """The type that elements are stored in."""
         return helper.tensor_dtype_to_np_dtype(self._tensors[name].data_type)
+
+    def activations(self, nodes: list[NodeProto]) -> np.dtype:
+        """The type of activations: that of the first norm's weight."""
+        norms = (node for node in nodes if node.op_type == "SimplifiedLayerNormalization")
+        return next((self.dtype(norm.input[1]) for norm in norms), np.dtype(np.float32))
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         """Some rows in the type they are stored in; all without a count."""
@@ -119,8 +129,8 @@ def _gather(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
 
 
 def _cast(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
-    # From half to single precision and back: the answer is what exact arithmetic would give.
-    return [inputs[0]]
+    # Between half and single precision, which is rounding and not the node's meaning.
+    return [inputs[0].copy()]
 
 
 def _norm(rows: np.ndarray, scale: np.ndarray, attributes: dict[str, Any]) -> np.ndarray:
@@ -139,15 +149,9 @@ def _skip_rms_norm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarr
 
 
 def _linear(
-    inputs: _Inputs,
-    bias: int,
-    num_rows: int,
-    rounded: Callable[[np.ndarray], np.ndarray],
-    read: Callable[[int, int], np.ndarray],
+    inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: Callable[[int, int], np.ndarray]
 ) -> list[np.ndarray]:
-    """rows @ weight.T + bias: how a kernel rounds the rows, and `read` gives some rows of the weight."""
-    exact, inexact = np.split(inputs[0], 2)
-    rows = np.concatenate([exact, rounded(inexact)])
+    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows."""
     out = np.empty((len(rows), num_rows))
     step = max(1, CHUNK // rows.shape[1])
 
@@ -160,21 +164,13 @@ def _linear(
     return [out + inputs[bias] if inputs.has(bias) else out]
 
 
-def _as_type(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda rows: rows.astype(dtype).astype(np.float64)
-
-
-def _as_int8(block_size: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Whole numbers up to 127, with a scale for each block of a row."""
-
-    def rounded(rows: np.ndarray) -> np.ndarray:
-        num_rows, width = rows.shape
-        blocks = np.pad(rows, [(0, 0), (0, -width % block_size)]).reshape(num_rows, -1, block_size)
-        scales = np.abs(blocks).max(axis=-1, keepdims=True) / 127
-        whole = np.rint(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0))
-        return (whole * scales).reshape(num_rows, -1)[:, :width]
-
-    return rounded
+def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
+    """Whole numbers up to 127 times a scale for each block of a row."""
+    num_rows, width = rows.shape
+    blocks = np.pad(rows, [(0, 0), (0, -width % block_size)]).reshape(num_rows, -1, block_size)
+    scales = np.abs(blocks).max(axis=-1, keepdims=True) / 127
+    whole = np.rint(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0))
+    return (whole * scales).reshape(num_rows, -1)[:, :width]
 
 
 def _gemm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
@@ -185,7 +181,7 @@ def _gemm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     def read(first: int, count: int) -> np.ndarray:
         return weights.rows(name, first, count).astype(np.float64)
 
-    return _linear(inputs, 2, weights.num_rows(name), _as_type(weights.dtype(name)), read)
+    return _linear(inputs, inputs[0], weights.num_rows(name), 2, read)
 
 
 def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
@@ -216,9 +212,11 @@ def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarra
         # The last block of a row may reach beyond it.
         return blocks.reshape(num_rows, -1)[:, : attributes["K"]]
 
-    as_int8 = attributes.get("accuracy_level") == INT8_ACTIVATIONS
-    rounded = _as_int8(block_size) if as_int8 else _as_type(inputs.weights.dtype(inputs.names[2]))
-    return _linear(inputs, 5, attributes["N"], rounded, read)
+    rows = inputs[0]
+    if attributes.get("accuracy_level") == INT8_ACTIVATIONS:
+        exact, rounded = np.split(rows, 2)
+        rows = np.concatenate([exact, _as_int8(rounded, block_size)])
+    return _linear(inputs, rows, attributes["N"], 5, read)
 
 
 def _unpacking(bits: int) -> np.ndarray:
@@ -233,8 +231,7 @@ def _split(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
 
 
 def _quick_gelu(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
-    with np.errstate(over="ignore"):
-        return [inputs[0] / (1 + np.exp(-attributes["alpha"] * inputs[0]))]
+    return [inputs[0] / (1 + np.exp(-attributes["alpha"] * inputs[0]))]
 
 
 def _mul(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ import onnx
 
 from glm_export import interpreter
 from glm_export.config import Geometry
+from glm_export.error import ExportError
 
 SCHEMA_VERSION = 1
 KNOWN_ANSWER_FILE = "known_answer.json"
@@ -30,7 +31,11 @@ DIGITS = 5
 def write(geometry: Geometry, folder: Path, graph_file: str, names: dict[str, str]) -> None:
     """Computes the answer of the graph in the folder and writes it beside."""
     token_ids = prompt(geometry, _block_size(folder / graph_file, names))
-    exact, rounded = interpreter.logits(folder / graph_file, token_ids, names)
+    # What overflows is found in the end, and not a surprise on the way.
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact, rounded = interpreter.logits(folder / graph_file, token_ids, names)
+    if not np.isfinite(rounded).all():
+        raise ExportError("known answer: activations overflow the graph's type; bf16 has more room than fp16")
     content = describe(token_ids, exact[:, : geometry.vocab_size], rounded[:, : geometry.vocab_size])
     (folder / KNOWN_ANSWER_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 

@@ -8,9 +8,11 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file, save_file
 
 from glm_export import cli, interpreter, known_answer, tiny
 from glm_export.config import CHATGLM3_SPECIALS
+from glm_export.error import ExportError
 from glm_export.graph import GRAPH_FILE, MICROSOFT, NAMES
 from glm_export.quantize import Scheme
 from paged_session import Batch, PagedSession
@@ -191,3 +193,13 @@ def test_the_answer_is_of_real_ids_only(exported):
     known = read(exported["fp32"])
     assert all(index < VOCAB_SIZE for row in known["rows"] for index, _ in row["top"])
     assert all(np.all(np.diff([value for _, value in row["top"]]) <= 0) for row in known["rows"])
+
+
+def test_a_checkpoint_that_overflows_is_refused(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "in")
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    tensors["transformer.encoder.final_layernorm.weight"] *= np.float32(2e38)
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(ExportError, match="activations overflow"):
+        cli.export(tmp_path / "in", tmp_path / "out", "fp32")
+    assert not (tmp_path / "out").exists()
