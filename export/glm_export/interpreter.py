@@ -156,7 +156,9 @@ def _linear(
     step = max(1, CHUNK // rows.shape[1])
 
     def part(first: int) -> None:
-        out[:, first : first + step] = rows @ read(first, step).T
+        # A thread of a pool does not have its maker's settings.
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[:, first : first + step] = rows @ read(first, step).T
 
     # A thread a core and none inside a product: BLAS's own lose most of their time on a busy machine.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -77,15 +77,6 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
     let mut runner = load_runner(&args.model, &model.manifest)?;
-    match known_answer::verify(&mut runner, &args.model.model, &model.manifest)? {
-        Some(Agreement { error, tolerance }) => {
-            tracing::info!(error, tolerance, "computes what was exported")
-        }
-        None => tracing::warn!(
-            "the folder has no known answer, so nothing shows that this machine computes what was exported: \
-             export again with the glm-export of this release"
-        ),
-    }
     let cache = runner.kv_cache();
     let capacity = cache.num_blocks * cache.block_size;
     if config.max_model_len > capacity {
@@ -97,6 +88,15 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
             Some(_) => return Err(message.into()),
             None => tracing::warn!("{message}: longer ones are refused"),
         }
+    }
+    match known_answer::verify(&mut runner, &args.model.model, &model.manifest)? {
+        Some(Agreement { error, tolerance }) => {
+            tracing::info!(error, tolerance, "computes what was exported")
+        }
+        None => tracing::warn!(
+            "the folder has no known answer, so nothing shows that this machine computes what was exported: \
+             export again with the glm-export of this release"
+        ),
     }
     let metrics = Arc::new(Metrics::new(&model.manifest)?);
     let vocab_size = model.manifest.geometry.vocab_size;
