@@ -97,12 +97,20 @@ pub enum LoadError {
         /// What is wrong, naming the field.
         message: String,
     },
-    /// The manifest is of another version.
+    /// The known answer is not valid JSON of the expected shape.
+    #[error("{path} is not a valid known answer: {message}")]
+    KnownAnswer {
+        /// The file's path.
+        path: PathBuf,
+        /// What is wrong, naming the field.
+        message: String,
+    },
+    /// A file is of another version.
     #[error(
-        "{path} has schema_version {found}; this build reads {expected}. Export the checkpoint again with the glm-export of this release"
+        "{path} has schema_version {found} and needs a glmserve that reads it; this build reads {expected}. Export the checkpoint again with the glm-export of this release"
     )]
     SchemaVersion {
-        /// The manifest's path.
+        /// The file's path.
         path: PathBuf,
         /// The version in the file.
         found: u64,

@@ -10,6 +10,7 @@ pub mod cost_model;
 mod counting_allocator;
 pub mod engine;
 pub mod error;
+pub mod known_answer;
 pub mod kv_cache;
 pub mod manifest;
 pub mod observer;

@@ -11,7 +11,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from glm_export import __version__, check, config, graph, manifest, target, tokenizer, weights
+from glm_export import (
+    __version__,
+    check,
+    config,
+    graph,
+    known_answer,
+    manifest,
+    target,
+    tokenizer,
+    weights,
+)
 from glm_export.checkpoint import Checkpoint
 from glm_export.error import ExportError
 from glm_export.quantize import Scheme
@@ -73,6 +83,7 @@ def export(
         first_special = min(settings.chat.special_tokens.values())
         tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
+        known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)

@@ -47,7 +47,7 @@ def test_manifest_has_exactly_the_fields_that_rust_reads(exported):
         "chat": ["default_system", "format", "special_tokens"],
         "stop_token_ids": [2, 486, 488],
         "generation": ["temperature", "top_p"],
-        "files": ["LICENSE", "model.onnx", "model.onnx.data", "tokenizer.json"],
+        "files": ["LICENSE", "known_answer.json", "model.onnx", "model.onnx.data", "tokenizer.json"],
         "digest": found["digest"],
     }
     assert found["graph"]["precision"] == "int8"

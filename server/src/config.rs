@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use glm_engine::manifest::Provider;
+use glm_engine::runner::ort::OrtOptions;
 use glm_engine::{EngineConfig, LoadError, Manifest};
 use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
@@ -40,6 +41,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve a model folder over HTTP
     Serve(Box<ServeArgs>),
+    /// Check that a model folder is whole and that this machine computes what was exported
+    Check(CheckArgs),
     /// Write the logits of every position of a sequence, for parity checks
     Logits(LogitsArgs),
     /// Measure a running server with streams in a closed loop
@@ -54,15 +57,23 @@ pub struct ModelArgs {
     /// Folder that glm-export wrote
     #[arg(long, env = "GLMSERVE_MODEL", value_name = "DIR")]
     pub model: PathBuf,
+    /// What computes.
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+    /// Memory of the KV cache, in MiB
+    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = up_to::<{ 1 << 24 }>)]
+    pub kv_cache_memory: usize,
+}
+
+/// What computes.
+#[derive(Debug, Args)]
+pub struct RuntimeArgs {
     /// The ONNX Runtime shared library
     #[arg(long, env = "GLMSERVE_ORT_LIB", value_name = "FILE", default_value = "libonnxruntime.so")]
     pub onnxruntime: PathBuf,
     /// Threads that compute [default: the number of processors]
     #[arg(long, env = "GLMSERVE_THREADS", value_name = "N", value_parser = up_to::<1024>)]
     pub threads: Option<usize>,
-    /// Memory of the KV cache, in MiB
-    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = up_to::<{ 1 << 24 }>)]
-    pub kv_cache_memory: usize,
     /// Number of the GPU, for a graph of the CUDA provider
     #[arg(long, env = "GLMSERVE_DEVICE", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1023))]
     pub device: u32,
@@ -158,6 +169,17 @@ pub struct StreamArgs {
     /// Most streams of one API key that run without a reader; the oldest goes first
     #[arg(long, env = "GLMSERVE_MAX_DETACHED_PER_KEY", value_name = "N", default_value_t = 16)]
     pub max_detached_per_key: usize,
+}
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Folder that glm-export wrote
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// What computes.
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
 }
 
 /// Options of `logits`.
@@ -260,7 +282,7 @@ impl ModelArgs {
     pub fn kv_cache_bytes(&self, provider: Provider) -> Result<usize, LoadError> {
         let num_bytes = self.kv_cache_memory * MIB;
         if provider == Provider::Cuda {
-            return match self.gpu_memory {
+            return match self.runtime.gpu_memory {
                 Some(limit) if self.kv_cache_memory >= limit => Err(LoadError::Config(format!(
                     "--kv-cache-memory {} MiB leaves nothing of --gpu-memory {limit} MiB for the weights",
                     self.kv_cache_memory
@@ -277,11 +299,19 @@ impl ModelArgs {
             _ => Ok(num_bytes),
         }
     }
+}
 
-    /// Threads that compute.
-    pub fn num_threads(&self) -> usize {
+impl RuntimeArgs {
+    /// How to run a graph with this much memory for keys and values.
+    pub fn options(&self, kv_cache_bytes: usize) -> OrtOptions {
         let all = || std::thread::available_parallelism().map_or(1, usize::from);
-        self.threads.unwrap_or_else(all)
+        OrtOptions {
+            library: self.onnxruntime.clone(),
+            num_threads: self.threads.unwrap_or_else(all),
+            kv_cache_bytes,
+            device_id: self.device as i32,
+            device_memory_bytes: self.gpu_memory.map(|mib| mib << 20),
+        }
     }
 }
 

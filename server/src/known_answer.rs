@@ -1,12 +1,18 @@
-//! Owns the generation whose answer is known: the warm-up records it, and a server whose engine had a
-//! fault is unready until the engine gives it again.
+//! Owns what the server does with answers that are known. The one recorded at export is compared before
+//! the engine takes a request; a generation that the warm-up records is asked again after a fault, and
+//! until the engine gives it the server is unready.
 //!
 //! Invariant: overload can't fail it, as it asks for tokens, not for speed, and never queues behind
 //! users. It is greedy, so a healthy engine has one answer.
 
+use std::path::Path;
 use std::time::Duration;
 
-use glm_engine::{EventReceiver, Request, SamplingParams, SequenceError, TokenEvent};
+use glm_engine::known_answer::{self, Agreement, Mismatch};
+use glm_engine::runner::{self, ModelRunner};
+use glm_engine::{
+    EventReceiver, LoadError, Manifest, Request, RunError, SamplingParams, SequenceError, TokenEvent,
+};
 
 use crate::ServeError;
 use crate::state::AppState;
@@ -22,6 +28,35 @@ const PERIOD: Duration = Duration::from_secs(1);
 pub struct KnownAnswer {
     request: Request,
     token_ids: Vec<u32>,
+}
+
+/// Why a runner is not to be trusted.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// The file can't be used.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The runner failed on the prompt.
+    #[error("the model fails on the prompt of its known answer: {0}")]
+    Run(#[from] RunError),
+    /// The runner computes something else.
+    #[error("this machine computes something else than what was exported: {0}")]
+    Mismatch(#[from] Mismatch),
+}
+
+/// Compares what `runner` computes with what was recorded when the folder `dir` was exported; `None`
+/// where nothing was. Overwrites the cache.
+///
+/// # Errors
+/// [`VerifyError`]: it differs, or can't be compared.
+pub fn verify(
+    runner: &mut impl ModelRunner,
+    dir: &Path,
+    manifest: &Manifest,
+) -> Result<Option<Agreement>, VerifyError> {
+    let Some(known) = known_answer::KnownAnswer::load(dir, manifest)? else { return Ok(None) };
+    let logits = runner::logits(runner, &known.token_ids, known.token_ids.len())?;
+    Ok(Some(known.compare(logits.view(), manifest.geometry.vocab_size)?))
 }
 
 /// Generates twice, so that no client pays for first-time work, and keeps the answer.

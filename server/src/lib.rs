@@ -2,6 +2,7 @@
 
 pub mod auth;
 mod body_memory;
+pub mod check;
 pub mod config;
 pub mod error;
 #[cfg(test)]

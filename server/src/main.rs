@@ -9,14 +9,15 @@ use std::sync::Arc;
 
 use actix_web::web;
 use clap::Parser;
+use glm_engine::known_answer::Agreement;
 use glm_engine::runner::ModelRunner;
-use glm_engine::runner::ort::{OrtOptions, OrtRunner};
+use glm_engine::runner::ort::OrtRunner;
 use glm_engine::{EngineThread, LoadError, Manifest};
 use glmserve::auth::ApiKeys;
-use glmserve::config::{Cli, Command, LogFormat, LogitsArgs, ModelArgs, ServeArgs};
+use glmserve::config::{CheckArgs, Cli, Command, LogFormat, LogitsArgs, ModelArgs, ServeArgs};
 use glmserve::metrics::Metrics;
 use glmserve::state::{AppState, ServedModel};
-use glmserve::{npy, serve, shutdown};
+use glmserve::{check, known_answer, npy, serve, shutdown};
 use glmserve_client::bench::{self, BenchArgs};
 use glmserve_client::terminal::{self, ChatArgs};
 use tracing_subscriber::EnvFilter;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
     let result = match Cli::parse().command {
         Command::Serve(args) => run_server(*args),
+        Command::Check(args) => check_folder(&args),
         Command::Logits(args) => write_logits(&args),
         Command::Bench(args) => run_bench(args),
         Command::Chat(args) => run_chat(args),
@@ -74,7 +76,7 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
     let listener =
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
-    let runner = load_runner(&args.model, &model.manifest)?;
+    let mut runner = load_runner(&args.model, &model.manifest)?;
     let cache = runner.kv_cache();
     let capacity = cache.num_blocks * cache.block_size;
     if config.max_model_len > capacity {
@@ -86,6 +88,15 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
             Some(_) => return Err(message.into()),
             None => tracing::warn!("{message}: longer ones are refused"),
         }
+    }
+    match known_answer::verify(&mut runner, &args.model.model, &model.manifest)? {
+        Some(Agreement { error, tolerance }) => {
+            tracing::info!(error, tolerance, "computes what was exported")
+        }
+        None => tracing::warn!(
+            "the folder has no known answer, so nothing shows that this machine computes what was exported: \
+             export again with the glm-export of this release"
+        ),
     }
     let metrics = Arc::new(Metrics::new(&model.manifest)?);
     let vocab_size = model.manifest.geometry.vocab_size;
@@ -104,14 +115,22 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
 }
 
 fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadError> {
-    let options = OrtOptions {
-        library: args.onnxruntime.clone(),
-        num_threads: args.num_threads(),
-        kv_cache_bytes: args.kv_cache_bytes(manifest.graph.provider)?,
-        device_id: args.device as i32,
-        device_memory_bytes: args.gpu_memory.map(|mib| mib << 20),
-    };
-    OrtRunner::load(&args.model, manifest, &options)
+    OrtRunner::load(
+        &args.model,
+        manifest,
+        &args.runtime.options(args.kv_cache_bytes(manifest.graph.provider)?),
+    )
+}
+
+fn check_folder(args: &CheckArgs) -> MainResult {
+    // Not eprintln, as above; nobody may listen.
+    let mut progress = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
+    let options = |kv_cache_bytes| args.runtime.options(kv_cache_bytes);
+    let num_wrong = check::run(&args.dir, options, &mut std::io::stdout(), &mut progress)?;
+    match num_wrong {
+        0 => Ok(()),
+        _ => Err(format!("{}: {num_wrong} of the above are wrong", args.dir.display()).into()),
+    }
 }
 
 fn write_logits(args: &LogitsArgs) -> MainResult {

@@ -1,15 +1,19 @@
 //! Owns what makes a manifest, and the folder around it, consistent.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::{Dtype, Manifest, OutputKind, Provider, SCHEMA_VERSION};
+use super::{Dtype, FileEntry, Manifest, OutputKind, Provider, SCHEMA_VERSION};
 use crate::error::LoadError;
 use crate::sampling_params::SamplingParams;
 
 /// Files up to this size are hashed at each start: graph, tokenizer and notices.
 const MAX_HASHED_BYTES: u64 = 64 << 20;
+/// Bytes that are read at a time.
+const READ_BYTES: usize = 1 << 20;
 
 /// Larger than any size of a network, small enough that a product of a few of them does not overflow.
 const MAX_SIZE: usize = 1 << 24;
@@ -20,12 +24,27 @@ impl Manifest {
     /// # Errors
     /// [`LoadError`] names the file, and the field where one is wrong.
     pub fn load(dir: &Path) -> Result<Self, LoadError> {
+        let manifest = Self::read(dir)?;
+        // All sizes, since a cut copy is the commonest damage, and the contents of all but the
+        // weights, which take minutes to read.
+        for (name, entry) in &manifest.files {
+            entry.check_size(dir, name)?;
+            if entry.bytes <= MAX_HASHED_BYTES {
+                entry.check_content(dir, name, &mut |_| ())?;
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Reads and checks `dir/manifest.json` alone.
+    ///
+    /// # Errors
+    /// [`LoadError`] names the field that is wrong.
+    pub fn read(dir: &Path) -> Result<Self, LoadError> {
         let path = dir.join("manifest.json");
         let text =
             std::fs::read_to_string(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
-        let manifest = Self::parse(&text, path)?;
-        manifest.check_files(dir)?;
-        Ok(manifest)
+        Self::parse(&text, path)
     }
 
     fn parse(text: &str, path: PathBuf) -> Result<Self, LoadError> {
@@ -40,31 +59,6 @@ impl Manifest {
         let manifest: Self = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
         manifest.check().map_err(bad)?;
         Ok(manifest)
-    }
-
-    /// Compares the files of `dir` with the manifest: all sizes, since a cut copy is the commonest
-    /// damage, and the contents of all but the weights, which take minutes to read.
-    ///
-    /// # Errors
-    /// [`LoadError`] names the first file that is missing or of another size.
-    fn check_files(&self, dir: &Path) -> Result<(), LoadError> {
-        for (name, entry) in &self.files {
-            let path = dir.join(name);
-            let found = path.metadata().map_err(|source| LoadError::Io { path: path.clone(), source })?.len();
-            if found != entry.bytes {
-                let message = format!("it says that {name} has {} bytes, but it has {found}", entry.bytes);
-                return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
-            }
-            check_place(dir, &path)?;
-            if found <= MAX_HASHED_BYTES {
-                let content = std::fs::read(&path).map_err(|source| LoadError::Io { path, source })?;
-                if hex(&Sha256::digest(&content)) != entry.sha256 {
-                    let message = format!("it says that {name} has another content than it has");
-                    return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
-                }
-            }
-        }
-        Ok(())
     }
 
     fn check(&self) -> Result<(), String> {
@@ -173,6 +167,51 @@ impl Manifest {
             ));
         }
         Ok(())
+    }
+}
+
+impl FileEntry {
+    /// Compares the file `name` of the folder `dir` with the entry: place, size and content, however
+    /// large; `progress` hears how many bytes were read.
+    ///
+    /// # Errors
+    /// [`LoadError`] names the file.
+    pub fn check(&self, dir: &Path, name: &str, progress: &mut dyn FnMut(u64)) -> Result<(), LoadError> {
+        self.check_size(dir, name)?;
+        self.check_content(dir, name, progress)
+    }
+
+    fn check_size(&self, dir: &Path, name: &str) -> Result<(), LoadError> {
+        let path = dir.join(name);
+        let found = path.metadata().map_err(|source| LoadError::Io { path: path.clone(), source })?.len();
+        if found != self.bytes {
+            let message = format!("it says that {name} has {} bytes, but it has {found}", self.bytes);
+            return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
+        }
+        check_place(dir, &path)
+    }
+
+    fn check_content(&self, dir: &Path, name: &str, progress: &mut dyn FnMut(u64)) -> Result<(), LoadError> {
+        let path = dir.join(name);
+        let failed = |source| LoadError::Io { path: path.clone(), source };
+        let mut file = File::open(&path).map_err(failed)?;
+        let (mut hash, mut buffer, mut num_read) = (Sha256::new(), vec![0; READ_BYTES], 0);
+        loop {
+            let len = file.read(&mut buffer).map_err(failed)?;
+            if len == 0 {
+                break;
+            }
+            hash.update(&buffer[..len]);
+            num_read += len as u64;
+            progress(num_read);
+        }
+        match hex(&hash.finalize()) == self.sha256 {
+            true => Ok(()),
+            false => {
+                let message = format!("it says that {name} has another content than it has");
+                Err(LoadError::Manifest { path: dir.join("manifest.json"), message })
+            }
+        }
     }
 }
 

@@ -57,6 +57,11 @@ impl Vocabulary {
         self.pieces.get(id as usize).unwrap_or(&Piece::Special)
     }
 
+    /// One more than the largest id of a piece.
+    pub fn num_ids(&self) -> usize {
+        self.pieces.len()
+    }
+
     /// Most bytes that any one token stands for, at least 1.
     pub fn max_piece_len(&self) -> usize {
         self.max_piece_len
