@@ -168,7 +168,7 @@ fn a_second_signal_ends_the_drain_and_streams_hear_of_it() {
     run(async {
         let server = Server::start(Options::default()).await;
         let socket = server.open(&streaming("slow 220")).await;
-        server.until("glmserve_time_to_first_token_seconds_count", 1).await;
+        server.until("glmserve_delivered_time_to_first_token_seconds_count", 1).await;
         server.signals.send(()).await.unwrap();
         server.signals.send(()).await.unwrap();
         let text = read_all(socket).await;
