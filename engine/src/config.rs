@@ -21,6 +21,8 @@ pub struct EngineConfig {
     /// Longest step the cost model may predict, reached by taking fewer prompt tokens: the longest
     /// pause that somebody's prompt puts into a running stream. One block is always taken.
     pub max_step_time: Duration,
+    /// Most tokens that are guessed for a running sequence and checked in one step; 0 guesses nothing.
+    pub max_num_draft_tokens: usize,
     /// How many times its predicted time a step may take before it counts as stalled.
     pub stall_factor: u32,
     /// Least time before a step counts as stalled. Until step times are learnt, it is taken
@@ -42,6 +44,7 @@ impl Default for EngineConfig {
             // Half a second is a pause that a reader of a stream still takes for writing, and long
             // enough that reading the weights once is a small part of a step.
             max_step_time: Duration::from_millis(500),
+            max_num_draft_tokens: 8,
             stall_factor: 10,
             stall_min: Duration::from_secs(30),
             max_consecutive_run_errors: 3,

@@ -14,6 +14,9 @@ const MOST_SURPRISE: f64 = 4.0;
 /// A prediction below this is no measure of surprise.
 const LEAST_PREDICTION_S: f64 = 1e-3;
 
+/// A guessed token must be worth this many times its price.
+const DRAFT_MARGIN: f64 = 1.5;
+
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepBounds {
@@ -105,6 +108,20 @@ impl CostModel {
         // Infinite, and then cut, if a token costs nothing.
         let num_tokens = (left.max(0.0) / self.prefill_s.max(1e-12)) as usize;
         num_tokens.clamp(least, most)
+    }
+
+    /// The least chance to yield a token at which one more row pays in a step of `num_decodes`: below it
+    /// the step yields fewer tokens a second for everybody. It is the part of a row in the step's time,
+    /// times the step's tokens, and half as much again, since chances are guesses. 1, at which nothing
+    /// pays, as soon as rows make up two thirds of the step, and until a step was seen.
+    pub fn draft_price(&self, num_decodes: usize) -> f64 {
+        let rows_s = self.decode_s * num_decodes as f64;
+        let step_s = self.base_s + rows_s;
+        if step_s > 0.0 && self.num_decode_steps > 0 {
+            (DRAFT_MARGIN * rows_s / step_s).min(1.0)
+        } else {
+            1.0
+        }
     }
 
     /// Predicted time to the first token of a request with `num_prompt_tokens` that is submitted now.

@@ -59,6 +59,12 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.set_detached(id, is_detached);
     }
 
+    /// Says what a row that checks a guess must be worth, from now on: the least chance that it yields
+    /// a token. At first it is 1, and nothing is guessed.
+    pub fn set_draft_price(&mut self, price: f64) {
+        self.scheduler.set_draft_price(price);
+    }
+
     /// The queue, the next one first.
     pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Sequence> {
         self.scheduler.waiting()
@@ -142,6 +148,8 @@ impl<R: ModelRunner> Engine<R> {
             num_scheduled_tokens: self.plan.num_tokens(),
             num_prompt_tokens: 0,
             num_generated_tokens: 0,
+            num_draft_tokens: 0,
+            num_accepted_draft_tokens: 0,
             num_preemptions: self.outcome.num_preemptions,
             num_non_finite: 0,
             failed: false,
@@ -161,16 +169,30 @@ impl<R: ModelRunner> Engine<R> {
                 return report;
             }
         };
-        for scheduled in &self.plan.sequences {
-            let Some(sequence) = self.scheduler.commit(scheduled.id, scheduled.num_scheduled_tokens) else {
+        for (index, scheduled) in self.plan.sequences.iter().enumerate() {
+            let num_known_tokens = scheduled.num_known_tokens();
+            let Some(sequence) = self.scheduler.commit(scheduled.id, num_known_tokens) else {
                 continue;
             };
-            let end = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens;
+            let end = scheduled.num_computed_tokens + num_known_tokens;
             report.num_prompt_tokens += report_prompt_tokens(sequence, end);
-            let Some(row) = scheduled.logits_row else { continue };
-            let token_id = sample(&mut self.sampler, &mut output, row, sequence);
-            let is_finished = apply_token(token_id, sequence, &mut self.events);
-            report.num_generated_tokens += 1;
+            let drafts = self.plan.drafts(index);
+            let mut num_accepted = 0;
+            let mut is_finished = false;
+            // The next row is of use only if the token was the one that it was computed for.
+            for row in scheduled.logits_rows() {
+                let token_id = sample(&mut self.sampler, &mut output, row, sequence);
+                is_finished = apply_token(token_id, sequence, &mut self.events);
+                report.num_generated_tokens += 1;
+                let draft = drafts.get(row - scheduled.logits_row);
+                if is_finished || draft.is_none_or(|&draft| sequence.tokens().last() != Some(&(draft as u32)))
+                {
+                    break;
+                }
+                num_accepted += 1;
+            }
+            report.num_draft_tokens += drafts.len();
+            report.num_accepted_draft_tokens += num_accepted;
             if is_finished {
                 let is_non_finite = matches!(
                     self.events.last(),
@@ -178,6 +200,8 @@ impl<R: ModelRunner> Engine<R> {
                 );
                 report.num_non_finite += usize::from(is_non_finite);
                 self.scheduler.remove(scheduled.id);
+            } else if !drafts.is_empty() {
+                self.scheduler.commit_drafts(scheduled.id, num_accepted);
             }
         }
         report

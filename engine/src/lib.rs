@@ -8,6 +8,7 @@ pub mod config;
 pub mod cost_model;
 #[cfg(test)]
 mod counting_allocator;
+pub mod draft;
 pub mod engine;
 pub mod error;
 pub mod known_answer;

@@ -15,6 +15,10 @@ pub struct StepReport {
     pub num_prompt_tokens: usize,
     /// Tokens sampled.
     pub num_generated_tokens: usize,
+    /// Tokens guessed and computed beside decodes.
+    pub num_draft_tokens: usize,
+    /// Of those, tokens that were sampled then.
+    pub num_accepted_draft_tokens: usize,
     /// Sequences preempted in this step.
     pub num_preemptions: usize,
     /// Sequences that failed because their logits were not finite.

@@ -55,8 +55,8 @@ pub fn logits(
     let mut parts = Vec::new();
     for (index, tokens) in token_ids.chunks(chunk.max(1)).enumerate() {
         plan.clear(needed);
-        plan.push(RequestId(0), tokens, index * chunk, &blocks, block_size, true);
-        plan.logits_indices = (0..tokens.len() as i32).collect();
+        let num_tokens = tokens.len();
+        plan.push(RequestId(0), tokens.iter().copied(), index * chunk, &blocks, block_size, num_tokens);
         parts.push(runner.run(&plan)?.logits.rows()?.to_owned());
     }
     let views: Vec<_> = parts.iter().map(|part| part.view()).collect();

@@ -39,6 +39,8 @@ pub struct Scheduler {
     watermark: usize,
     max_num_blocks: usize,
     num_admissions: u64,
+    /// Least chance to be right for which a guess is checked.
+    draft_price: f64,
     /// Whether the queue changed since it was last asked.
     queue_changed: bool,
 }
@@ -54,6 +56,7 @@ impl Scheduler {
             waiting: VecDeque::with_capacity(config.max_num_seqs + config.max_num_waiting + 1),
             running: Vec::with_capacity(config.max_num_seqs + 1),
             num_admissions: 0,
+            draft_price: 1.0,
             queue_changed: false,
             config,
             pool,
@@ -121,6 +124,11 @@ impl Scheduler {
         }
     }
 
+    /// Says what a guess must be worth, from now on: the least chance to be right.
+    pub fn set_draft_price(&mut self, price: f64) {
+        self.draft_price = price;
+    }
+
     /// Says whether anybody reads a sequence.
     pub fn set_detached(&mut self, id: RequestId, is_detached: bool) {
         if let Some(index) = self.position(id) {
@@ -140,7 +148,8 @@ impl Scheduler {
 
     /// Fills `plan` with the next step: a token for every sequence that lacks one, then chunks of
     /// prompts, admitting from the queue while there is room. Of prompts it takes `prefill_budget`
-    /// tokens, but at least a block, and never more than the step may hold beside its decodes.
+    /// tokens, but at least a block, and never more than the step may hold beside its decodes. What
+    /// prompts leave of it may go to drafts.
     pub fn schedule(
         &mut self,
         now: Duration,
@@ -150,24 +159,29 @@ impl Scheduler {
     ) {
         outcome.num_preemptions = 0;
         outcome.admitted.clear();
-        self.running.iter_mut().for_each(|running| running.num_planned_tokens = 0);
+        for running in &mut self.running {
+            (running.num_planned_tokens, running.num_draft_tokens) = (0, 0);
+        }
         self.admit_probe(now, outcome);
         let mut prefill_budget = self.continue_running(prefill_budget, outcome);
         if outcome.num_preemptions == 0 {
             self.admit(now, &mut prefill_budget, outcome);
+            self.plan_drafts(prefill_budget);
         }
         let planned = || self.running.iter().filter(|running| running.num_planned_tokens > 0);
         plan.clear(planned().map(|running| running.block_table.blocks().len()).max().unwrap_or(0));
         for running in planned() {
             let RunningSequence { sequence, num_computed_tokens: start, .. } = running;
             let end = start + running.num_planned_tokens;
+            let drafts = sequence.drafter.draft(sequence.tokens()).take(running.num_draft_tokens);
+            let reaches_end = end == sequence.tokens().len();
             plan.push(
                 sequence.id,
-                &sequence.tokens()[*start..end],
+                sequence.tokens()[*start..end].iter().copied().chain(drafts),
                 *start,
                 running.block_table.blocks(),
                 self.pool.block_size(),
-                end == sequence.tokens().len(),
+                if reaches_end { 1 + running.num_draft_tokens } else { 0 },
             );
         }
     }
@@ -258,6 +272,24 @@ impl Scheduler {
         }
     }
 
+    /// Adds guesses to the decodes, the first ones first, as far as `budget` and free blocks go: a guess
+    /// takes nothing that anybody else wants in this step, and what it took is free before the next.
+    fn plan_drafts(&mut self, mut budget: usize) {
+        for running in self.running.iter_mut().filter(|running| running.num_pending_tokens() == 1) {
+            let most = self.config.max_num_draft_tokens.min(budget);
+            if most == 0 || running.num_planned_tokens == 0 {
+                continue;
+            }
+            let end = running.num_computed_tokens + 1;
+            let mut num_drafts = running.sequence.num_drafts(self.draft_price, most);
+            if !running.block_table.grow(end + num_drafts, &mut self.pool) {
+                num_drafts = running.block_table.blocks().len() * self.pool.block_size() - end;
+            }
+            running.num_draft_tokens = num_drafts;
+            budget -= num_drafts;
+        }
+    }
+
     /// Blocks that the running sequences lack for the tokens they know.
     fn num_reserved(&self) -> usize {
         let blocks_to_come = |running: &RunningSequence| {
@@ -301,6 +333,16 @@ impl Scheduler {
         running.num_computed_tokens += num_tokens;
         running.num_planned_tokens = 0;
         Some(&mut running.sequence)
+    }
+
+    /// Records that so many of a sequence's guesses were right, after its share was committed; the slots
+    /// of the others are free again.
+    pub fn commit_drafts(&mut self, id: RequestId, num_accepted: usize) {
+        self.commit(id, num_accepted);
+        if let Some(index) = self.position(id) {
+            let running = &mut self.running[index];
+            running.block_table.shrink(running.num_computed_tokens, &mut self.pool);
+        }
     }
 
     /// Removes a sequence wherever it is and frees its blocks. False if it is not there.

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use crate::draft::Drafter;
 use crate::kv_cache::{BlockPool, BlockTable};
 use crate::request::{Request, RequestId};
 use crate::sampling_params::SamplingParams;
@@ -35,6 +36,8 @@ pub struct Sequence {
     pub admission: Option<u64>,
     /// Prompt tokens computed at least once: recomputation does not count again.
     pub num_reported_prompt_tokens: usize,
+    /// What it may say next.
+    pub drafter: Drafter,
 }
 
 impl Sequence {
@@ -59,6 +62,7 @@ impl Sequence {
             is_detached: false,
             admission: None,
             num_reported_prompt_tokens: 0,
+            drafter: Drafter::default(),
         }
     }
 
@@ -75,6 +79,14 @@ impl Sequence {
     /// The output so far.
     pub fn output(&self) -> &[u32] {
         &self.tokens[self.num_prompt_tokens..]
+    }
+
+    /// How many of its next tokens to guess, at most `most`, at this price of a guess.
+    pub fn num_drafts(&mut self, price: f64, most: usize) -> usize {
+        // The last token that it may generate has no row after it.
+        let left = self.sampling.max_tokens - self.output().len();
+        self.drafter.read(&self.tokens, self.num_prompt_tokens + self.sampling.max_tokens);
+        self.drafter.num_tokens(price, most.min(left - 1))
     }
 
     /// Whether the next token is chosen from logits as they are: no penalty, bias or ban applies.
@@ -118,6 +130,7 @@ impl WaitingSequence {
             sequence: self.0,
             num_computed_tokens: 0,
             num_planned_tokens: 0,
+            num_draft_tokens: 0,
             block_table: BlockTable::with_capacity(max_num_blocks),
         }
     }
@@ -130,8 +143,10 @@ pub struct RunningSequence {
     pub sequence: Sequence,
     /// Tokens whose keys and values are in the cache.
     pub num_computed_tokens: usize,
-    /// Tokens in the step that is planned.
+    /// Known tokens in the step that is planned.
     pub num_planned_tokens: usize,
+    /// Guesses after them.
+    pub num_draft_tokens: usize,
     /// Where they are.
     pub block_table: BlockTable,
 }

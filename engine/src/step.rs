@@ -2,6 +2,8 @@
 //!
 //! Invariant: a plan says what to do and changes nothing; counters move only when it is committed.
 
+use std::ops::Range;
+
 use ndarray::ArrayView2;
 
 use crate::error::RunError;
@@ -16,8 +18,28 @@ pub struct ScheduledSequence {
     pub num_computed_tokens: usize,
     /// Tokens of this step, at least 1.
     pub num_scheduled_tokens: usize,
-    /// Row of the step's output, if this step reaches the sequence's last token.
-    pub logits_row: Option<usize>,
+    /// First of its rows of the step's output.
+    pub logits_row: usize,
+    /// Its rows: none if this step doesn't reach the sequence's last token, else one for that token and
+    /// one for each draft after it.
+    pub num_logits_rows: usize,
+}
+
+impl ScheduledSequence {
+    /// Its rows of the step's output.
+    pub fn logits_rows(&self) -> Range<usize> {
+        self.logits_row..self.logits_row + self.num_logits_rows
+    }
+
+    /// Tokens at the end of its share that are guesses, not part of the sequence.
+    pub fn num_draft_tokens(&self) -> usize {
+        self.num_logits_rows.saturating_sub(1)
+    }
+
+    /// Tokens of its share that are part of the sequence.
+    pub fn num_known_tokens(&self) -> usize {
+        self.num_scheduled_tokens - self.num_draft_tokens()
+    }
 }
 
 /// What a runner is to compute, in the shape the graph takes. Buffers are reused between steps.
@@ -71,18 +93,32 @@ impl StepPlan {
         self.token_ids.len()
     }
 
+    /// Rows of decodes, drafts included: what sequences that lacked one token only take of the step.
+    pub fn num_decode_tokens(&self) -> usize {
+        let decodes = self.sequences.iter().filter(|sequence| sequence.num_known_tokens() == 1);
+        decodes.map(|sequence| sequence.num_scheduled_tokens).sum()
+    }
+
+    /// The drafts in the share of the sequence at `index`.
+    pub fn drafts(&self, index: usize) -> &[i32] {
+        let end = self.cumulative_sequence_length[index + 1] as usize;
+        &self.token_ids[end - self.sequences[index].num_draft_tokens()..end]
+    }
+
     /// Adds `tokens`, which start at position `num_computed_tokens` of a sequence that owns `blocks`.
+    /// The logits of the last `num_logits_rows` are wanted.
     pub fn push(
         &mut self,
         id: RequestId,
-        tokens: &[u32],
+        tokens: impl IntoIterator<Item = u32>,
         num_computed_tokens: usize,
         blocks: &[u32],
         block_size: usize,
-        wants_logits: bool,
+        num_logits_rows: usize,
     ) {
-        let num_tokens = tokens.len();
-        self.token_ids.extend(tokens.iter().map(|&id| id as i32));
+        let start = self.token_ids.len();
+        self.token_ids.extend(tokens.into_iter().map(|id| id as i32));
+        let num_tokens = self.token_ids.len() - start;
         self.slot_mapping.extend((num_computed_tokens..num_computed_tokens + num_tokens).map(|position| {
             (blocks[position / block_size] as usize * block_size + position % block_size) as i32
         }));
@@ -90,10 +126,9 @@ impl StepPlan {
         self.past_seqlens.push(num_computed_tokens as i32);
         self.block_table.extend(blocks.iter().map(|&block| block as i32));
         self.block_table.extend(std::iter::repeat_n(0, self.max_num_blocks - blocks.len()));
-        let logits_row = wants_logits.then(|| {
-            self.logits_indices.push(self.token_ids.len() as i32 - 1);
-            self.logits_indices.len() - 1
-        });
+        let logits_row = self.logits_indices.len();
+        let end = self.token_ids.len();
+        self.logits_indices.extend((end - num_logits_rows..end).map(|index| index as i32));
         self.max_query_len = self.max_query_len.max(num_tokens);
         self.max_kv_len = self.max_kv_len.max(num_computed_tokens + num_tokens);
         self.sequences.push(ScheduledSequence {
@@ -101,6 +136,7 @@ impl StepPlan {
             num_computed_tokens,
             num_scheduled_tokens: num_tokens,
             logits_row,
+            num_logits_rows,
         });
     }
 }

@@ -104,7 +104,7 @@ fn a_failed_launch_ends_a_step_and_nothing_else(folder: &Path) {
     let (mut runner, _) = load(folder, &options()).unwrap();
     let mut plan = StepPlan::default();
     plan.clear(1);
-    plan.push(RequestId(0), &[1, 2, 3], 0, &[0], 128, true);
+    plan.push(RequestId(0), [1, 2, 3], 0, &[0], 128, 1);
     set("GLMSERVE_STUB_FAIL", "launch");
     let error = runner.run(&plan).expect_err("a launch failed").0;
     assert!(error.contains("CUDA"), "{error}");

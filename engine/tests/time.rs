@@ -44,8 +44,8 @@ impl ModelRunner for Machine {
         }
         self.logits = self.fake.run(plan)?.logits.rows()?.to_owned();
         for (scheduled, &start) in plan.sequences.iter().zip(&plan.cumulative_sequence_length) {
-            if let Some(row) = scheduled.logits_row.filter(|_| plan.token_ids[start as usize] == NAN as i32) {
-                self.logits.row_mut(row).fill(f32::NAN);
+            if plan.token_ids[start as usize] == NAN as i32 {
+                scheduled.logits_rows().for_each(|row| self.logits.row_mut(row).fill(f32::NAN));
             }
         }
         Ok(StepOutput { candidates: None, logits: Logits::Here(self.logits.view()) })

@@ -1,6 +1,7 @@
 //! A seeded simulator over the fake runner with virtual time: thousands of random requests,
 //! aborts, failures, deadlines, detached readers, probes, prompt budgets that vary by step and tiny
-//! pools, with every invariant checked after every step.
+//! pools, with guesses that are checked in the same step, and with every invariant checked after every
+//! step.
 //!
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
 
@@ -50,10 +51,18 @@ fn random_request(rng: &mut Rng, max_model_len: usize) -> Request {
     }
 }
 
-/// The same request alone in an engine with room for everything.
-fn isolated(request: &Request) -> Outcome {
-    let config = EngineConfig { max_model_len: 4096, max_num_batched_tokens: 4096, ..Default::default() };
-    let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 256, 16), config, VOCAB_SIZE);
+/// Makes a model of so many blocks of this size.
+type Model = fn(usize, usize, usize) -> FakeRunner;
+
+/// The same request alone in an engine with room for everything, which guesses nothing.
+fn isolated(request: &Request, model: Model) -> Outcome {
+    let config = EngineConfig {
+        max_model_len: 4096,
+        max_num_batched_tokens: 4096,
+        max_num_draft_tokens: 0,
+        ..Default::default()
+    };
+    let mut engine = Engine::new(model(VOCAB_SIZE, 256, 16), config, VOCAB_SIZE);
     engine.add(RequestId(0), request.clone(), Duration::ZERO);
     let mut outcome = Outcome { tokens: Vec::new(), end: None };
     while !engine.is_idle() {
@@ -83,6 +92,8 @@ struct Totals {
     num_detached_preempted: usize,
     num_overtakings: usize,
     num_cut_steps: usize,
+    num_drafts: usize,
+    num_accepted_drafts: usize,
 }
 
 fn simulate(seed: u64, totals: &mut Totals) {
@@ -97,11 +108,13 @@ fn simulate(seed: u64, totals: &mut Totals) {
         max_num_waiting: 1000,
         default_deadline: Duration::from_millis(rng.range(0..=1_000) as u64),
         watermark_permille: rng.range(0..=200),
+        max_num_draft_tokens: rng.range(0..=9),
         ..Default::default()
     };
+    let model = if rng.one_in(2) { FakeRunner::hashing } else { FakeRunner::repeating };
     let fails = rng.one_in(4);
     let mut failing = Rng::new(seed ^ 1);
-    let runner = FakeRunner::hashing(VOCAB_SIZE, num_blocks, block_size);
+    let runner = model(VOCAB_SIZE, num_blocks, block_size);
     let runner = if fails {
         with_failures(runner, num_blocks, block_size, move || failing.one_in(60))
     } else {
@@ -145,6 +158,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
             engine.set_detached(RequestId(rng.range(0..=next_id - 1) as u64), rng.one_in(2));
         }
         let budget = if rng.one_in(3) { usize::MAX } else { rng.range(0..=50) };
+        engine.set_draft_price([0.0, 0.1, 0.5][rng.range(0..=2)]);
         order.before(&engine);
         let report = engine.step(now, budget);
         let broken = order.after(&engine);
@@ -155,16 +169,24 @@ fn simulate(seed: u64, totals: &mut Totals) {
         let num_extra = usize::from(probe.is_some());
         assert!(plan.num_tokens() <= config.max_num_batched_tokens + num_extra, "seed {seed}: tokens");
         assert!(plan.sequences.len() <= config.max_num_seqs + num_extra, "seed {seed}: sequences");
-        let shares = plan.sequences.iter().map(|sequence| sequence.num_scheduled_tokens);
-        let num_prefill_tokens: usize = shares.filter(|&num_tokens| num_tokens > 1).sum();
-        assert!(num_prefill_tokens <= budget.max(block_size), "seed {seed}: prompt budget");
+        let num_prefill_tokens = plan.num_tokens() - plan.num_decode_tokens();
+        let num_budgeted = num_prefill_tokens + report.num_draft_tokens;
+        assert!(num_budgeted <= budget.max(block_size), "seed {seed}: prompt budget");
+        // A guess costs nobody its blocks, neither in its step nor after it.
+        assert!(report.num_preemptions == 0 || report.num_draft_tokens == 0, "seed {seed}: preempted");
+        for running in engine.running() {
+            let num_needed = running.sequence.tokens().len().div_ceil(block_size);
+            assert!(running.block_table.blocks().len() <= num_needed, "seed {seed}: {running:?}");
+        }
         totals.num_cut_steps += usize::from(num_prefill_tokens == budget.max(block_size));
         let is_idle_step = plan.is_empty() && !engine.is_idle();
         assert!(!is_idle_step, "seed {seed}: work is there and nothing was scheduled");
-        let num_decodes = plan.sequences.iter().filter(|s| s.num_scheduled_tokens == 1).count();
+        let num_decodes = plan.sequences.iter().filter(|s| s.num_known_tokens() == 1).count();
         totals.num_mixed_steps += usize::from(num_decodes > 0 && num_decodes < plan.sequences.len());
         totals.num_preemptions += report.num_preemptions;
         totals.num_failures += usize::from(report.failed);
+        totals.num_drafts += report.num_draft_tokens;
+        totals.num_accepted_drafts += report.num_accepted_draft_tokens;
         for (id, event) in engine.events() {
             record(outcomes.get_mut(id).unwrap(), event);
             probe = probe.filter(|probe| !event.is_terminal() || probe != id);
@@ -182,11 +204,15 @@ fn simulate(seed: u64, totals: &mut Totals) {
         }
         if outcome.end.is_none() || is_failed {
             assert!(is_failed || aborted.contains(id), "seed {seed}: {id:?} has no end");
-            let expected = isolated(&requests[id]).tokens;
+            let expected = isolated(&requests[id], model).tokens;
             assert!(expected.starts_with(&outcome.tokens), "seed {seed}: {id:?} differs before its abort");
             continue;
         }
-        assert_eq!(*outcome, isolated(&requests[id]), "seed {seed}: {id:?} differs from its isolated run");
+        assert_eq!(
+            *outcome,
+            isolated(&requests[id], model),
+            "seed {seed}: {id:?} differs from its isolated run"
+        );
     }
     totals.num_aborts += aborted.len();
     totals.num_requests += num_requests;
@@ -194,9 +220,9 @@ fn simulate(seed: u64, totals: &mut Totals) {
     totals.num_overtakings += order.num_overtakings;
 }
 
-/// The hashing runner, failing a step when `fails` says so.
+/// A runner, failing a step when `fails` says so.
 fn with_failures(
-    mut hashing: FakeRunner,
+    mut model: FakeRunner,
     num_blocks: usize,
     block_size: usize,
     mut fails: impl FnMut() -> bool + Send + 'static,
@@ -205,7 +231,7 @@ fn with_failures(
         if fails() {
             return Err(RunError("injected".into()));
         }
-        hashing.reply(history)
+        model.reply(history)
     };
     FakeRunner::scripted(VOCAB_SIZE, num_blocks, block_size, Box::new(reply))
 }
@@ -226,7 +252,8 @@ fn invariants_hold_and_batching_changes_nothing() {
     let Totals { num_probes, num_detached_preempted, num_overtakings, num_cut_steps, .. } = totals;
     let met = [num_preemptions, num_aborts, num_failures, num_mixed_steps, num_probes];
     let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps];
-    let all_met = met.iter().chain(&met_in_order).all(|&count| count > 50);
+    let met_in_drafts = [totals.num_accepted_drafts, totals.num_drafts - totals.num_accepted_drafts];
+    let all_met = met.iter().chain(&met_in_order).chain(&met_in_drafts).all(|&count| count > 50);
     assert!(!is_whole || all_met, "the simulation is too tame");
 }
 

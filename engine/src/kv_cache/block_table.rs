@@ -32,6 +32,12 @@ impl BlockTable {
         true
     }
 
+    /// Gives back what `num_tokens` tokens don't need.
+    pub fn shrink(&mut self, num_tokens: usize, pool: &mut BlockPool) {
+        let num_blocks = pool.blocks_for(num_tokens).min(self.blocks.len());
+        self.blocks.drain(num_blocks..).rev().for_each(|block| pool.release(block));
+    }
+
     /// Gives all references back, the last block first, so that a prefix is reused last.
     pub fn release(self, pool: &mut BlockPool) {
         for block in self.blocks.into_iter().rev() {
@@ -54,6 +60,10 @@ mod tests {
         assert_eq!((table.blocks().len(), pool.num_free()), (2, 1));
         assert!(table.grow(32, &mut pool));
         assert_eq!(table.blocks().len(), 2);
+        table.shrink(17, &mut pool);
+        assert_eq!((table.blocks().len(), pool.num_free()), (2, 1));
+        table.shrink(16, &mut pool);
+        assert_eq!((table.blocks().len(), pool.num_free()), (1, 2));
         table.release(&mut pool);
         assert_eq!(pool.num_free(), 3);
     }

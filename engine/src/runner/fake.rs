@@ -34,6 +34,17 @@ impl FakeRunner {
         Self::scripted(vocab_size, num_blocks, block_size, Box::new(reply))
     }
 
+    /// Like `hashing`, but mostly of the last two tokens only: it falls into loops, and out of them.
+    pub fn repeating(vocab_size: usize, num_blocks: usize, block_size: usize) -> Self {
+        let reply = move |history: &[u32]| {
+            let whole = hash(history);
+            let leaves = whole % 16 == 0;
+            let next = if leaves { whole } else { hash(&history[history.len().saturating_sub(2)..]) };
+            Ok((next % vocab_size as u64) as u32)
+        };
+        Self::scripted(vocab_size, num_blocks, block_size, Box::new(reply))
+    }
+
     /// A runner whose next token `reply` chooses; an error fails the whole step.
     pub fn scripted(vocab_size: usize, num_blocks: usize, block_size: usize, reply: Reply) -> Self {
         let num_slots = num_blocks * block_size;
@@ -81,16 +92,22 @@ impl ModelRunner for FakeRunner {
             self.logits = Array2::zeros((num_rows, self.logits.ncols()));
         }
         for (index, scheduled) in plan.sequences.iter().enumerate() {
-            let Some(row) = scheduled.logits_row else { continue };
+            let rows = scheduled.logits_rows();
+            if rows.is_empty() {
+                continue;
+            }
             let blocks = &plan.block_table[index * plan.max_num_blocks..][..plan.max_num_blocks];
             self.read_back(blocks, scheduled.num_computed_tokens + scheduled.num_scheduled_tokens)?;
-            let next = (self.reply)(&self.history)?;
-            // Every token has a weight, so that sampling has something to choose from.
-            let seed = hash(&self.history);
-            for (id, logit) in self.logits.row_mut(row).iter_mut().enumerate() {
-                *logit = (hash(&[seed as u32, id as u32]) % 1024) as f32 / 512.0;
+            for (row, num_after) in rows.clone().zip((0..rows.len()).rev()) {
+                let history = &self.history[..self.history.len() - num_after];
+                let next = (self.reply)(history)?;
+                // Every token has a weight, so that sampling has something to choose from.
+                let seed = hash(history);
+                for (id, logit) in self.logits.row_mut(row).iter_mut().enumerate() {
+                    *logit = (hash(&[seed as u32, id as u32]) % 1024) as f32 / 512.0;
+                }
+                self.logits[(row, next as usize)] = 8.0;
             }
-            self.logits[(row, next as usize)] = 8.0;
         }
         Ok(StepOutput { candidates: None, logits: Logits::Here(self.logits.slice(s![..num_rows, ..])) })
     }

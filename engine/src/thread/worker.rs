@@ -105,7 +105,9 @@ impl<R: ModelRunner> Worker<R> {
     fn step(&mut self) {
         let clock = self.shared.clock;
         let start = clock.now();
-        let prefill_budget = self.costs.prefill_budget(self.engine.num_decodes(), &self.shared.bounds);
+        let num_decodes = self.engine.num_decodes();
+        let prefill_budget = self.costs.prefill_budget(num_decodes, &self.shared.bounds);
+        self.engine.set_draft_price(self.costs.draft_price(num_decodes));
         self.engine.plan_step(start, prefill_budget);
         self.engine.admitted().iter().for_each(|&(_, queue_time)| self.observer.admitted(queue_time));
         let num_delivered = self.deliver(0, start);
@@ -224,12 +226,11 @@ impl<R: ModelRunner> Worker<R> {
         self.shared.costs.publish(&self.costs);
     }
 
-    /// Prompt tokens and decodes of the planned step.
+    /// Prompt tokens and decoded ones of the planned step; a draft's row costs what a decode's does.
     fn planned(&self) -> (usize, usize) {
         let plan = self.engine.plan();
-        let is_decode = |num_tokens: usize| num_tokens == 1;
-        let num_decodes = plan.sequences.iter().filter(|s| is_decode(s.num_scheduled_tokens)).count();
-        (plan.num_tokens() - num_decodes, num_decodes)
+        let num_decode_tokens = plan.num_decode_tokens();
+        (plan.num_tokens() - num_decode_tokens, num_decode_tokens)
     }
 
     fn note_progress(&self, now: Duration) {
