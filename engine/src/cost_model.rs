@@ -237,6 +237,29 @@ mod tests {
     }
 
     #[test]
+    fn a_row_costs_more_the_fuller_the_step_and_the_price_is_found_by_a_lone_stream() {
+        let known =
+            CostModel { base_s: 6.3e-3, decode_s: 0.95e-3, num_decode_steps: 1, ..CostModel::default() };
+        let prices = [1, 4, 8, 16, 64].map(|num_decodes| known.draft_price(num_decodes));
+        assert!(prices.is_sorted() && (0.15..0.25).contains(&prices[0]), "{prices:?}");
+        assert_eq!(prices[3..], [1.0, 1.0]);
+        assert_eq!(CostModel::default().draft_price(1), 1.0);
+        // Steps of one row only don't tell a step's cost from a row's; those with guesses do.
+        let machine = machine(6.3, 0.95, 1.0);
+        let mut model = CostModel::default();
+        (0..50).for_each(|_| model.observe_step(0, 1, machine(0, 1)));
+        let dear = model.draft_price(1);
+        assert!((0.7..0.8).contains(&dear), "{dear}");
+        for step in 0..100 {
+            let num_drafts = (1..8).filter(|&len| 0.95f64.powi(len) > model.draft_price(1)).count();
+            let num_rows = 1 + if step % 3 == 0 { 0 } else { num_drafts };
+            model.observe_step(0, num_rows, machine(0, num_rows));
+        }
+        let found = model.draft_price(1);
+        assert!((found / prices[0] - 1.0).abs() < 0.3, "{found}, not {}", prices[0]);
+    }
+
+    #[test]
     fn the_first_token_waits_for_work_ahead_and_for_places() {
         let model = CostModel {
             base_s: 0.1,

@@ -261,3 +261,6 @@ fn fail(id: RequestId, error: SequenceError, events: &mut Vec<(RequestId, TokenE
     events.push((id, TokenEvent::Failed(error)));
     true
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,12 +5,11 @@
 //! change it.
 
 mod candidates;
+mod passes;
 
 use crate::error::SequenceError;
 use crate::sequence::Sequence;
-
-/// Weights whose maximum stands for them when the largest are looked for.
-const CHUNK: usize = 64;
+use passes::{CHUNK, Chunk, best, weigh};
 
 /// What a draw is for; part of its key.
 #[derive(Debug, Clone, Copy)]
@@ -23,7 +22,10 @@ enum Purpose {
 #[derive(Debug)]
 pub struct Sampler {
     vocab_size: usize,
+    /// Logits after penalties and bias, where a sequence has any.
     logits: Vec<f32>,
+    weights: Vec<f32>,
+    chunks: Vec<Chunk>,
     candidates: Vec<(f32, u32)>,
     maxima: Vec<f32>,
 }
@@ -34,6 +36,8 @@ impl Sampler {
         Self {
             vocab_size,
             logits: Vec::with_capacity(vocab_size),
+            weights: Vec::with_capacity(vocab_size),
+            chunks: Vec::with_capacity(vocab_size / CHUNK + 1),
             candidates: Vec::with_capacity(vocab_size),
             maxima: Vec::with_capacity(vocab_size / CHUNK + 1),
         }
@@ -46,49 +50,44 @@ impl Sampler {
     pub fn sample(&mut self, row: &[f32], sequence: &Sequence) -> Result<u32, SequenceError> {
         let position = sequence.tokens().len() - 1;
         let row = &row[..self.vocab_size];
-        // Magnitudes compare as integers; infinities and NaNs are at and above INFINITY's bits.
-        let magnitude = row.iter().fold(0, |most, value| most.max(value.to_bits() & (u32::MAX >> 1)));
-        if magnitude >= f32::INFINITY.to_bits() {
+        let mut found = best(row);
+        if !found.is_finite {
             return Err(SequenceError::NonFiniteLogits { position });
         }
         let params = &sequence.sampling;
-        let is_plain = sequence.takes_plain_logits();
-        if is_plain && params.temperature == 0.0 {
-            return Ok(argmax(row));
-        }
-        self.logits.clear();
-        self.logits.extend_from_slice(row);
-        if !is_plain {
+        let mut logits = row;
+        if !sequence.takes_plain_logits() {
+            self.logits.clear();
+            self.logits.extend_from_slice(row);
             adjust(&mut self.logits, sequence);
+            // A ban is an infinity, so only the row itself is asked whether it is finite.
+            found = best(&self.logits);
+            logits = &self.logits;
         }
         if params.temperature == 0.0 {
-            return Ok(argmax(&self.logits));
+            return Ok(found.id);
         }
+        weigh(logits, found.value, scale(params.temperature), &mut self.weights, &mut self.chunks);
         let uniform = uniform(params.seed, position as u64, Purpose::NextToken);
-        Ok(self.draw(params.temperature, params.top_k as usize, params.top_p, uniform))
+        Ok(self.draw(params.top_k as usize, params.top_p, uniform))
     }
 
-    /// Draws from `self.logits`: temperature, then top-k, then the nucleus of what is left.
-    fn draw(&mut self, temperature: f32, top_k: usize, top_p: f32, uniform: f64) -> u32 {
-        let max = maximum(&self.logits);
-        for logit in &mut self.logits {
-            *logit = exp((*logit - max) / temperature);
-        }
-        let weights = &self.logits;
-        let mut total = sum(weights);
+    /// Draws from `self.weights`: top-k, then the nucleus of what is left.
+    fn draw(&mut self, top_k: usize, top_p: f32, uniform: f64) -> u32 {
+        let mut total: f64 = self.chunks.iter().map(|chunk| chunk.sum).sum();
+        let num_weights = self.weights.len();
         self.candidates.clear();
-        let with_ids = weights.iter().zip(0u32..).map(|(&weight, id)| (weight, id));
         // Heaviest first; equal weights in the order of their ids, so that the result is defined.
         let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        if (1..weights.len()).contains(&top_k) {
+        if (1..num_weights).contains(&top_k) {
             // At least top_k weights reach the top_k-th largest of these maxima, so the rest is out.
             self.maxima.clear();
-            self.maxima.extend(weights.chunks(CHUNK).map(maximum));
+            self.maxima.extend(self.chunks.iter().map(|chunk| chunk.max));
             let bound = match self.maxima.len() {
                 len if len > top_k => *self.maxima.select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a)).1,
                 _ => 0.0,
             };
-            self.candidates.extend(with_ids.filter(|&(weight, _)| weight >= bound));
+            self.gather(bound);
             self.candidates.select_nth_unstable_by(top_k - 1, order);
             self.candidates.truncate(top_k);
             self.candidates.sort_unstable_by(order);
@@ -96,11 +95,11 @@ impl Sampler {
         } else if top_p < 1.0 {
             // Everything lighter than this weighs less than 1 - top_p together, so the nucleus is
             // among the rest: a few hundred candidates to sort instead of the vocabulary.
-            let bound = ((1.0 - f64::from(top_p)) * total / weights.len() as f64) as f32;
-            self.candidates.extend(with_ids.filter(|&(weight, _)| weight >= bound));
+            let bound = ((1.0 - f64::from(top_p)) * total / num_weights as f64) as f32;
+            self.gather(bound);
             self.candidates.sort_unstable_by(order);
         } else {
-            return pick(with_ids, uniform * total);
+            return self.pick_any(uniform * total);
         }
         if top_p < 1.0 {
             let mass = f64::from(top_p) * total;
@@ -116,6 +115,39 @@ impl Sampler {
         }
         pick(self.candidates.iter().copied(), uniform * total)
     }
+
+    /// Makes candidates of all weights from `bound` on.
+    fn gather(&mut self, bound: f32) {
+        let Self { weights, chunks, candidates, .. } = self;
+        for (index, _) in chunks.iter().enumerate().filter(|(_, chunk)| chunk.max >= bound) {
+            candidates.extend(in_chunk(weights, index).filter(|&(weight, _)| weight >= bound));
+        }
+    }
+
+    /// Like [`pick`] from all weights, past whole chunks at once.
+    fn pick_any(&self, target: f64) -> u32 {
+        let (mut chosen, mut before, mut sum) = (0, 0.0, 0.0);
+        for (index, chunk) in self.chunks.iter().enumerate().filter(|(_, chunk)| chunk.sum > 0.0) {
+            (chosen, before) = (index, sum);
+            sum += chunk.sum;
+            if sum > target {
+                break;
+            }
+        }
+        pick(in_chunk(&self.weights, chosen), target - before)
+    }
+}
+
+/// The weights of the chunk at `index`, with their ids.
+fn in_chunk(weights: &[f32], index: usize) -> impl Iterator<Item = (f32, u32)> {
+    let start = index * CHUNK;
+    let end = weights.len().min(start + CHUNK);
+    weights[start..end].iter().copied().zip(start as u32..)
+}
+
+/// What differences of logits are multiplied with; finite even for the smallest temperature.
+fn scale(temperature: f32) -> f32 {
+    temperature.recip().min(f32::MAX)
 }
 
 /// The candidate at which the running sum of weights passes `target`.
@@ -132,51 +164,6 @@ fn pick(candidates: impl Iterator<Item = (f32, u32)>, target: f64) -> u32 {
         }
     }
     last
-}
-
-/// The largest value, in lanes so that it vectorises.
-fn maximum(row: &[f32]) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let (chunks, tail) = row.as_chunks::<16>();
-    let lanes = chunks.iter().fold([f32::NEG_INFINITY; 16], |mut lanes, chunk| {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, &value)| *lane = larger(*lane, value));
-        lanes
-    });
-    lanes.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
-}
-
-/// The sum, in lanes so that it vectorises.
-fn sum(weights: &[f32]) -> f64 {
-    let (chunks, tail) = weights.as_chunks::<8>();
-    let lanes = chunks.iter().fold([0f64; 8], |mut lanes, chunk| {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, &weight)| *lane += f64::from(weight));
-        lanes
-    });
-    lanes.into_iter().chain(tail.iter().map(|&weight| f64::from(weight))).sum()
-}
-
-/// `exp(x)` for `x <= 0`, to about 2e-7 of itself and without branches, so that a loop over a
-/// vocabulary vectorises; 0 below -87. Cody-Waite reduction and Cephes' polynomial.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    /// Adding 1.5 * 2^23 rounds to an integer.
-    const ROUND: f32 = 12_582_912.0;
-    let clamped = if x < -87.0 { -87.0 } else { x };
-    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
-    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
-        p = p * r + c;
-    }
-    let two_to_n = f32::from_bits(((n as i32 + 127) << 23) as u32);
-    let y = ((p * r) * r + r + 1.0) * two_to_n;
-    if x < -87.0 { 0.0 } else { y }
-}
-
-/// Index of the first largest value.
-fn argmax(row: &[f32]) -> u32 {
-    let max = maximum(row);
-    row.iter().position(|&value| value == max).unwrap_or(0) as u32
 }
 
 /// Applies penalties, bias and the ban on early stop ids.
@@ -342,16 +329,6 @@ mod tests {
         let mut p = vec![0.0; row.len()];
         weights.iter().for_each(|w| p[w.1] = w.0 / total);
         p
-    }
-
-    #[test]
-    fn the_exponential_is_accurate() {
-        for step in 0..87_000 {
-            let x = -(step as f32) / 1000.0;
-            let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((found / expected - 1.0).abs() < 3e-7, "exp({x}) = {found}, not {expected}");
-        }
-        assert_eq!((exp(0.0), exp(-87.1), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
     }
 
     #[test]

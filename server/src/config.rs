@@ -106,6 +106,10 @@ pub struct ServeArgs {
     /// Most tokens in one step: running replies first, the rest for prompts
     #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = up_to::<{ 1 << 20 }>)]
     pub max_num_batched_tokens: usize,
+    /// Most tokens guessed from a sequence's own text and checked in one step, where that pays; 0 turns it
+    /// off. It changes no reply
+    #[arg(long, env = "GLMSERVE_SPECULATIVE_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_draft_tokens as u32, value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub speculative_tokens: u32,
     /// Most requests that wait; one more is answered with 429
     #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting as u32, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub max_num_waiting: u32,
@@ -231,6 +235,7 @@ impl ServeArgs {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_num_waiting: self.max_num_waiting as usize,
+            max_num_draft_tokens: self.speculative_tokens as usize,
             max_model_len,
             ..EngineConfig::default()
         })

@@ -75,6 +75,8 @@ pub struct Metrics {
     step_duration: Histogram,
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
+    draft_tokens: IntCounter,
+    accepted_draft_tokens: IntCounter,
     preemptions: IntCounter,
     first_token: Histogram,
     inter_token: Histogram,
@@ -144,6 +146,16 @@ impl Metrics {
             )?,
             prompt_tokens: counter(r, "glmserve_prompt_tokens_total", "Prompt tokens computed.")?,
             generation_tokens: counter(r, "glmserve_generation_tokens_total", "Tokens sampled.")?,
+            draft_tokens: counter(
+                r,
+                "glmserve_draft_tokens_total",
+                "Tokens guessed from a sequence's own text and computed in advance.",
+            )?,
+            accepted_draft_tokens: counter(
+                r,
+                "glmserve_accepted_draft_tokens_total",
+                "Guessed tokens that were sampled then: tokens without a step of their own.",
+            )?,
             preemptions: counter(r, "glmserve_preemptions_total", "Sequences preempted.")?,
             first_token: histogram(
                 r,
@@ -260,6 +272,8 @@ impl EngineObserver for Metrics {
         self.step_duration.observe(report.duration.as_secs_f64());
         self.prompt_tokens.inc_by(report.num_prompt_tokens as u64);
         self.generation_tokens.inc_by(report.num_generated_tokens as u64);
+        self.draft_tokens.inc_by(report.num_draft_tokens as u64);
+        self.accepted_draft_tokens.inc_by(report.num_accepted_draft_tokens as u64);
         self.preemptions.inc_by(report.num_preemptions as u64);
     }
 

@@ -34,12 +34,12 @@ impl FakeRunner {
         Self::scripted(vocab_size, num_blocks, block_size, Box::new(reply))
     }
 
-    /// Like `hashing`, but mostly of the last two tokens only: it falls into loops, and out of them.
+    /// Like `hashing`, but mostly of the last token only: it falls into loops, and out of them.
     pub fn repeating(vocab_size: usize, num_blocks: usize, block_size: usize) -> Self {
         let reply = move |history: &[u32]| {
             let whole = hash(history);
             let leaves = whole % 16 == 0;
-            let next = if leaves { whole } else { hash(&history[history.len().saturating_sub(2)..]) };
+            let next = if leaves { whole } else { hash(&history[history.len().saturating_sub(1)..]) };
             Ok((next % vocab_size as u64) as u32)
         };
         Self::scripted(vocab_size, num_blocks, block_size, Box::new(reply))

@@ -3,7 +3,8 @@
 //! Invariant: whatever is chosen here, the whole row would have chosen too; where that is not certain
 //! there is no choice, and the caller fetches the row.
 
-use super::{Purpose, Sampler, exp, pick, uniform};
+use super::passes::exp;
+use super::{Purpose, Sampler, pick, scale, uniform};
 use crate::error::SequenceError;
 use crate::sequence::Sequence;
 use crate::step::CandidateRow;
@@ -34,7 +35,8 @@ impl Sampler {
             let equal = row.values.iter().zip(row.ids).take_while(|(value, _)| **value == best);
             return is_certain(best).then(|| Ok(equal.map(|(_, &id)| id as u32).min().unwrap_or(0)));
         }
-        let weigh = |value: f32| exp((value - best) / params.temperature);
+        let scale = scale(params.temperature);
+        let weigh = |value: f32| exp((value - best) * scale);
         self.candidates.clear();
         self.candidates.extend(row.values.iter().zip(row.ids).map(|(&value, &id)| (weigh(value), id as u32)));
         self.candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));

@@ -1,0 +1,150 @@
+//! Speculation in the loop: what it saves, what it must not take, and what is sampled.
+
+use std::time::Duration;
+
+use ndarray::Array2;
+
+use super::Engine;
+use crate::config::EngineConfig;
+use crate::error::RunError;
+use crate::request::{Request, RequestId, TokenEvent};
+use crate::runner::fake::FakeRunner;
+use crate::runner::{KvCacheLayout, ModelRunner};
+use crate::sampling_params::SamplingParams;
+use crate::step::{Logits, StepOutput, StepPlan};
+
+/// Says 0 1 2 3 4 5 6 0 1 2 … after any of these.
+fn counting(num_blocks: usize, block_size: usize) -> FakeRunner {
+    let next = |history: &[u32]| Ok((history.last().copied().unwrap_or(0) + 1) % 7);
+    FakeRunner::scripted(8, num_blocks, block_size, Box::new(next))
+}
+
+fn request(sampling: SamplingParams) -> Request {
+    Request { prompt_token_ids: vec![0, 1, 2], sampling, deadline: None }
+}
+
+fn greedy(max_tokens: usize) -> SamplingParams {
+    SamplingParams { temperature: 0.0, max_tokens, ..Default::default() }
+}
+
+fn engine<R: ModelRunner>(runner: R, max_num_draft_tokens: usize) -> Engine<R> {
+    let config = EngineConfig { max_num_draft_tokens, ..Default::default() };
+    let mut engine = Engine::new(runner, config, 8);
+    engine.set_draft_price(0.2);
+    engine
+}
+
+/// Runs until nothing is left: the tokens of the first request, and the number of steps.
+fn run<R: ModelRunner>(engine: &mut Engine<R>) -> (Vec<u32>, usize) {
+    let (mut tokens, mut num_steps) = (Vec::new(), 0);
+    while !engine.is_idle() {
+        engine.step(Duration::ZERO, 100);
+        engine.check().unwrap();
+        num_steps += 1;
+        tokens.extend(engine.events().iter().filter_map(|(id, event)| match event {
+            TokenEvent::Token { token_id } if *id == RequestId(0) => Some(*token_id),
+            _ => None,
+        }));
+    }
+    (tokens, num_steps)
+}
+
+#[test]
+fn a_sequence_that_repeats_takes_fewer_steps_and_says_the_same() {
+    let penalties = SamplingParams { frequency_penalty: 2.0, presence_penalty: 1.0, ..greedy(100) };
+    let stop_late = SamplingParams { min_tokens: 50, stop_token_ids: vec![4], ..greedy(100) };
+    let sampled = SamplingParams { max_tokens: 100, seed: 5, ..Default::default() };
+    for sampling in [greedy(100), penalties, stop_late, sampled] {
+        let [(expected, num_plain), (found, num_steps)] = [0, 8].map(|max_num_draft_tokens| {
+            let mut engine = engine(counting(32, 4), max_num_draft_tokens);
+            engine.add(RequestId(0), request(sampling.clone()), Duration::ZERO);
+            run(&mut engine)
+        });
+        assert_eq!(found, expected, "{sampling:?}");
+        assert!(num_steps < num_plain, "{num_steps} steps, {num_plain} without: {sampling:?}");
+        let is_plain = sampling == greedy(100);
+        assert!(!is_plain || num_steps < 40, "{num_steps} steps");
+    }
+}
+
+#[test]
+fn guesses_take_what_is_free_and_give_it_back() {
+    // Both, at their end, take every block.
+    let mut engine = engine(counting(12, 4), 8);
+    (0..2).for_each(|id| engine.add(RequestId(id), request(greedy(21)), Duration::ZERO));
+    let (mut num_guessed, mut num_used) = (0, 0);
+    while !engine.is_idle() {
+        let report = engine.step(Duration::ZERO, 100);
+        engine.check().unwrap();
+        num_guessed += report.num_draft_tokens;
+        assert_eq!(report.num_preemptions, 0);
+        let needed = |tokens: &[u32]| (tokens.len() - 1).div_ceil(4);
+        let num_needed = engine.running().iter().map(|running| needed(running.sequence.tokens())).sum();
+        assert_eq!(engine.gauges().num_used_blocks, num_needed, "guesses keep no block");
+        num_used = num_used.max(num_needed);
+    }
+    assert!(num_guessed >= 20 && num_used >= 8, "{num_guessed} {num_used}");
+}
+
+#[test]
+fn prompts_go_before_guesses() {
+    let mut engine = engine(counting(64, 4), 8);
+    engine.add(RequestId(0), request(greedy(100)), Duration::ZERO);
+    while engine.step(Duration::ZERO, 100).num_draft_tokens < 8 {}
+    let prompt = Request { prompt_token_ids: vec![7; 40], ..request(greedy(1)) };
+    engine.add(RequestId(1), prompt, Duration::ZERO);
+    engine.plan_step(Duration::ZERO, 10);
+    let shares: Vec<usize> = engine.plan().sequences.iter().map(|s| s.num_scheduled_tokens).collect();
+    assert_eq!(shares, [1, 10]);
+}
+
+/// The same logits after everything.
+struct Constant {
+    row: [f32; 8],
+    logits: Array2<f32>,
+}
+
+impl ModelRunner for Constant {
+    fn kv_cache(&self) -> KvCacheLayout {
+        KvCacheLayout { num_blocks: 1000, block_size: 16, num_bytes: 0 }
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
+        self.logits = Array2::from_shape_fn((plan.logits_indices.len(), 8), |(_, id)| self.row[id]);
+        Ok(StepOutput { candidates: None, logits: Logits::Here(self.logits.view()) })
+    }
+}
+
+#[test]
+fn what_is_sampled_follows_the_distribution_after_right_guesses_and_wrong_ones() {
+    let row = [3.0, 2.0, 1.5, 0.5, 0.0, 0.0, -1.0, -9.0];
+    let weights = row.map(|logit: f32| f64::from(logit).exp());
+    let total: f64 = weights.iter().sum();
+    // By whether the guess before was right: the token after it.
+    let mut counts = [[0usize; 8]; 2];
+    for seed in 0..40 {
+        let mut engine = engine(Constant { row, logits: Array2::zeros((0, 8)) }, 8);
+        engine.set_draft_price(0.05);
+        let sampling = SamplingParams { seed, max_tokens: 2000, ..Default::default() };
+        engine.add(RequestId(0), request(sampling), Duration::ZERO);
+        while !engine.is_idle() {
+            let report = engine.step(Duration::ZERO, 100);
+            let tokens = engine.events().iter().filter_map(|(_, event)| match event {
+                TokenEvent::Token { token_id } => Some(*token_id as usize),
+                _ => None,
+            });
+            if report.num_draft_tokens > 0 {
+                tokens.enumerate().for_each(|(index, id)| counts[usize::from(index > 0)][id] += 1);
+            }
+        }
+    }
+    for counts in counts {
+        let num_draws = counts.iter().sum::<usize>() as f64;
+        assert!(num_draws > 1_000.0, "{num_draws}");
+        for (count, weight) in counts.into_iter().zip(weights) {
+            let p = weight / total;
+            let tolerance = 5.0 * (p * (1.0 - p) * num_draws).sqrt() + 5.0;
+            assert!((count as f64 - p * num_draws).abs() < tolerance, "{counts:?} for {p}");
+        }
+    }
+}
