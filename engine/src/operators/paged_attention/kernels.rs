@@ -90,14 +90,15 @@ pub(super) unsafe fn score<L: Lanes, E: Element, const A: usize, const B: usize>
 /// `scores` holds `num_keys` floats, rounded up to a vector, those from `num_keys` on masked.
 #[inline(always)]
 pub(super) unsafe fn weights<L: Lanes>(lanes: L, scores: *mut f32, num_keys: usize) -> (f32, f32) {
-    // SAFETY of both blocks: the caller vouches for the vectors below num_keys.
     let mut top = lanes.splat(MASKED);
     for key in (0..num_keys).step_by(L::NUM) {
+        // SAFETY: the caller vouches for the vectors below num_keys.
         top = lanes.max(top, unsafe { lanes.load(scores.add(key)) });
     }
     let top = reduce(lanes, top, |a, b| if a > b { a } else { b });
     let mut sum = lanes.splat(0.0);
     for key in (0..num_keys).step_by(L::NUM) {
+        // SAFETY: as above.
         unsafe {
             let weight = exp(lanes, lanes.sub(lanes.load(scores.add(key)), lanes.splat(top)));
             sum = lanes.add(sum, weight);
