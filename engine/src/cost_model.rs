@@ -14,8 +14,11 @@ const MOST_SURPRISE: f64 = 4.0;
 /// A prediction below this is no measure of surprise.
 const LEAST_PREDICTION_S: f64 = 1e-3;
 
-/// A guessed token must be worth this many times its price.
+/// A guessed token must be worth this many times its cost: right guesses make tokens cheaper, and a
+/// crowd should not wait for small gains.
 const DRAFT_MARGIN: f64 = 1.5;
+/// No guess is cheaper: where a row seems to cost nothing, too little is known yet.
+const LEAST_DRAFT_PRICE: f64 = 0.1;
 
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,16 +115,14 @@ impl CostModel {
 
     /// The least chance to yield a token at which one more row pays in a step of `num_decodes`: below it
     /// the step yields fewer tokens a second for everybody. It is the part of a row in the step's time,
-    /// times the step's tokens, and half as much again, since chances are guesses. 1, at which nothing
-    /// pays, as soon as rows make up two thirds of the step, and until a step was seen.
+    /// times the step's tokens, and half as much again. 1, at which nothing pays, as soon as rows make up two thirds of the step, and until a step was seen.
     pub fn draft_price(&self, num_decodes: usize) -> f64 {
         let rows_s = self.decode_s * num_decodes as f64;
         let step_s = self.base_s + rows_s;
-        if step_s > 0.0 && self.num_decode_steps > 0 {
-            (DRAFT_MARGIN * rows_s / step_s).min(1.0)
-        } else {
-            1.0
+        if self.num_decode_steps == 0 || step_s <= 0.0 {
+            return 1.0;
         }
+        (DRAFT_MARGIN * rows_s / step_s).clamp(LEAST_DRAFT_PRICE, 1.0)
     }
 
     /// Predicted time to the first token of a request with `num_prompt_tokens` that is submitted now.
@@ -244,6 +245,7 @@ mod tests {
         assert!(prices.is_sorted() && (0.15..0.25).contains(&prices[0]), "{prices:?}");
         assert_eq!(prices[3..], [1.0, 1.0]);
         assert_eq!(CostModel::default().draft_price(1), 1.0);
+        assert!(CostModel { decode_s: 0.0, ..known }.draft_price(1) > 0.0);
         // Steps of one row only don't tell a step's cost from a row's; those with guesses do.
         let machine = machine(6.3, 0.95, 1.0);
         let mut model = CostModel::default();

@@ -72,7 +72,14 @@ fn start(config: EngineConfig) -> World {
 }
 
 fn config() -> EngineConfig {
-    EngineConfig { max_num_seqs: 2, max_num_waiting: 2, max_model_len: 2000, ..Default::default() }
+    // The fake says one token only: guesses would hide the pace.
+    EngineConfig {
+        max_num_seqs: 2,
+        max_num_waiting: 2,
+        max_model_len: 2000,
+        max_num_draft_tokens: 0,
+        ..Default::default()
+    }
 }
 
 fn request(token: u32, num_prompt_tokens: usize, max_tokens: usize) -> Request {

@@ -38,7 +38,7 @@ impl FakeRunner {
     pub fn repeating(vocab_size: usize, num_blocks: usize, block_size: usize) -> Self {
         let reply = move |history: &[u32]| {
             let whole = hash(history);
-            let leaves = whole % 16 == 0;
+            let leaves = whole.is_multiple_of(16);
             let next = if leaves { whole } else { hash(&history[history.len().saturating_sub(1)..]) };
             Ok((next % vocab_size as u64) as u32)
         };
