@@ -19,6 +19,11 @@ const LEAST_PREDICTION_S: f64 = 1e-3;
 const DRAFT_MARGIN: f64 = 1.5;
 /// No guess is cheaper: where a row seems to cost nothing, too little is known yet.
 const LEAST_DRAFT_PRICE: f64 = 0.1;
+/// One step in so many, of no more decodes than this, takes good guesses whatever they seem to cost:
+/// steps that are all of one size don't tell a row's cost from the step's.
+const TRIAL_PERIOD: u32 = 16;
+const MAX_TRIAL_DECODES: usize = 8;
+const TRIAL_PRICE: f64 = 0.5;
 
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,14 +120,17 @@ impl CostModel {
 
     /// The least chance to yield a token at which one more row pays in a step of `num_decodes`: below it
     /// the step yields fewer tokens a second for everybody. It is the part of a row in the step's time,
-    /// times the step's tokens, and half as much again. 1, at which nothing pays, as soon as rows make up two thirds of the step, and until a step was seen.
+    /// times the step's tokens, and half as much again. 1, at which nothing pays, as soon as rows make up
+    /// two thirds of the step, and until a step was seen.
     pub fn draft_price(&self, num_decodes: usize) -> f64 {
         let rows_s = self.decode_s * num_decodes as f64;
         let step_s = self.base_s + rows_s;
         if self.num_decode_steps == 0 || step_s <= 0.0 {
             return 1.0;
         }
-        (DRAFT_MARGIN * rows_s / step_s).clamp(LEAST_DRAFT_PRICE, 1.0)
+        let price = (DRAFT_MARGIN * rows_s / step_s).clamp(LEAST_DRAFT_PRICE, 1.0);
+        let is_trial = num_decodes <= MAX_TRIAL_DECODES && self.num_decode_steps.is_multiple_of(TRIAL_PERIOD);
+        if is_trial { price.min(TRIAL_PRICE) } else { price }
     }
 
     /// Predicted time to the first token of a request with `num_prompt_tokens` that is submitted now.

@@ -6,6 +6,7 @@ use ndarray::Array2;
 
 use super::Engine;
 use crate::config::EngineConfig;
+use crate::cost_model::CostModel;
 use crate::error::RunError;
 use crate::request::{Request, RequestId, TokenEvent};
 use crate::runner::fake::FakeRunner;
@@ -146,5 +147,51 @@ fn what_is_sampled_follows_the_distribution_after_right_guesses_and_wrong_ones()
             let tolerance = 5.0 * (p * (1.0 - p) * num_draws).sqrt() + 5.0;
             assert!((count as f64 - p * num_draws).abs() < tolerance, "{counts:?} for {p}");
         }
+    }
+}
+
+/// Seconds that a machine would take for so many streams at once, as the engine's thread runs them, after
+/// two rounds from which it learns.
+fn seconds(model: fn(usize, usize, usize) -> FakeRunner, num_streams: u64, max_drafts: usize) -> f64 {
+    const VOCAB_SIZE: usize = 400;
+    let config = EngineConfig { max_num_draft_tokens: max_drafts, ..Default::default() };
+    let mut engine = Engine::new(model(VOCAB_SIZE, 2000, 16), config, VOCAB_SIZE);
+    let (mut costs, mut took_all) = (CostModel::default(), 0.0);
+    for round in 0..3 {
+        took_all = round_seconds(&mut engine, &mut costs, round * num_streams..(round + 1) * num_streams);
+    }
+    took_all
+}
+
+fn round_seconds(engine: &mut Engine<FakeRunner>, costs: &mut CostModel, ids: std::ops::Range<u64>) -> f64 {
+    for id in ids {
+        let prompt_token_ids = (0..40).map(|i| ((id * 131 + i * i * 17) % 400) as u32).collect();
+        let sampling = SamplingParams { ignore_eos: true, ..greedy(300) };
+        engine.add(RequestId(id), Request { prompt_token_ids, sampling, deadline: None }, Duration::ZERO);
+    }
+    let mut now = Duration::ZERO;
+    while !engine.is_idle() {
+        engine.set_draft_price(costs.draft_price(engine.num_decodes()));
+        engine.plan_step(now, 512);
+        let num_rows = engine.plan().num_decode_tokens();
+        let num_prompt_tokens = engine.plan().num_tokens() - num_rows;
+        // A real model's: one row takes 7 ms, 16 rows take 22 ms.
+        let took = 6.3e-3 + 0.95e-3 * num_rows as f64 + 0.6e-3 * num_prompt_tokens as f64;
+        let took = Duration::from_secs_f64(took);
+        engine.run_step();
+        costs.observe_step(num_prompt_tokens, num_rows, took);
+        now += took;
+    }
+    now.as_secs_f64()
+}
+
+#[test]
+fn guesses_save_time_where_text_repeats_and_cost_a_crowd_nothing() {
+    for (num_streams, least_gain) in [(1, 1.3), (4, 1.01), (16, 0.99), (64, 0.99)] {
+        let gain = |model| seconds(model, num_streams, 0) / seconds(model, num_streams, 8);
+        let (repeating, other) = (gain(FakeRunner::repeating), gain(FakeRunner::hashing));
+        println!("{num_streams} streams: {repeating:.2} and {other:.2} times as fast");
+        assert!(repeating > least_gain, "{repeating} at {num_streams} streams");
+        assert!(other > 0.99, "{other} at {num_streams} streams that don't repeat");
     }
 }
