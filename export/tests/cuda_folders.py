@@ -32,8 +32,8 @@ NEGATIVE_CONTROL = "unique"
 
 def write(out):
     """Writes a folder for each graph, and one with a node that has no CUDA kernel."""
-    # Heads as wide as ChatGLM3's: the choice of kernels depends on it.
-    tiny.write(out / "checkpoint", tiny.Shape(head_dim=128))
+    # Heads as wide as ChatGLM3's, contexts that attention splits: the choice of kernels depends on both.
+    tiny.write(out / "checkpoint", tiny.Shape(head_dim=128, seq_length=1024))
     (out / SCALES).write_text(json.dumps({"key": [0.1, 0.1], "value": [0.1, 0.1]}))
     for name, (precision, options) in GRAPHS.items():
         if "kv_cache_scales" in options:
