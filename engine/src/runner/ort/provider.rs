@@ -80,6 +80,8 @@ pub(super) fn open(
 fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
     builder
         .with_intra_threads(options.num_threads)?
+        // Threads that spin for work take the processors from HTTP: tests/bench/NOTES.md has figures.
+        .with_intra_op_spinning(false)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_operators(operators::domain(options.num_threads)?)?
         .commit_from_file(path)
