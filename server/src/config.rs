@@ -80,6 +80,10 @@ pub struct RuntimeArgs {
     /// Memory of the GPU that weights, KV cache and everything else may take, in MiB [default: all]
     #[arg(long, env = "GLMSERVE_GPU_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
     pub gpu_memory: Option<usize>,
+    // Off until it was measured, and its numbers checked, on a GPU: `make gpu-check` does both.
+    /// Capture decode steps as CUDA graphs, for a graph of the CUDA provider
+    #[arg(long, env = "GLMSERVE_CUDA_GRAPHS")]
+    pub cuda_graphs: bool,
 }
 
 /// Options of `serve`.
@@ -311,6 +315,7 @@ impl RuntimeArgs {
             kv_cache_bytes,
             device_id: self.device as i32,
             device_memory_bytes: self.gpu_memory.map(|mib| mib << 20),
+            cuda_graphs: self.cuda_graphs,
         }
     }
 }
