@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +19,9 @@ from glm_export import (
     tokenizer,
     weights,
 )
-from glm_export.checkpoint import Checkpoint
+from glm_export.checkpoint import Checkpoint, require
 from glm_export.error import ExportError
+from glm_export.output_folder import output_folder
 from glm_export.quantize import Scheme
 from glm_export.target import BLOCK_SIZES, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 
@@ -78,8 +76,8 @@ def export(
     bits = PRECISIONS[precision]
     scheme = None if bits is None else Scheme(bits, quant_block_size)
     tensors = Checkpoint(checkpoint)
-    tensors.require(weights.shapes(settings), weights.IGNORED)
-    with output_folder(out, force) as folder:
+    require(tensors, weights.shapes(settings), weights.IGNORED)
+    with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
         first_special = min(settings.chat.special_tokens.values())
         tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
@@ -88,41 +86,6 @@ def export(
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)
         return manifest.write(settings, made_for, folder)
-
-
-@contextmanager
-def output_folder(out: Path, force: bool, marker: str = manifest.MANIFEST_FILE) -> Iterator[Path]:
-    """A folder that becomes `out` on success and vanishes on failure.
-
-    What `out` held before is replaced only if it was made here, which the file `marker` shows: a
-    mistyped path must not cost somebody a folder.
-    """
-    # A link would be renamed instead of what it points to.
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / marker).is_file():
-            raise ExportError(f"{out} exists and was not made by this program: remove it yourself")
-        if not force:
-            raise ExportError(f"{out} exists; --force replaces it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside `out`, since a rename is atomic only within one file system.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out}: {error}") from None
-    replaced = temporary.with_name(f"{temporary.name}.replaced")
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if out.exists():
-            # Aside first: what was there is gone only when the new folder stands in its place.
-            out.rename(replaced)
-        temporary.rename(out)
-        if replaced.is_dir():
-            shutil.rmtree(replaced)
-        replaced.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

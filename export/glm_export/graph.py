@@ -6,7 +6,7 @@ on the CPU, which the engine brings itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -15,10 +15,11 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from glm_export import __version__, weights
-from glm_export.checkpoint import Checkpoint, Tensor
+from glm_export.checkpoint import Weight
 from glm_export.config import Config, Geometry
 from glm_export.error import ExportError
-from glm_export.external_data import ExternalData
+from glm_export.external_data import Content, ExternalData
+from glm_export.output_folder import require_space
 from glm_export.quantize import Scheme
 from glm_export.target import KV_CACHES, Target
 
@@ -62,7 +63,7 @@ def names(target: Target) -> dict[str, str]:
 
 
 def write(
-    config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target, folder: Path
+    config: Config, checkpoint: Mapping[str, Weight], scheme: Scheme | None, target: Target, folder: Path
 ) -> None:
     """Writes the graph and its weights; without a scheme the weights have the activations' type."""
     builder = _Builder(config, checkpoint, scheme, target)
@@ -81,6 +82,7 @@ def write(
         producer_name="glm-export",
         producer_version=__version__,
     )
+    require_space(folder, builder.data.num_bytes)
     builder.data.write(folder)
     onnx.save(model, folder / GRAPH_FILE)
 
@@ -137,7 +139,9 @@ def _narrowed(source: str, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarr
 class _Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target) -> None:
+    def __init__(
+        self, config: Config, checkpoint: Mapping[str, Weight], scheme: Scheme | None, target: Target
+    ) -> None:
         self.config = config
         self.target = target
         self.dtype = target.dtype
@@ -201,7 +205,7 @@ class _Builder:
         # Half precision is what the authors publish, so it is exact there and halves the largest tensor.
         dtype = np.float16 if self.scheme is not None and self.dtype == np.float32 else self.dtype
         name = self.data.reserve("embedding.weight", dtype, tensor.shape)
-        self.data.fill((name, first, _narrowed(source, rows, dtype)) for first, rows in tensor.chunks())
+        self.fill(tensor, lambda rows: {name: _narrowed(source, rows, dtype)})
         rows = self.node("Gather", [name, NAMES["token_ids"]], "embedding.rows", axis=0)
         if dtype == self.dtype:
             return rows
@@ -311,9 +315,7 @@ class _Builder:
         output = output or name
         if self.scheme is None:
             weight = self.data.reserve(f"{name}.weight", self.dtype, tensor.shape)
-            self.data.fill(
-                (weight, first, _narrowed(source, values, self.dtype)) for first, values in tensor.chunks()
-            )
+            self.fill(tensor, lambda values: {weight: _narrowed(source, values, self.dtype)})
             inputs = [rows, weight, *([bias_name] if bias_name else [])]
             return self.node("Gemm", inputs, output, transB=1)
 
@@ -323,7 +325,7 @@ class _Builder:
             part: self.data.reserve(f"{name}.{part}", self.dtype if part == "scales" else np.uint8, shape)
             for part, shape in scheme.shapes(num_rows, width).items()
         }
-        self.data.fill(_quantized(tensor, scheme, arrays, self.dtype))
+        self.fill(tensor, lambda values: self.quantised(scheme.quantize(values), arrays))
         inputs = [rows, arrays["packed"], arrays["scales"], arrays.get("zeros", ""), "", bias_name]
         while not inputs[-1]:
             inputs.pop()
@@ -340,14 +342,24 @@ class _Builder:
             **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
         )
 
+    def fill(self, weight: Weight, make: Callable[[np.ndarray], dict[str, np.ndarray]]) -> None:
+        """Fills initialisers with what `make` makes of rows of a weight."""
+        self.data.fill(
+            Content(
+                weight.name,
+                weight.shape,
+                weight.num_bytes,
+                lambda first, end: make(weight.rows(first, end)),
+            )
+        )
+
+    def quantised(self, parts: dict[str, np.ndarray], names: dict[str, str]) -> dict[str, np.ndarray]:
+        """Quantised rows under their initialisers' names, scales in the activations' type."""
+        return {
+            names[part]: array.astype(self.dtype) if part == "scales" else array
+            for part, array in parts.items()
+        }
+
     def node(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))
         return output
-
-
-def _quantized(
-    tensor: Tensor, scheme: Scheme, arrays: dict[str, str], dtype: np.dtype
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    for first, rows in tensor.chunks():
-        for part, array in scheme.quantize(rows).items():
-            yield arrays[part], first, array.astype(dtype) if part == "scales" else array

@@ -16,9 +16,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from glm_export import checkpoint_writer, config, weights
-from glm_export.cli import output_folder
 from glm_export.config import CHATGLM3_SPECIALS, OVERRIDES_FILE
 from glm_export.error import ExportError
+from glm_export.output_folder import output_folder
 
 NAME = "tiny-random"
 NUM_PIECES = 480
