@@ -28,8 +28,8 @@ _TORCH_TYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": 
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class Weight(Protocol):
-    """A weight of the network, however it is stored: its rows come a few at a time."""
+class Source(Protocol):
+    """What a weight comes from, however it is stored: its rows are read a few at a time."""
 
     @property
     def name(self) -> str:
@@ -121,7 +121,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def require(
-    found: Mapping[str, Weight], shapes: Mapping[str, tuple[int, ...]], ignored: frozenset[str]
+    found: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], ignored: frozenset[str]
 ) -> None:
     """Checks that exactly these weights are there, in these shapes."""
     for name, shape in shapes.items():

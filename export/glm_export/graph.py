@@ -15,7 +15,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from glm_export import __version__, weights
-from glm_export.checkpoint import Weight
+from glm_export.checkpoint import Source
 from glm_export.config import Config, Geometry
 from glm_export.error import ExportError
 from glm_export.external_data import Content, ExternalData
@@ -63,7 +63,7 @@ def names(target: Target) -> dict[str, str]:
 
 
 def write(
-    config: Config, checkpoint: Mapping[str, Weight], scheme: Scheme | None, target: Target, folder: Path
+    config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target, folder: Path
 ) -> None:
     """Writes the graph and its weights; without a scheme the weights have the activations' type."""
     builder = _Builder(config, checkpoint, scheme, target)
@@ -125,7 +125,9 @@ def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
     width = config.geometry.rotary_dim
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     theta = (1 / config.rope_base ** exponents.astype(np.float64)).astype(np.float32)
-    angles = np.outer(np.arange(config.geometry.max_model_len, dtype=np.float32), theta).astype(np.float64)
+    positions = np.arange(config.geometry.max_model_len, dtype=np.float32)
+    positions /= np.float32(config.position_divisor)
+    angles = np.outer(positions, theta).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -140,7 +142,7 @@ class _Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
     def __init__(
-        self, config: Config, checkpoint: Mapping[str, Weight], scheme: Scheme | None, target: Target
+        self, config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
     ) -> None:
         self.config = config
         self.target = target
@@ -342,7 +344,7 @@ class _Builder:
             **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
         )
 
-    def fill(self, weight: Weight, make: Callable[[np.ndarray], dict[str, np.ndarray]]) -> None:
+    def fill(self, weight: Source, make: Callable[[np.ndarray], dict[str, np.ndarray]]) -> None:
         """Fills initialisers with what `make` makes of rows of a weight."""
         self.data.fill(
             Content(
