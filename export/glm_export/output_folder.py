@@ -6,7 +6,6 @@ use; the destination's name is given by a rename, after the last byte.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -83,11 +82,12 @@ def _claim(out: Path, temporary: Path) -> int:
         # Its owner may have finished between our two calls, and what we locked is its result.
         if not temporary.exists() or not os.path.samestat(os.fstat(lock), temporary.stat()):
             raise BlockingIOError
-    except OSError as error:
-        # A file system without locks cannot tell; there the user must.
-        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):
-            os.close(lock)
-            raise ExportError(f"{out}: another export is writing it ({temporary})") from None
+    except BlockingIOError:
+        os.close(lock)
+        raise ExportError(f"{out}: another export is writing it ({temporary})") from None
+    except OSError:
+        # A file system without locks cannot tell.
+        pass
     left = list(temporary.iterdir())
     if left:
         num_bytes = sum(path.stat().st_size for path in left)
