@@ -1,4 +1,4 @@
-"""An export that is killed leaves nothing that `glmserve check` takes for a model, at whatever point it dies."""
+"""An export that is killed, at whatever point, leaves nothing that `glmserve check` takes for a model."""
 
 import multiprocessing
 import os
