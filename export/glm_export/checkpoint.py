@@ -72,7 +72,7 @@ class Tensor:
             values = (stored.astype(np.uint32) << 16).view(np.float32)
         else:
             values = stored.astype(np.float32)
-        self._release(start, stop)
+        self.release(start, stop)
         if not np.isfinite(values).all():
             raise ExportError(f"{self.name}: rows {start} to {stop - 1} hold values that are not finite")
         return values
@@ -86,8 +86,9 @@ class Tensor:
         flat = np.frombuffer(self.buffer, dtype, (stop - start) * width, offset)
         return flat.reshape(stop - start, *self.shape[1:])
 
-    def _release(self, start: int, stop: int) -> None:
+    def release(self, start: int = 0, stop: int | None = None) -> None:
         """Gives pages back: what is mapped and was read counts as this process's memory."""
+        stop = self.shape[0] if stop is None else stop
         row_bytes = self.num_bytes // max(self.shape[0], 1)
         first = (self.offset + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         end = min(self.offset + stop * row_bytes, len(self.buffer))
@@ -160,6 +161,10 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
             return shards
         if (folder / single).is_file():
             return {folder / single: set()}
+    # AutoGPTQ names the bits and the groups in the file's name.
+    quantised = list(folder.glob("gptq_model-*.safetensors"))
+    if len(quantised) == 1:
+        return {quantised[0]: set()}
     names = ", ".join(f"{single}[.index.json]" for single in _SINGLE_FILES)
     raise ExportError(f"{folder} has no weights: expected one of {names}")
 

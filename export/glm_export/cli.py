@@ -50,6 +50,7 @@ def export(
     output: str | None = None,
     block_size: int | None = None,
     quant_block_size: int = DEFAULT_QUANT_BLOCK_SIZE,
+    lora: Path | None = None,
     max_model_len: int | None = None,
     force: bool = False,
 ) -> str:
@@ -74,7 +75,7 @@ def export(
         settings = replace(settings, name=name)
     bits = PRECISIONS[precision]
     scheme = None if bits is None else Scheme(bits, quant_block_size)
-    tensors = weights.open_checkpoint(settings, checkpoint)
+    tensors = weights.open_checkpoint(settings, checkpoint, lora)
     with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
         tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
@@ -101,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             output=options.output,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
+            lora=options.lora,
             max_model_len=options.max_model_len,
             force=options.force,
         )
@@ -113,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
                     options.precision,
                     options.glmserve,
                     options.max_model_len,
+                    options.lora,
                 )
             )
     except (ExportError, OSError) as error:
@@ -160,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=(16, 32, 64, 128),
         default=DEFAULT_QUANT_BLOCK_SIZE,
         help="weights that share a scale (%(default)s); larger is faster and less exact",
+    )
+    parser.add_argument(
+        "--lora", type=Path, metavar="DIR", help="LoRA adapter (PEFT's folder) to merge into the weights"
     )
     parser.add_argument("--max-model-len", type=int, help="longest sequence (the checkpoint's seq_length)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")

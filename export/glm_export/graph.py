@@ -20,6 +20,7 @@ from glm_export.config import Config, Geometry
 from glm_export.error import ExportError
 from glm_export.external_data import Content, ExternalData
 from glm_export.output_folder import require_space
+from glm_export.prequantised import Matrix
 from glm_export.quantize import Scheme
 from glm_export.target import KV_CACHES, Target
 
@@ -322,12 +323,22 @@ class _Builder:
             return self.node("Gemm", inputs, output, transB=1)
 
         num_rows, width = tensor.shape
-        scheme = self.scheme.fitted(source, width)
+        is_taken = isinstance(tensor, Matrix)
+        scheme = tensor.scheme if is_taken else self.scheme.fitted(source, width)
+        if is_taken and self.scheme.bits != scheme.bits:
+            raise ExportError(
+                f"{source} is quantised to {scheme.bits} bits already: choose --precision int{scheme.bits}"
+            )
         arrays = {
             part: self.data.reserve(f"{name}.{part}", self.dtype if part == "scales" else np.uint8, shape)
             for part, shape in scheme.shapes(num_rows, width).items()
         }
-        self.fill(tensor, lambda values: self.quantised(scheme.quantize(values), arrays))
+        if is_taken:
+            make = lambda first, end: self.quantised(tensor.arrays(first, end), arrays)  # noqa: E731
+            self.data.fill(Content(tensor.name, tensor.shape, tensor.num_bytes, make))
+            rows = self.ordered(name, tensor, rows)
+        else:
+            self.fill(tensor, lambda values: self.quantised(scheme.quantize(values), arrays))
         inputs = [rows, arrays["packed"], arrays["scales"], arrays.get("zeros", ""), "", bias_name]
         while not inputs[-1]:
             inputs.pop()
@@ -343,6 +354,13 @@ class _Builder:
             # CUDA's kernels have one way; an attribute that is not there says so.
             **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
         )
+
+    def ordered(self, name: str, matrix: Matrix, rows: str) -> str:
+        """Rows in the order that a matrix has its weights in."""
+        if matrix.order is None:
+            return rows
+        order = self.data.add(f"{name}.order", matrix.order.astype(np.int32))
+        return self.node("Gather", [rows, order], f"{name}.ordered", axis=1)
 
     def fill(self, weight: Source, make: Callable[[np.ndarray], dict[str, np.ndarray]]) -> None:
         """Fills initialisers with what `make` makes of rows of a weight."""

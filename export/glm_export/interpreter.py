@@ -155,7 +155,7 @@ class _Inputs:
 def _gather(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     name, indices = inputs.names[0], inputs[1]
     if name not in inputs.weights:
-        return [inputs.values[name][indices]]
+        return [inputs.values[name].take(indices.astype(np.int64), axis=attributes["axis"])]
     # Row by row: the embedding is the largest tensor, and few rows of it are wanted.
     rows = [inputs.weights.rows(name, int(index), 1) for index in indices]
     return [np.concatenate(rows).astype(np.float64)]

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from glm_export import lora, prequantised
 from glm_export.checkpoint import Checkpoint, Source, require
 from glm_export.config import Config
+from glm_export.error import ExportError
 
 # Recomputed from the config, so that a half-precision copy in the file does no harm.
 IGNORED = frozenset({"transformer.rotary_pos_emb.inv_freq", "model.rotary_emb.inv_freq"})
@@ -68,9 +70,15 @@ class Stacked:
         return np.concatenate(found)
 
 
-def open_checkpoint(config: Config, folder: Path) -> Mapping[str, Source]:
-    """The weights of a folder by their names in ChatGLM's layout, once it is found to have exactly those."""
-    checkpoint = Checkpoint(folder)
+def open_checkpoint(config: Config, folder: Path, adapter: Path | None = None) -> Mapping[str, Source]:
+    """The weights of a folder by their names in ChatGLM's layout, once it is found to have exactly those.
+
+    An adapter is a LoRA folder that is added to them.
+    """
+    wanted = {name for weight in every(config) for name in (weight.source, *weight.reference)}
+    checkpoint = prequantised.opened(Checkpoint(folder), folder, wanted)
+    if adapter is not None:
+        checkpoint = lora.merged(checkpoint, adapter)
     if not config.is_native:
         require(checkpoint, shapes(config), IGNORED)
         return checkpoint
@@ -88,6 +96,8 @@ def open_checkpoint(config: Config, folder: Path) -> Mapping[str, Source]:
     opened: dict[str, Source] = {}
     for weight in every(config):
         found = tuple(map(stored, weight.reference))
+        if len(found) > 1 and any(isinstance(part, prequantised.Matrix) for part in found):
+            raise ExportError(f"{found[0].name} is quantised: that is supported in ChatGLM's own layout only")
         opened[weight.source] = found[0] if len(found) == 1 else Stacked(weight.source, found)
     return opened
 
