@@ -17,6 +17,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from glm_export import progress
+from glm_export.checkpoint import Source
 
 # A page: a mapped tensor then shares none with its neighbour. ONNX Runtime maps only aligned tensors.
 ALIGNMENT = 4096
@@ -33,6 +34,11 @@ class Content:
     num_bytes: int
     make: Callable[[int, int], dict[str, np.ndarray]]
 
+    @classmethod
+    def of(cls, weight: Source, make: Callable[[int, int], dict[str, np.ndarray]]) -> Content:
+        """What is made of a weight of the checkpoint."""
+        return cls(weight.name, weight.shape, weight.num_bytes, make)
+
     def ranges(self) -> list[tuple[int, int]]:
         """All rows as (first, end) of each chunk."""
         step = max(1, CHUNK // math.prod(self.shape[1:]))
@@ -47,7 +53,7 @@ class ExternalData:
     initializers: list[TensorProto] = field(default_factory=list)
     num_bytes: int = 0
     _offsets: dict[str, int] = field(default_factory=dict)
-    _contents: list[Content] = field(default_factory=list)
+    _contents: dict[str, Content] = field(default_factory=dict)
 
     def reserve(self, name: str, dtype: np.dtype | type, shape: tuple[int, ...]) -> str:
         """Gives a tensor its place in the file; returns its name."""
@@ -67,26 +73,32 @@ class ExternalData:
         self.num_bytes = offset + size
         return name
 
-    def fill(self, content: Content) -> None:
-        """Remembers where content comes from; read only by `write`."""
-        self._contents.append(content)
+    def fill(self, content: Content, *names: str) -> None:
+        """Remembers where the content of these tensors comes from; it is read by `write` and `rows` only."""
+        self._contents |= dict.fromkeys(names, content)
+
+    def rows(self, name: str, first: int, count: int) -> np.ndarray:
+        """Rows of a tensor as they would be written."""
+        return self._contents[name].make(first, first + count)[name]
 
     def add(self, name: str, array: np.ndarray) -> str:
         """Reserves and fills a small tensor at once."""
         self.reserve(name, array.dtype, array.shape)
-        self.fill(Content(name, array.shape, array.nbytes, lambda first, end: {name: array[first:end]}))
+        self.fill(Content(name, array.shape, array.nbytes, lambda first, end: {name: array[first:end]}), name)
         return name
 
     def write(self, folder: Path) -> None:
         """Writes the file, reading every row once, on every core that this process may use."""
-        total = sum(content.num_bytes for content in self._contents)
+        # Several tensors may share one.
+        contents = {id(content): content for content in self._contents.values()}.values()
+        total = sum(content.num_bytes for content in contents)
         with (
             (folder / self.file_name).open("wb") as file,
             ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
             progress.phase("weights", total) as advance,
         ):
             file.truncate(self.num_bytes)
-            for content in self._contents:
+            for content in contents:
                 ranges = content.ranges()
 
                 def job(rows: tuple[int, int], content: Content = content) -> None:

@@ -6,7 +6,7 @@ on the CPU, which the engine brings itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -208,7 +208,7 @@ class _Builder:
         # Half precision is what the authors publish, so it is exact there and halves the largest tensor.
         dtype = np.float16 if self.scheme is not None and self.dtype == np.float32 else self.dtype
         name = self.data.reserve("embedding.weight", dtype, tensor.shape)
-        self.fill(tensor, lambda rows: {name: _narrowed(source, rows, dtype)})
+        self.keep(name, tensor, dtype)
         rows = self.node("Gather", [name, NAMES["token_ids"]], "embedding.rows", axis=0)
         if dtype == self.dtype:
             return rows
@@ -318,7 +318,7 @@ class _Builder:
         output = output or name
         if self.scheme is None:
             weight = self.data.reserve(f"{name}.weight", self.dtype, tensor.shape)
-            self.fill(tensor, lambda values: {weight: _narrowed(source, values, self.dtype)})
+            self.keep(weight, tensor, self.dtype)
             inputs = [rows, weight, *([bias_name] if bias_name else [])]
             return self.node("Gemm", inputs, output, transB=1)
 
@@ -333,12 +333,15 @@ class _Builder:
             part: self.data.reserve(f"{name}.{part}", self.dtype if part == "scales" else np.uint8, shape)
             for part, shape in scheme.shapes(num_rows, width).items()
         }
+
+        def quantised(first: int, end: int) -> dict[str, np.ndarray]:
+            parts = tensor.arrays(first, end) if is_taken else scheme.quantize(tensor.rows(first, end))
+            parts["scales"] = parts["scales"].astype(self.dtype)
+            return {arrays[part]: array for part, array in parts.items()}
+
+        self.data.fill(Content.of(tensor, quantised), *arrays.values())
         if is_taken:
-            make = lambda first, end: self.quantised(tensor.arrays(first, end), arrays)  # noqa: E731
-            self.data.fill(Content(tensor.name, tensor.shape, tensor.num_bytes, make))
             rows = self.ordered(name, tensor, rows)
-        else:
-            self.fill(tensor, lambda values: self.quantised(scheme.quantize(values), arrays))
         inputs = [rows, arrays["packed"], arrays["scales"], arrays.get("zeros", ""), "", bias_name]
         while not inputs[-1]:
             inputs.pop()
@@ -362,23 +365,13 @@ class _Builder:
         order = self.data.add(f"{name}.order", matrix.order.astype(np.int32))
         return self.node("Gather", [rows, order], f"{name}.ordered", axis=1)
 
-    def fill(self, weight: Source, make: Callable[[np.ndarray], dict[str, np.ndarray]]) -> None:
-        """Fills initialisers with what `make` makes of rows of a weight."""
-        self.data.fill(
-            Content(
-                weight.name,
-                weight.shape,
-                weight.num_bytes,
-                lambda first, end: make(weight.rows(first, end)),
-            )
-        )
+    def keep(self, name: str, weight: Source, dtype: np.dtype | type) -> None:
+        """Fills an initialiser with a weight that is not quantised."""
 
-    def quantised(self, parts: dict[str, np.ndarray], names: dict[str, str]) -> dict[str, np.ndarray]:
-        """Quantised rows under their initialisers' names, scales in the activations' type."""
-        return {
-            names[part]: array.astype(self.dtype) if part == "scales" else array
-            for part, array in parts.items()
-        }
+        def narrowed(first: int, end: int) -> dict[str, np.ndarray]:
+            return {name: _narrowed(weight.name, weight.rows(first, end), dtype)}
+
+        self.data.fill(Content.of(weight, narrowed), name)
 
     def node(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))

@@ -27,6 +27,9 @@ INT8_ACTIVATIONS = 4
 # Elements of a weight that are dequantised at once: what a core's cache holds is fastest.
 CHUNK = 1 << 16
 
+# Gives rows of a product's weight in float64: from the first, so many.
+ReadRows = Callable[[int, int], np.ndarray]
+
 
 def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """The graph's logits of every token of a sequence, exactly and as rounded as kernels round.
@@ -39,7 +42,11 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
 
 
 def run(
-    nodes: Sequence[NodeProto], weights: Weights, token_ids: list[int], names: dict[str, str]
+    nodes: Sequence[NodeProto],
+    weights: Weights,
+    token_ids: list[int],
+    names: dict[str, str],
+    title: str = "known answer",
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `logits`, of a graph that need not be in a file."""
     # Two sequences in one pass, since reading the weights is most of the time.
@@ -49,7 +56,7 @@ def run(
     }
     dtype = weights.activations(nodes)
     uses = Counter(name for node in nodes for name in node.input)
-    with progress.phase("known answer", weights.num_bytes) as advance:
+    with progress.phase(title, weights.num_bytes) as advance:
         for node in nodes:
             compute = NODES.get(node.op_type)
             if compute is None:
@@ -70,6 +77,13 @@ def run(
                     values.pop(name, None)
             advance(node.name, sum(weights.size(name) for name in node.input))
     raise ExportError(f"known answer: the graph has no output {names['logits']}")
+
+
+def weight_rows(node: NodeProto, weights: Weights) -> ReadRows | None:
+    """How to read the weight of a product; None if the node is something else."""
+    compute = WEIGHTS.get(node.op_type)
+    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    return compute and compute(_Inputs(node, {}, weights), attributes)
 
 
 class Weights:
@@ -181,9 +195,7 @@ def _skip_rms_norm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarr
     return [_norm(total, inputs[2], attributes), nothing, nothing, total]
 
 
-def _linear(
-    inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: Callable[[int, int], np.ndarray]
-) -> list[np.ndarray]:
+def _linear(inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: ReadRows) -> list[np.ndarray]:
     """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows."""
     out = np.empty((len(rows), num_rows))
     step = max(1, CHUNK // rows.shape[1])
@@ -211,17 +223,25 @@ def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
 def _gemm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if attributes != {"transB": 1}:
         raise ExportError(f"known answer: no rule for Gemm with {attributes}")
-    weights, name = inputs.weights, inputs.names[1]
+    num_rows = inputs.weights.num_rows(inputs.names[1])
+    return _linear(inputs, inputs[0], num_rows, 2, _gemm_rows(inputs, attributes))
 
-    def read(first: int, count: int) -> np.ndarray:
-        return weights.rows(name, first, count).astype(np.float64)
 
-    return _linear(inputs, inputs[0], weights.num_rows(name), 2, read)
+def _gemm_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
+    return lambda first, count: inputs.weights.rows(inputs.names[1], first, count).astype(np.float64)
 
 
 def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if inputs.has(4):
         raise ExportError("known answer: no rule for MatMulNBits with g_idx")
+    rows = inputs[0]
+    if attributes.get("accuracy_level") == INT8_ACTIVATIONS:
+        exact, rounded = np.split(rows, 2)
+        rows = np.concatenate([exact, _as_int8(rounded, attributes["block_size"])])
+    return _linear(inputs, rows, attributes["N"], 5, _nbits_rows(inputs, attributes))
+
+
+def _nbits_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
     bits, block_size = attributes["bits"], attributes["block_size"]
     table = _unpacking(bits)
 
@@ -247,11 +267,7 @@ def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarra
         # The last block of a row may reach beyond it.
         return blocks.reshape(num_rows, -1)[:, : attributes["K"]]
 
-    rows = inputs[0]
-    if attributes.get("accuracy_level") == INT8_ACTIVATIONS:
-        exact, rounded = np.split(rows, 2)
-        rows = np.concatenate([exact, _as_int8(rounded, block_size)])
-    return _linear(inputs, rows, attributes["N"], 5, read)
+    return read
 
 
 def _unpacking(bits: int) -> np.ndarray:
@@ -325,4 +341,8 @@ NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {
     "SimplifiedLayerNormalization": _rms_norm,
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
     "Split": _split,
+}
+WEIGHTS: dict[str, Callable[[_Inputs, dict[str, Any]], ReadRows]] = {
+    "Gemm": _gemm_rows,
+    "MatMulNBits": _nbits_rows,
 }
