@@ -135,8 +135,8 @@ gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and s
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
 
-quality: .venv/serve.stamp build ## measure what each precision costs the default model
-	$(WITH_ORT) .venv/bin/python tests/bench/quality.py
+quality: .venv/serve.stamp ## measure what each precision costs, by the default model and a random one
+	.venv/bin/python tests/bench/quality.py
 
 clean: ## remove everything that was made
 	rm -rf .venv .models .tools target

@@ -15,6 +15,7 @@ from glm_export import (
     graph,
     known_answer,
     manifest,
+    quality,
     target,
     tokenizer,
     weights,
@@ -107,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
             force=options.force,
         )
         print(f"{options.out}: {options.precision}, {digest}")
+        if options.quality:
+            print(quality.measure(options.checkpoint, options.out, options.lora))
         if options.check:
             print(
                 check.compare(
@@ -169,6 +172,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-model-len", type=int, help="longest sequence (the checkpoint's seq_length)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="say what rounding costs: error of each layer's weights, perplexity and KL divergence",
+    )
     parser.add_argument(
         "--check", action="store_true", help="run the export in glmserve and compare with transformers"
     )

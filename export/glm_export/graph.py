@@ -67,7 +67,7 @@ def write(
     config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target, folder: Path
 ) -> None:
     """Writes the graph and its weights; without a scheme the weights have the activations' type."""
-    builder = _Builder(config, checkpoint, scheme, target)
+    builder = Builder(config, checkpoint, scheme, target)
     builder.decoder()
     graph = helper.make_graph(
         builder.nodes,
@@ -139,7 +139,7 @@ def _narrowed(source: str, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarr
     return rows.astype(dtype)
 
 
-class _Builder:
+class Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
     def __init__(

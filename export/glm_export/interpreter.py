@@ -72,10 +72,10 @@ def run(
             # Absent outputs have no name, and those that nothing reads have no value.
             values |= {name: array for name, array in zip(node.output, outputs, strict=False) if name}
             uses.subtract(node.input)
-            for name in node.input:
-                if not uses[name]:
-                    values.pop(name, None)
-            advance(node.name, sum(weights.size(name) for name in node.input))
+            done = {name for name in node.input if not uses[name]}
+            for name in done:
+                values.pop(name, None)
+            advance(node.name, sum(map(weights.size, done)))
     raise ExportError(f"known answer: the graph has no output {names['logits']}")
 
 
@@ -116,9 +116,9 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def num_rows(self, name: str) -> int:
-        """How many rows there are."""
-        return self._tensors[name].dims[0]
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as it is stored."""
+        return tuple(self._tensors[name].dims)
 
     def dtype(self, name: str) -> np.dtype:
         """The type that elements are stored in."""
@@ -223,7 +223,7 @@ def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
 def _gemm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if attributes != {"transB": 1}:
         raise ExportError(f"known answer: no rule for Gemm with {attributes}")
-    num_rows = inputs.weights.num_rows(inputs.names[1])
+    num_rows = inputs.weights.shape(inputs.names[1])[0]
     return _linear(inputs, inputs[0], num_rows, 2, _gemm_rows(inputs, attributes))
 
 
@@ -313,12 +313,13 @@ def _attention(
     rotated = _rotate(packed[:, : heads + groups], cos[:, None], sin[:, None])
     # Query heads in groups that share a key head: [token, group, head of the group, channel].
     query = rotated[:, :heads].reshape(count, groups, heads // groups, -1)
-    key, value = rotated[:, heads:], packed[:, heads + groups :]
-    scores = np.einsum("qghd,kgd->ghqk", query, key) * scale
+    key, value = rotated[:, heads:, None], packed[:, heads + groups :, None]
+    # Products of [group, head, token, channel]: an einsum would not use BLAS.
+    scores = query.transpose(1, 2, 0, 3) @ key.transpose(1, 2, 3, 0) * scale
     scores[..., ~np.tri(count, dtype=bool)] = -np.inf
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
-    return np.einsum("ghqk,kgd->qghd", shares, value).reshape(count, -1)
+    return (shares @ value.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3).reshape(count, -1)
 
 
 def _rotate(heads: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
