@@ -16,7 +16,6 @@ use glm_engine::{
 
 use crate::ServeError;
 use crate::state::AppState;
-use crate::text::chat_format::{Message, Role};
 
 /// Enough to go through prefill and several decodes, and short beside any request.
 const NUM_TOKENS: usize = 4;
@@ -103,8 +102,7 @@ async fn check(state: &AppState, known: &KnownAnswer) -> Result<(), String> {
 }
 
 fn request(state: &AppState) -> Result<Request, ServeError> {
-    let message = Message { role: Role::User, content: "Hello".to_owned() };
-    let prompt_token_ids = state.model.chat.encode(&[message], &state.model.tokenizer)?;
+    let prompt_token_ids = state.model.chat.encode_text("Hello", &state.model.tokenizer)?;
     let (num_prompt_tokens, max_model_len) = (prompt_token_ids.len(), state.engine.limits().max_model_len);
     if num_prompt_tokens >= max_model_len {
         return Err(ServeError::NoRoom { num_prompt_tokens, max_model_len });
