@@ -38,7 +38,9 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
     what enters a product to int8 where the kernel does so.
     """
     graph = onnx.load(graph_file, load_external_data=False).graph
-    return run(graph.node, Weights.of_folder(graph_file.parent, graph.initializer), token_ids, names)
+    weights = Weights.of_folder(graph_file.parent, graph.initializer)
+    exact, rounded = run(graph.node, weights, token_ids, names)
+    return exact, rounded
 
 
 def run(
@@ -46,13 +48,15 @@ def run(
     weights: Weights,
     token_ids: list[int],
     names: dict[str, str],
+    roundings: Sequence[bool] = (False, True),
     title: str = "known answer",
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `logits`, of a graph that need not be in a file."""
-    # Two sequences in one pass, since reading the weights is most of the time.
+) -> list[np.ndarray]:
+    """As `logits`, of a graph that need not be in a file: once for each of `roundings`, rounded or exact."""
+    # One pass over all of them, since reading the weights is most of the time.
+    count = len(token_ids)
     values: dict[str, np.ndarray] = {
-        names["token_ids"]: np.array(token_ids * 2),
-        names["logits_indices"]: np.arange(2 * len(token_ids)),
+        names["token_ids"]: np.array(token_ids * len(roundings)),
+        names["logits_indices"]: np.arange(len(roundings) * count),
     }
     dtype = weights.activations(nodes)
     uses = Counter(name for node in nodes for name in node.input)
@@ -62,13 +66,13 @@ def run(
             if compute is None:
                 raise ExportError(f"known answer: no rule for the node {node.op_type}")
             attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-            outputs = compute(_Inputs(node, values, weights), attributes)
+            outputs = compute(_Inputs(node, values, weights, roundings), attributes)
             for array in outputs:
-                rows = array[len(array) // 2 :]
-                rows[...] = rows.astype(dtype)
+                for rows, is_rounded in zip(np.split(array, len(roundings)), roundings, strict=True):
+                    if is_rounded:
+                        rows[...] = rows.astype(dtype)
             if names["logits"] in node.output:
-                exact, rounded = np.split(outputs[0], 2)
-                return exact, rounded
+                return np.split(outputs[0], len(roundings))
             # Absent outputs have no name, and those that nothing reads have no value.
             values |= {name: array for name, array in zip(node.output, outputs, strict=False) if name}
             uses.subtract(node.input)
@@ -151,8 +155,15 @@ def _from_file(folder: Path, tensor: TensorProto, first: int, count: int) -> np.
 class _Inputs:
     """The inputs of one node."""
 
-    def __init__(self, node: NodeProto, values: dict[str, np.ndarray], weights: Weights) -> None:
+    def __init__(
+        self,
+        node: NodeProto,
+        values: dict[str, np.ndarray],
+        weights: Weights,
+        roundings: Sequence[bool] = (),
+    ) -> None:
         self.names = list(node.input)
+        self.roundings = roundings
         self.values = values
         self.weights = weights
 
@@ -236,8 +247,10 @@ def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarra
         raise ExportError("known answer: no rule for MatMulNBits with g_idx")
     rows = inputs[0]
     if attributes.get("accuracy_level") == INT8_ACTIVATIONS:
-        exact, rounded = np.split(rows, 2)
-        rows = np.concatenate([exact, _as_int8(rounded, attributes["block_size"])])
+        parts = zip(np.split(rows, len(inputs.roundings)), inputs.roundings, strict=True)
+        rows = np.concatenate(
+            [_as_int8(part, attributes["block_size"]) if is_rounded else part for part, is_rounded in parts]
+        )
     return _linear(inputs, rows, attributes["N"], 5, _nbits_rows(inputs, attributes))
 
 
@@ -296,10 +309,11 @@ def _add(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
 def _paged_attention(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if not attributes.get("do_rotary") or not attributes.get("rotary_interleaved") or inputs.has(1):
         raise ExportError("known answer: attention is known with packed inputs and interleaved rotary only")
-    count = len(inputs[0]) // 2
+    num_sequences = len(inputs.roundings)
+    count = len(inputs[0]) // num_sequences
     cos, sin = (inputs.weights.rows(name, 0, count).astype(np.float64) for name in inputs.names[8:10])
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
-    packed = inputs[0].reshape(2, count, heads + 2 * groups, -1)
+    packed = inputs[0].reshape(num_sequences, count, heads + 2 * groups, -1)
     return [
         np.concatenate([_attention(rows, heads, groups, cos, sin, attributes["scale"]) for rows in packed])
     ]

@@ -70,7 +70,7 @@ class Reference:
         self.nodes = builder.nodes
         self.weights = Weights(builder.data.initializers, builder.data.rows)
         self.ids = token_ids(exported, content)
-        logits, _ = interpreter.run(self.nodes, self.weights, self.ids, graph.NAMES, "float32")
+        (logits,) = interpreter.run(self.nodes, self.weights, self.ids, graph.NAMES, [False], "float32")
         self.vocab_size = settings.geometry.vocab_size
         self.expected = _log_softmax(logits[:-1, : self.vocab_size])
 
@@ -79,7 +79,7 @@ class Reference:
         written = onnx.load(exported / graph.GRAPH_FILE, load_external_data=False).graph
         written_weights = Weights.of_folder(exported, written.initializer)
         names = _manifest(exported)["graph"]["names"]
-        _, rounded = interpreter.run(written.node, written_weights, self.ids, names, "export")
+        (rounded,) = interpreter.run(written.node, written_weights, self.ids, names, [True], "export")
         found = _log_softmax(rounded[:-1, : self.vocab_size])
         return Quality(
             num_tokens=len(self.ids),
