@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from glm_export import __version__, weights
 from glm_export.checkpoint import Source
@@ -67,7 +67,24 @@ def write(
     config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target, folder: Path
 ) -> None:
     """Writes the graph and its weights; without a scheme the weights have the activations' type."""
-    builder = Builder(config, checkpoint, scheme, target)
+    graph, data = build(config, checkpoint, scheme, target)
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+        ir_version=IR_VERSION,
+        producer_name="glm-export",
+        producer_version=__version__,
+    )
+    require_space(folder, data.num_bytes)
+    data.write(folder)
+    onnx.save(model, folder / GRAPH_FILE)
+
+
+def build(
+    config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
+) -> tuple[GraphProto, ExternalData]:
+    """The graph, and its weights before any was read."""
+    builder = _Builder(config, checkpoint, scheme, target)
     builder.decoder()
     graph = helper.make_graph(
         builder.nodes,
@@ -76,16 +93,7 @@ def write(
         _outputs(config.geometry, target),
         builder.data.initializers,
     )
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-        ir_version=IR_VERSION,
-        producer_name="glm-export",
-        producer_version=__version__,
-    )
-    require_space(folder, builder.data.num_bytes)
-    builder.data.write(folder)
-    onnx.save(model, folder / GRAPH_FILE)
+    return graph, builder.data
 
 
 def _value(name: str, item_type: int, shape: list[str | int]) -> ValueInfoProto:
@@ -139,7 +147,7 @@ def _narrowed(source: str, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarr
     return rows.astype(dtype)
 
 
-class Builder:
+class _Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
     def __init__(

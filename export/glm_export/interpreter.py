@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from threadpoolctl import threadpool_limits
 
 from glm_export import progress
@@ -24,6 +25,7 @@ from glm_export.error import ExportError
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # Elements of a weight that are dequantised at once: what a core's cache holds is fastest.
 CHUNK = 1 << 16
 
@@ -39,12 +41,12 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
     """
     graph = onnx.load(graph_file, load_external_data=False).graph
     weights = Weights.of_folder(graph_file.parent, graph.initializer)
-    exact, rounded = run(graph.node, weights, token_ids, names)
+    exact, rounded = run(graph, weights, token_ids, names)
     return exact, rounded
 
 
 def run(
-    nodes: Sequence[NodeProto],
+    graph: GraphProto,
     weights: Weights,
     token_ids: list[int],
     names: dict[str, str],
@@ -58,15 +60,18 @@ def run(
         names["token_ids"]: np.array(token_ids * len(roundings)),
         names["logits_indices"]: np.arange(len(roundings) * count),
     }
-    dtype = weights.activations(nodes)
-    uses = Counter(name for node in nodes for name in node.input)
+    dtype = weights.activations(graph.node)
+    types = {
+        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input
+    }
+    uses = Counter(name for node in graph.node for name in node.input)
     with progress.phase(title, weights.num_bytes) as advance:
-        for node in nodes:
+        for node in graph.node:
             compute = NODES.get(node.op_type)
             if compute is None:
                 raise ExportError(f"known answer: no rule for the node {node.op_type}")
             attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-            outputs = compute(_Inputs(node, values, weights, roundings), attributes)
+            outputs = compute(_Inputs(node, values, weights, types, roundings), attributes)
             for array in outputs:
                 for rows, is_rounded in zip(np.split(array, len(roundings)), roundings, strict=True):
                     if is_rounded:
@@ -87,7 +92,7 @@ def weight_rows(node: NodeProto, weights: Weights) -> ReadRows | None:
     """How to read the weight of a product; None if the node is something else."""
     compute = WEIGHTS.get(node.op_type)
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    return compute and compute(_Inputs(node, {}, weights), attributes)
+    return compute and compute(_Inputs(node, {}, weights, {}, ()), attributes)
 
 
 class Weights:
@@ -160,12 +165,16 @@ class _Inputs:
         node: NodeProto,
         values: dict[str, np.ndarray],
         weights: Weights,
-        roundings: Sequence[bool] = (),
+        types: dict[str, np.dtype],
+        roundings: Sequence[bool],
     ) -> None:
         self.names = list(node.input)
-        self.roundings = roundings
         self.values = values
         self.weights = weights
+        # Of the graph's own inputs.
+        self.types = types
+        # Whether each of the sequences that lie one after another is to be rounded.
+        self.roundings = roundings
 
     def has(self, position: int) -> bool:
         """Whether an optional input is there."""
@@ -314,20 +323,37 @@ def _paged_attention(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.nda
     cos, sin = (inputs.weights.rows(name, 0, count).astype(np.float64) for name in inputs.names[8:10])
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
     packed = inputs[0].reshape(num_sequences, count, heads + 2 * groups, -1)
+    # What the cache keeps is rounded; a quantised one's scales are not known here.
+    cache = inputs.types[inputs.names[3]]
+    exact = np.dtype(np.float64)
+    caches = [cache if is_rounded and cache in HALVES else exact for is_rounded in inputs.roundings]
+    scale = attributes["scale"]
     return [
-        np.concatenate([_attention(rows, heads, groups, cos, sin, attributes["scale"]) for rows in packed])
+        np.concatenate(
+            [
+                _attention(rows, heads, groups, cos, sin, scale, cache)
+                for rows, cache in zip(packed, caches, strict=True)
+            ]
+        )
     ]
 
 
 def _attention(
-    packed: np.ndarray, heads: int, groups: int, cos: np.ndarray, sin: np.ndarray, scale: float
+    packed: np.ndarray,
+    heads: int,
+    groups: int,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    scale: float,
+    cache: np.dtype,
 ) -> np.ndarray:
-    """Causal attention of one sequence over itself, which needs no cache."""
+    """Causal attention of one sequence over its own keys and values, rounded to the cache's type."""
     count = len(packed)
     rotated = _rotate(packed[:, : heads + groups], cos[:, None], sin[:, None])
     # Query heads in groups that share a key head: [token, group, head of the group, channel].
     query = rotated[:, :heads].reshape(count, groups, heads // groups, -1)
-    key, value = rotated[:, heads:, None], packed[:, heads + groups :, None]
+    kept = (rotated[:, heads:, None], packed[:, heads + groups :, None])
+    key, value = (part.astype(cache).astype(np.float64) for part in kept)
     # Products of [group, head, token, channel]: an einsum would not use BLAS.
     scores = query.transpose(1, 2, 0, 3) @ key.transpose(1, 2, 3, 0) * scale
     scores[..., ~np.tri(count, dtype=bool)] = -np.inf

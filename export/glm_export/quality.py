@@ -65,12 +65,10 @@ class Reference:
         content = _manifest(exported)
         settings = config.load(checkpoint, content["geometry"]["max_model_len"])
         tensors = weights.open_checkpoint(settings, checkpoint, adapter)
-        builder = graph.Builder(settings, tensors, None, Target("fp32"))
-        builder.decoder()
-        self.nodes = builder.nodes
-        self.weights = Weights(builder.data.initializers, builder.data.rows)
+        self.graph, data = graph.build(settings, tensors, None, Target("fp32"))
+        self.weights = Weights(self.graph.initializer, data.rows)
         self.ids = token_ids(exported, content)
-        (logits,) = interpreter.run(self.nodes, self.weights, self.ids, graph.NAMES, [False], "float32")
+        (logits,) = interpreter.run(self.graph, self.weights, self.ids, graph.NAMES, [False], "float32")
         self.vocab_size = settings.geometry.vocab_size
         self.expected = _log_softmax(logits[:-1, : self.vocab_size])
 
@@ -79,11 +77,11 @@ class Reference:
         written = onnx.load(exported / graph.GRAPH_FILE, load_external_data=False).graph
         written_weights = Weights.of_folder(exported, written.initializer)
         names = _manifest(exported)["graph"]["names"]
-        (rounded,) = interpreter.run(written.node, written_weights, self.ids, names, [True], "export")
+        (rounded,) = interpreter.run(written, written_weights, self.ids, names, [True], "export")
         found = _log_softmax(rounded[:-1, : self.vocab_size])
         return Quality(
             num_tokens=len(self.ids),
-            weight_errors=_weight_errors(self.nodes, self.weights, written.node, written_weights),
+            weight_errors=_weight_errors(self.graph.node, self.weights, written.node, written_weights),
             perplexity=perplexity(found, self.ids),
             reference_perplexity=perplexity(self.expected, self.ids),
             divergence=float((np.exp(self.expected) * (self.expected - found)).sum(axis=-1).mean()),

@@ -307,5 +307,14 @@ mod tests {
         ];
         let ids = format.encode(&messages, &tokenizer).unwrap();
         assert_eq!(ids, expected);
+
+        // What ms-swift's tests have as ChatGLM2's own; both models have this tokenizer.
+        let (format, tokenizer) = load(&fixtures::chatglm2_with(Path::new(&file)));
+        let expected = [
+            64790, 64792, 790, 30951, 517, 30910, 30939, 30996, 13, 13, 54761, 31211, 30939, 30943, 30966,
+            30972, 30970, 31011, 30943, 30966, 30972, 30980, 31514, 13, 13, 55437, 31211,
+        ];
+        let ids = format.encode(&[message(Role::User, "12345+234=？")], &tokenizer).unwrap();
+        assert_eq!(ids, expected);
     }
 }

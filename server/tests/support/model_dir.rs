@@ -129,6 +129,13 @@ pub(crate) fn chatglm3_with(path: &Path) -> ModelDir {
     write(&std::fs::read(path).unwrap(), chatglm3_chat(64789), 65024)
 }
 
+/// As [`chatglm3_with`] in ChatGLM2's format.
+pub(crate) fn chatglm2_with(path: &Path) -> ModelDir {
+    let chat = json!({"format": "chatglm2", "default_system": null,
+        "special_tokens": {"[gMASK]": 64790, "sop": 64792}});
+    write(&std::fs::read(path).unwrap(), (chat, "sentencepiece", json!([2])), 65024)
+}
+
 /// A folder in ChatML with GPT-2's byte alphabet.
 pub(crate) fn chatml() -> ModelDir {
     let [start, end] = chatml_ids();
