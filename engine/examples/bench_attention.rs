@@ -4,13 +4,14 @@
 //! to force an instruction set and `CASE` to run but one, by its number from 0. Figures are the median and the best of many calls; the limits at the
 //! top are what this machine does in plain loops, measured just before.
 
-#[path = "../tests/attention_graph/mod.rs"]
-mod attention_graph;
+#[path = "../tests/graph/mod.rs"]
+mod graph;
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use attention_graph::{Value, session};
+use graph::Value;
+use graph::attention::session;
 use ort::value::Tensor;
 
 const POSITIONS: usize = 8192;

@@ -1,8 +1,9 @@
 //! Owns the proof that the operator works inside ONNX Runtime: through a real CPU session.
 
-mod attention_graph;
+mod graph;
 
-use attention_graph::{Value, session};
+use graph::Value;
+use graph::attention::session;
 use ort::session::Session;
 use ort::value::Tensor;
 

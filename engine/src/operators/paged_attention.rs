@@ -7,7 +7,7 @@
 mod attend;
 mod attributes;
 mod batch;
-mod exp;
+pub(super) mod exp;
 mod kernels;
 mod kv_cache;
 mod plan;
@@ -27,7 +27,7 @@ use ort::value::{
     DynTensorValueType, PrimitiveTensorElementType, Shape, TensorElementType, ValueRef, ValueType,
 };
 
-use attend::Parallel;
+use super::parallel::{SessionThreads, threads_of_session};
 use attributes::{Attributes, Source};
 use batch::{Batch, Inputs, Tensor};
 use kv_cache::KvCache;
@@ -76,8 +76,7 @@ pub(super) struct PagedAttention {
 impl PagedAttention {
     /// The operator for sessions of `num_threads` threads; 0 is one a core.
     pub(super) fn new(num_threads: usize) -> Self {
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        Self { num_threads: if num_threads == 0 { cores() } else { num_threads }, workspace: Arc::default() }
+        Self { num_threads: threads_of_session(num_threads), workspace: Arc::default() }
     }
 }
 
@@ -123,8 +122,7 @@ impl Operator for PagedAttention {
 
     fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<PagedAttentionKernel> {
         let attributes = Attributes::check(&Node(ctx)).map_err(error)?;
-        let forced = std::env::var(super::SIMD_VARIABLE).ok();
-        let simd = Simd::choose(forced.as_deref().filter(|name| !name.is_empty()))
+        let simd = Simd::choose(super::forced_simd().as_deref())
             .map_err(|message| error(format!("{}: {message}", super::SIMD_VARIABLE)))?;
         Ok(PagedAttentionKernel {
             attributes,
@@ -147,22 +145,6 @@ impl Source for Node<'_, '_> {
     }
     fn string(&self, name: &str) -> Option<String> {
         self.0.get(name)
-    }
-}
-
-/// ONNX Runtime's own threads.
-struct SessionThreads<'a> {
-    ctx: &'a ComputeContext,
-    num_threads: usize,
-}
-
-impl Parallel for SessionThreads<'_> {
-    fn num_threads(&self) -> usize {
-        self.num_threads
-    }
-    fn run(&self, total: usize, f: &(dyn Fn(usize) + Sync)) -> Result<(), String> {
-        // 0 lets ONNX Runtime hand out the calls one by one.
-        self.ctx.par_for(total, 0, f).map_err(|e| e.to_string())
     }
 }
 
