@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +19,8 @@ from glm_export import (
     tokenizer,
     weights,
 )
-from glm_export.checkpoint import Checkpoint
 from glm_export.error import ExportError
+from glm_export.output_folder import output_folder
 from glm_export.quantize import Scheme
 from glm_export.target import BLOCK_SIZES, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 
@@ -53,6 +50,7 @@ def export(
     output: str | None = None,
     block_size: int | None = None,
     quant_block_size: int = DEFAULT_QUANT_BLOCK_SIZE,
+    lora: Path | None = None,
     max_model_len: int | None = None,
     force: bool = False,
 ) -> str:
@@ -77,52 +75,15 @@ def export(
         settings = replace(settings, name=name)
     bits = PRECISIONS[precision]
     scheme = None if bits is None else Scheme(bits, quant_block_size)
-    tensors = Checkpoint(checkpoint)
-    tensors.require(weights.shapes(settings), weights.IGNORED)
-    with output_folder(out, force) as folder:
-        first_special = min(settings.chat.special_tokens.values())
-        tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
+    tensors = weights.open_checkpoint(settings, checkpoint, lora)
+    with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
+        tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
         known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)
         return manifest.write(settings, made_for, folder)
-
-
-@contextmanager
-def output_folder(out: Path, force: bool, marker: str = manifest.MANIFEST_FILE) -> Iterator[Path]:
-    """A folder that becomes `out` on success and vanishes on failure.
-
-    What `out` held before is replaced only if it was made here, which the file `marker` shows: a
-    mistyped path must not cost somebody a folder.
-    """
-    # A link would be renamed instead of what it points to.
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / marker).is_file():
-            raise ExportError(f"{out} exists and was not made by this program: remove it yourself")
-        if not force:
-            raise ExportError(f"{out} exists; --force replaces it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside `out`, since a rename is atomic only within one file system.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out}: {error}") from None
-    replaced = temporary.with_name(f"{temporary.name}.replaced")
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if out.exists():
-            # Aside first: what was there is gone only when the new folder stands in its place.
-            out.rename(replaced)
-        temporary.rename(out)
-        if replaced.is_dir():
-            shutil.rmtree(replaced)
-        replaced.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             output=options.output,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
+            lora=options.lora,
             max_model_len=options.max_model_len,
             force=options.force,
         )
@@ -153,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
                     options.precision,
                     options.glmserve,
                     options.max_model_len,
+                    options.lora,
                 )
             )
     except (ExportError, OSError) as error:
@@ -200,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=(16, 32, 64, 128),
         default=DEFAULT_QUANT_BLOCK_SIZE,
         help="weights that share a scale (%(default)s); larger is faster and less exact",
+    )
+    parser.add_argument(
+        "--lora", type=Path, metavar="DIR", help="LoRA adapter (PEFT's folder) to merge into the weights"
     )
     parser.add_argument("--max-model-len", type=int, help="longest sequence (the checkpoint's seq_length)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")

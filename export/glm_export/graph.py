@@ -6,7 +6,7 @@ on the CPU, which the engine brings itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -15,10 +15,12 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from glm_export import __version__, weights
-from glm_export.checkpoint import Checkpoint, Tensor
+from glm_export.checkpoint import Source
 from glm_export.config import Config, Geometry
 from glm_export.error import ExportError
-from glm_export.external_data import ExternalData
+from glm_export.external_data import Content, ExternalData
+from glm_export.output_folder import require_space
+from glm_export.prequantised import Matrix
 from glm_export.quantize import Scheme
 from glm_export.target import KV_CACHES, Target
 
@@ -62,7 +64,7 @@ def names(target: Target) -> dict[str, str]:
 
 
 def write(
-    config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target, folder: Path
+    config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target, folder: Path
 ) -> None:
     """Writes the graph and its weights; without a scheme the weights have the activations' type."""
     builder = _Builder(config, checkpoint, scheme, target)
@@ -81,6 +83,7 @@ def write(
         producer_name="glm-export",
         producer_version=__version__,
     )
+    require_space(folder, builder.data.num_bytes)
     builder.data.write(folder)
     onnx.save(model, folder / GRAPH_FILE)
 
@@ -123,7 +126,9 @@ def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
     width = config.geometry.rotary_dim
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     theta = (1 / config.rope_base ** exponents.astype(np.float64)).astype(np.float32)
-    angles = np.outer(np.arange(config.geometry.max_model_len, dtype=np.float32), theta).astype(np.float64)
+    positions = np.arange(config.geometry.max_model_len, dtype=np.float32)
+    positions /= np.float32(config.position_divisor)
+    angles = np.outer(positions, theta).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -137,7 +142,9 @@ def _narrowed(source: str, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarr
 class _Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target) -> None:
+    def __init__(
+        self, config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
+    ) -> None:
         self.config = config
         self.target = target
         self.dtype = target.dtype
@@ -201,7 +208,7 @@ class _Builder:
         # Half precision is what the authors publish, so it is exact there and halves the largest tensor.
         dtype = np.float16 if self.scheme is not None and self.dtype == np.float32 else self.dtype
         name = self.data.reserve("embedding.weight", dtype, tensor.shape)
-        self.data.fill((name, first, _narrowed(source, rows, dtype)) for first, rows in tensor.chunks())
+        self.fill(tensor, lambda rows: {name: _narrowed(source, rows, dtype)})
         rows = self.node("Gather", [name, NAMES["token_ids"]], "embedding.rows", axis=0)
         if dtype == self.dtype:
             return rows
@@ -311,19 +318,27 @@ class _Builder:
         output = output or name
         if self.scheme is None:
             weight = self.data.reserve(f"{name}.weight", self.dtype, tensor.shape)
-            self.data.fill(
-                (weight, first, _narrowed(source, values, self.dtype)) for first, values in tensor.chunks()
-            )
+            self.fill(tensor, lambda values: {weight: _narrowed(source, values, self.dtype)})
             inputs = [rows, weight, *([bias_name] if bias_name else [])]
             return self.node("Gemm", inputs, output, transB=1)
 
         num_rows, width = tensor.shape
-        scheme = self.scheme.fitted(source, width)
+        is_taken = isinstance(tensor, Matrix)
+        scheme = tensor.scheme if is_taken else self.scheme.fitted(source, width)
+        if is_taken and self.scheme.bits != scheme.bits:
+            raise ExportError(
+                f"{source} is quantised to {scheme.bits} bits already: choose --precision int{scheme.bits}"
+            )
         arrays = {
             part: self.data.reserve(f"{name}.{part}", self.dtype if part == "scales" else np.uint8, shape)
             for part, shape in scheme.shapes(num_rows, width).items()
         }
-        self.data.fill(_quantized(tensor, scheme, arrays, self.dtype))
+        if is_taken:
+            make = lambda first, end: self.quantised(tensor.arrays(first, end), arrays)  # noqa: E731
+            self.data.fill(Content(tensor.name, tensor.shape, tensor.num_bytes, make))
+            rows = self.ordered(name, tensor, rows)
+        else:
+            self.fill(tensor, lambda values: self.quantised(scheme.quantize(values), arrays))
         inputs = [rows, arrays["packed"], arrays["scales"], arrays.get("zeros", ""), "", bias_name]
         while not inputs[-1]:
             inputs.pop()
@@ -340,14 +355,31 @@ class _Builder:
             **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
         )
 
+    def ordered(self, name: str, matrix: Matrix, rows: str) -> str:
+        """Rows in the order that a matrix has its weights in."""
+        if matrix.order is None:
+            return rows
+        order = self.data.add(f"{name}.order", matrix.order.astype(np.int32))
+        return self.node("Gather", [rows, order], f"{name}.ordered", axis=1)
+
+    def fill(self, weight: Source, make: Callable[[np.ndarray], dict[str, np.ndarray]]) -> None:
+        """Fills initialisers with what `make` makes of rows of a weight."""
+        self.data.fill(
+            Content(
+                weight.name,
+                weight.shape,
+                weight.num_bytes,
+                lambda first, end: make(weight.rows(first, end)),
+            )
+        )
+
+    def quantised(self, parts: dict[str, np.ndarray], names: dict[str, str]) -> dict[str, np.ndarray]:
+        """Quantised rows under their initialisers' names, scales in the activations' type."""
+        return {
+            names[part]: array.astype(self.dtype) if part == "scales" else array
+            for part, array in parts.items()
+        }
+
     def node(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))
         return output
-
-
-def _quantized(
-    tensor: Tensor, scheme: Scheme, arrays: dict[str, str], dtype: np.dtype
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    for first, rows in tensor.chunks():
-        for part, array in scheme.quantize(rows).items():
-            yield arrays[part], first, array.astype(dtype) if part == "scales" else array

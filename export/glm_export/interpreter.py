@@ -6,9 +6,10 @@ that the digits it gives after rounding are the same on every machine. Few megab
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from threadpoolctl import threadpool_limits
 
+from glm_export import progress
 from glm_export.error import ExportError
 
 # The accuracy level at which MatMulNBits rounds what enters it.
@@ -32,42 +34,70 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
     The second shows how far a kernel may be off: what a node gives is rounded to the type of activations, and
     what enters a product to int8 where the kernel does so.
     """
-    model = onnx.load(graph_file, load_external_data=False)
-    weights = _Weights(graph_file.parent, model.graph.initializer)
+    graph = onnx.load(graph_file, load_external_data=False).graph
+    return run(graph.node, Weights.of_folder(graph_file.parent, graph.initializer), token_ids, names)
+
+
+def run(
+    nodes: Sequence[NodeProto], weights: Weights, token_ids: list[int], names: dict[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `logits`, of a graph that need not be in a file."""
     # Two sequences in one pass, since reading the weights is most of the time.
     values: dict[str, np.ndarray] = {
         names["token_ids"]: np.array(token_ids * 2),
         names["logits_indices"]: np.arange(2 * len(token_ids)),
     }
-    dtype = weights.activations(model.graph.node)
-    uses = Counter(name for node in model.graph.node for name in node.input)
-    for node in model.graph.node:
-        compute = NODES.get(node.op_type)
-        if compute is None:
-            raise ExportError(f"known answer: no rule for the node {node.op_type}")
-        attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        outputs = compute(_Inputs(node, values, weights), attributes)
-        for array in outputs:
-            rows = array[len(array) // 2 :]
-            rows[...] = rows.astype(dtype)
-        if names["logits"] in node.output:
-            exact, rounded = np.split(outputs[0], 2)
-            return exact, rounded
-        # Absent outputs have no name, and those that nothing reads have no value.
-        values |= {name: array for name, array in zip(node.output, outputs, strict=False) if name}
-        uses.subtract(node.input)
-        for name in node.input:
-            if not uses[name]:
-                values.pop(name, None)
+    dtype = weights.activations(nodes)
+    uses = Counter(name for node in nodes for name in node.input)
+    with progress.phase("known answer", weights.num_bytes) as advance:
+        for node in nodes:
+            compute = NODES.get(node.op_type)
+            if compute is None:
+                raise ExportError(f"known answer: no rule for the node {node.op_type}")
+            attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+            outputs = compute(_Inputs(node, values, weights), attributes)
+            for array in outputs:
+                rows = array[len(array) // 2 :]
+                rows[...] = rows.astype(dtype)
+            if names["logits"] in node.output:
+                exact, rounded = np.split(outputs[0], 2)
+                return exact, rounded
+            # Absent outputs have no name, and those that nothing reads have no value.
+            values |= {name: array for name, array in zip(node.output, outputs, strict=False) if name}
+            uses.subtract(node.input)
+            for name in node.input:
+                if not uses[name]:
+                    values.pop(name, None)
+            advance(node.name, sum(weights.size(name) for name in node.input))
     raise ExportError(f"known answer: the graph has no output {names['logits']}")
 
 
-class _Weights:
-    """Initialisers, read from where they lie when they are asked for."""
+class Weights:
+    """Initialisers, a few rows at a time from wherever they lie.
 
-    def __init__(self, folder: Path, tensors: list[TensorProto]) -> None:
-        self._folder = folder
+    `read` gives rows of what is not in the graph itself: (name, first row, number of rows).
+    """
+
+    def __init__(self, tensors: Sequence[TensorProto], read: Callable[[str, int, int], np.ndarray]) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._read = read
+
+    @classmethod
+    def of_folder(cls, folder: Path, tensors: Sequence[TensorProto]) -> Weights:
+        """Those of a graph whose external data is in a folder."""
+        by_name = {tensor.name: tensor for tensor in tensors}
+        return cls(tensors, lambda name, first, count: _from_file(folder, by_name[name], first, count))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all of them."""
+        return sum(map(self.size, self._tensors))
+
+    def size(self, name: str) -> int:
+        """Bytes of an initialiser; of anything else none."""
+        if name not in self:
+            return 0
+        return math.prod(self._tensors[name].dims) * self.dtype(name).itemsize
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -80,7 +110,7 @@ class _Weights:
         """The type that elements are stored in."""
         return helper.tensor_dtype_to_np_dtype(self._tensors[name].data_type)
 
-    def activations(self, nodes: list[NodeProto]) -> np.dtype:
+    def activations(self, nodes: Sequence[NodeProto]) -> np.dtype:
         """The type of activations: that of the first norm's weight."""
         norms = (node for node in nodes if node.op_type == "SimplifiedLayerNormalization")
         return next((self.dtype(norm.input[1]) for norm in norms), np.dtype(np.float32))
@@ -88,23 +118,26 @@ class _Weights:
     def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         """Some rows in the type they are stored in; all without a count."""
         tensor = self._tensors[name]
-        shape = list(tensor.dims)
-        count = shape[0] - first if count is None else min(count, shape[0] - first)
+        count = tensor.dims[0] - first if count is None else min(count, tensor.dims[0] - first)
         if tensor.data_location != TensorProto.EXTERNAL:
             return numpy_helper.to_array(tensor)[first : first + count]
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = self.dtype(name)
-        row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-        with (self._folder / place["location"]).open("rb") as file:
-            file.seek(int(place["offset"]) + first * row_bytes)
-            content = np.frombuffer(file.read(count * row_bytes), np.uint8)
-        return content.view(dtype).reshape(count, *shape[1:])
+        return self._read(name, first, count)
+
+
+def _from_file(folder: Path, tensor: TensorProto, first: int, count: int) -> np.ndarray:
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    row_bytes = math.prod(tensor.dims[1:]) * dtype.itemsize
+    with (folder / place["location"]).open("rb") as file:
+        file.seek(int(place["offset"]) + first * row_bytes)
+        content = np.frombuffer(file.read(count * row_bytes), np.uint8)
+    return content.view(dtype).reshape(count, *tensor.dims[1:])
 
 
 class _Inputs:
     """The inputs of one node."""
 
-    def __init__(self, node: NodeProto, values: dict[str, np.ndarray], weights: _Weights) -> None:
+    def __init__(self, node: NodeProto, values: dict[str, np.ndarray], weights: Weights) -> None:
         self.names = list(node.input)
         self.values = values
         self.weights = weights
@@ -122,7 +155,7 @@ class _Inputs:
 def _gather(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     name, indices = inputs.names[0], inputs[1]
     if name not in inputs.weights:
-        return [inputs.values[name][indices]]
+        return [inputs.values[name].take(indices.astype(np.int64), axis=attributes["axis"])]
     # Row by row: the embedding is the largest tensor, and few rows of it are wanted.
     rows = [inputs.weights.rows(name, int(index), 1) for index in indices]
     return [np.concatenate(rows).astype(np.float64)]
