@@ -1,7 +1,7 @@
 """Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
 
 Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention
-on the CPU, which the engine brings itself.
+and QuantizedMatMul on the CPU, which the engine brings itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from glm_export.config import Config, Geometry
 from glm_export.error import ExportError
 from glm_export.external_data import Content, ExternalData
 from glm_export.output_folder import require_space
+from glm_export.packing import BLOCK_SIZES, COLUMNS, Packing
 from glm_export.prequantised import Matrix
 from glm_export.quantize import Scheme
 from glm_export.target import KV_CACHES, Target
@@ -27,6 +28,7 @@ from glm_export.target import KV_CACHES, Target
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 MICROSOFT = "com.microsoft"
+OWN = "glmserve"
 OPSET = 21
 IR_VERSION = 10
 # Activations become int8 inside the kernel: at 8 bits any other level dequantises the weights at each call.
@@ -78,7 +80,10 @@ def write(
     )
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+        opset_imports=[
+            helper.make_opsetid(domain, version)
+            for domain, version in (("", OPSET), (MICROSOFT, 1), (OWN, 1))
+        ],
         ir_version=IR_VERSION,
         producer_name="glm-export",
         producer_version=__version__,
@@ -228,15 +233,21 @@ class _Builder:
             residual = self.node("Gather", [residual, wanted], "wanted.residual", axis=0)
         dense = self.linear(f"{prefix}dense", table["dense"].source, None, attention)
         hidden, residual = self.norm(f"{prefix}post_norm", table["post_norm"].source, residual, dense)
-        gate_up = self.linear(f"{prefix}gate_up", table["gate_up"].source, None, hidden)
+        product = self.gated(prefix, table["gate_up"].source, hidden)
+        return residual, self.linear(f"{prefix}down", table["down"].source, None, product)
+
+    def gated(self, prefix: str, source: str, rows: str) -> str:
+        """silu(rows @ gate.T) * (rows @ up.T), where the weight holds one after the other."""
+        if self.is_packed(source):
+            return self.packed(f"{prefix}gate_up", source, None, rows, f"{prefix}product", swiglu=True)
+        gate_up = self.linear(f"{prefix}gate_up", source, None, rows)
         gate, up = f"{prefix}gate", f"{prefix}up"
         self.nodes.append(
             helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2)
         )
         # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one kernel.
         silu = self.node("QuickGelu", [gate], f"{prefix}silu", MICROSOFT, alpha=1.0)
-        product = self.node("Mul", [silu, up], f"{prefix}product")
-        return residual, self.linear(f"{prefix}down", table["down"].source, None, product)
+        return self.node("Mul", [silu, up], f"{prefix}product")
 
     def attention(self, index: int, qkv: str) -> str:
         g = self.config.geometry
@@ -310,6 +321,8 @@ class _Builder:
 
     def linear(self, name: str, source: str, bias: str | None, rows: str, output: str | None = None) -> str:
         """rows @ weight.T + bias."""
+        if self.is_packed(source):
+            return self.packed(name, source, bias, rows, output or name)
         tensor = self.checkpoint[source]
         addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
         bias_name = ""
@@ -353,6 +366,46 @@ class _Builder:
             block_size=scheme.block_size,
             # CUDA's kernels have one way; an attribute that is not there says so.
             **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
+        )
+
+    def is_packed(self, source: str) -> bool:
+        """Whether a weight goes to the engine's own product; codes that are taken as they are do not."""
+        is_ours = self.scheme is not None and self.target.kernel == "glmserve"
+        return is_ours and not isinstance(self.checkpoint[source], Matrix)
+
+    def packed(
+        self, name: str, source: str, bias: str | None, rows: str, output: str, swiglu: bool = False
+    ) -> str:
+        """rows @ weight.T + bias by QuantizedMatMul; with swiglu as `gated`."""
+        tensor = self.checkpoint[source]
+        num_rows, width = tensor.shape
+        scheme = self.scheme.fitted(source, width)
+        if scheme.block_size not in BLOCK_SIZES:
+            raise ExportError(
+                f"{source}: rows of {width} values in blocks of {scheme.block_size}; QuantizedMatMul has "
+                f"blocks of {', '.join(map(str, BLOCK_SIZES))}: choose --kernel ort"
+            )
+        packing = Packing(scheme.bits, scheme.block_size, num_rows, width, swiglu)
+        weight = self.data.reserve(f"{name}.weight", np.uint8, packing.shape)
+
+        def make(first: int, end: int) -> dict[str, np.ndarray]:
+            return {weight: packing.panels(tensor, first, end)}
+
+        self.data.fill(Content(tensor.name, (packing.num_panels, COLUMNS * width), tensor.num_bytes, make))
+        inputs = [rows, weight]
+        addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
+        if addend.any():
+            inputs.append(self.data.add(f"{name}.bias", packing.vector(addend)))
+        return self.node(
+            "QuantizedMatMul",
+            inputs,
+            output,
+            OWN,
+            K=width,
+            N=num_rows,
+            bits=scheme.bits,
+            block_size=scheme.block_size,
+            epilogue="swiglu" if swiglu else "none",
         )
 
     def ordered(self, name: str, matrix: Matrix, rows: str) -> str:

@@ -182,11 +182,16 @@ def _skip_rms_norm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarr
 
 
 def _linear(
-    inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: Callable[[int, int], np.ndarray]
+    inputs: _Inputs,
+    rows: np.ndarray,
+    num_rows: int,
+    bias: int,
+    read: Callable[[int, int], np.ndarray],
+    multiple: int = 1,
 ) -> list[np.ndarray]:
-    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows."""
+    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows, `multiple` at least."""
     out = np.empty((len(rows), num_rows))
-    step = max(1, CHUNK // rows.shape[1])
+    step = max(1, CHUNK // rows.shape[1] // multiple) * multiple
 
     def part(first: int) -> None:
         # A thread of a pool does not have its maker's settings.
@@ -196,7 +201,7 @@ def _linear(
     # A thread a core and none inside a product: BLAS's own lose most of their time on a busy machine.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(part, range(0, num_rows, step)))
-    return [out + inputs[bias] if inputs.has(bias) else out]
+    return [out + inputs[bias].ravel() if inputs.has(bias) else out]
 
 
 def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
@@ -252,6 +257,37 @@ def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarra
         exact, rounded = np.split(rows, 2)
         rows = np.concatenate([exact, _as_int8(rounded, block_size)])
     return _linear(inputs, rows, attributes["N"], 5, read)
+
+
+def _quantized_matmul(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
+    bits, block_size, width = attributes["bits"], attributes["block_size"], attributes["K"]
+    exact, rounded = np.split(inputs[0], 2)
+    rows = np.concatenate([exact, _as_int8(rounded, block_size)])
+    name, num_blocks = inputs.names[1], width // block_size
+    num_panels = inputs.weights.num_rows(name)
+
+    def read(first: int, count: int) -> np.ndarray:
+        """Columns of the panels, as they come."""
+        panels = inputs.weights.rows(name, first // 32, -(-count // 32))
+        blocks = panels.reshape(len(panels), num_blocks, -1)
+        scales = blocks[..., -64:].copy().view(np.float16).astype(np.float64)
+        lines = blocks[..., :-64]
+        # One code an item, the columns' halves apart: [panel, block, step, half, column and k].
+        if bits == 4:
+            lines = lines.reshape(len(panels), num_blocks, -1, 1, 64)
+            codes = np.concatenate([lines & 15, lines >> 4], axis=3)
+        else:
+            codes = lines.reshape(len(panels), num_blocks, -1, 2, 64)
+        values = codes.astype(np.float64) - (1 << bits - 1)
+        values = values.reshape(len(panels), num_blocks, block_size // 4, 32, 4)
+        values *= scales[:, :, None, :, None]
+        return values.transpose(0, 3, 1, 2, 4).reshape(-1, width)
+
+    (sums,) = _linear(inputs, rows, 32 * num_panels, 2, read, multiple=32)
+    if attributes["epilogue"] == b"none":
+        return [sums[:, : attributes["N"]]]
+    gate, up = sums.reshape(len(sums), num_panels, 2, 16).transpose(2, 0, 1, 3).reshape(2, len(sums), -1)
+    return [(gate / (1 + np.exp(-gate)) * up)[:, : attributes["N"] // 2]]
 
 
 def _unpacking(bits: int) -> np.ndarray:
@@ -321,6 +357,7 @@ NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {
     "MatMulNBits": _matmul_nbits,
     "Mul": _mul,
     "PagedAttention": _paged_attention,
+    "QuantizedMatMul": _quantized_matmul,
     "QuickGelu": _quick_gelu,
     "SimplifiedLayerNormalization": _rms_norm,
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,

@@ -55,6 +55,7 @@ def describe(config: Config, target: Target, files: dict[str, dict[str, Any]]) -
             "kv_cache_dtype": target.kv_cache,
             "block_size": target.block_size,
             "output": target.output,
+            "kernel": target.kernel,
             "names": graph.names(target),
         },
         "tokenizer": {"file": tokenizer.TOKENIZER_FILE, "pieces": config.tokenizer.pieces},
