@@ -28,10 +28,9 @@ pub const SIMD_VARIABLE: &str = "GLMSERVE_SIMD";
 /// # Errors
 /// When ONNX Runtime refuses a domain.
 pub fn register(builder: SessionBuilder, num_threads: usize) -> ort::Result<SessionBuilder> {
-    let attention = paged_attention::PagedAttention::new(num_threads);
     let matmul = quantized_matmul::QuantizedMatMul::new(num_threads);
     Ok(builder
-        .with_operators(OperatorDomain::new(DOMAIN)?.add(attention)?)?
+        .with_operators(paged_attention::add_to(OperatorDomain::new(DOMAIN)?, num_threads)?)?
         .with_operators(OperatorDomain::new(OWN_DOMAIN)?.add(matmul)?)?)
 }
 

@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kernel",
         choices=KERNELS,
-        help="what multiplies by quantised weights: on the CPU the engine's own operator (glmserve), unless told",
+        help="what multiplies by quantised weights (on the CPU: the engine's own operator, glmserve)",
     )
     parser.add_argument("--name", help="name the model is served under")
     parser.add_argument(

@@ -80,10 +80,7 @@ def write(
     )
     model = helper.make_model(
         graph,
-        opset_imports=[
-            helper.make_opsetid(domain, version)
-            for domain, version in (("", OPSET), (MICROSOFT, 1), (OWN, 1))
-        ],
+        opset_imports=[helper.make_opsetid(*version) for version in (("", OPSET), (MICROSOFT, 1), (OWN, 1))],
         ir_version=IR_VERSION,
         producer_name="glm-export",
         producer_version=__version__,

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -24,6 +25,7 @@ from glm_export.error import ExportError
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # Elements of a weight that are dequantised at once: what a core's cache holds is fastest.
 CHUNK = 1 << 16
 
@@ -35,11 +37,19 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
     what enters a product to int8 where the kernel does so.
     """
     graph = onnx.load(graph_file, load_external_data=False).graph
-    return run(graph.node, Weights.of_folder(graph_file.parent, graph.initializer), token_ids, names)
+    weights = Weights.of_folder(graph_file.parent, graph.initializer)
+    types = {
+        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input
+    }
+    return run(graph.node, weights, types, token_ids, names)
 
 
 def run(
-    nodes: Sequence[NodeProto], weights: Weights, token_ids: list[int], names: dict[str, str]
+    nodes: Sequence[NodeProto],
+    weights: Weights,
+    types: dict[str, np.dtype],
+    token_ids: list[int],
+    names: dict[str, str],
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `logits`, of a graph that need not be in a file."""
     # Two sequences in one pass, since reading the weights is most of the time.
@@ -55,7 +65,7 @@ def run(
             if compute is None:
                 raise ExportError(f"known answer: no rule for the node {node.op_type}")
             attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-            outputs = compute(_Inputs(node, values, weights), attributes)
+            outputs = compute(_Inputs(node, values, weights, types), attributes)
             for array in outputs:
                 rows = array[len(array) // 2 :]
                 rows[...] = rows.astype(dtype)
@@ -137,10 +147,18 @@ def _from_file(folder: Path, tensor: TensorProto, first: int, count: int) -> np.
 class _Inputs:
     """The inputs of one node."""
 
-    def __init__(self, node: NodeProto, values: dict[str, np.ndarray], weights: Weights) -> None:
+    def __init__(
+        self,
+        node: NodeProto,
+        values: dict[str, np.ndarray],
+        weights: Weights,
+        types: dict[str, np.dtype],
+    ) -> None:
         self.names = list(node.input)
         self.values = values
         self.weights = weights
+        # Of the graph's own inputs.
+        self.types = types
 
     def has(self, position: int) -> bool:
         """Whether an optional input is there."""
@@ -189,7 +207,7 @@ def _linear(
     read: Callable[[int, int], np.ndarray],
     multiple: int = 1,
 ) -> list[np.ndarray]:
-    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows, `multiple` at least."""
+    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows, whole `multiple`s."""
     out = np.empty((len(rows), num_rows))
     step = max(1, CHUNK // rows.shape[1] // multiple) * multiple
 
@@ -320,20 +338,36 @@ def _paged_attention(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.nda
     cos, sin = (inputs.weights.rows(name, 0, count).astype(np.float64) for name in inputs.names[8:10])
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
     packed = inputs[0].reshape(2, count, heads + 2 * groups, -1)
+    # What the cache keeps is rounded; a quantised one's scales are not known here.
+    cache = inputs.types[inputs.names[3]]
+    caches = [np.dtype(np.float64), cache if cache in HALVES else np.dtype(np.float64)]
+    scale = attributes["scale"]
     return [
-        np.concatenate([_attention(rows, heads, groups, cos, sin, attributes["scale"]) for rows in packed])
+        np.concatenate(
+            [
+                _attention(rows, heads, groups, cos, sin, scale, cache)
+                for rows, cache in zip(packed, caches, strict=True)
+            ]
+        )
     ]
 
 
 def _attention(
-    packed: np.ndarray, heads: int, groups: int, cos: np.ndarray, sin: np.ndarray, scale: float
+    packed: np.ndarray,
+    heads: int,
+    groups: int,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    scale: float,
+    cache: np.dtype,
 ) -> np.ndarray:
-    """Causal attention of one sequence over itself, which needs no cache."""
+    """Causal attention of one sequence over its own keys and values, rounded to the cache's type."""
     count = len(packed)
     rotated = _rotate(packed[:, : heads + groups], cos[:, None], sin[:, None])
     # Query heads in groups that share a key head: [token, group, head of the group, channel].
     query = rotated[:, :heads].reshape(count, groups, heads // groups, -1)
-    key, value = rotated[:, heads:], packed[:, heads + groups :]
+    kept = (rotated[:, heads:], packed[:, heads + groups :])
+    key, value = (part.astype(cache).astype(np.float64) for part in kept)
     scores = np.einsum("qghd,kgd->ghqk", query, key) * scale
     scores[..., ~np.tri(count, dtype=bool)] = -np.inf
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -1,9 +1,17 @@
 """Owns how quantised weights lie in memory for the engine's QuantizedMatMul, and which rows a panel holds.
 
-The drawing is in engine/src/operators/quantized_matmul/packing.rs, which reads what is written here;
-tests/golden/packing.json holds both to it. In short: a panel is 32 columns of the output; for each block of K it
-has lines of 64 bytes, then 32 float16 scales. Byte 4c + j of a line is the code of k = 4 step + j of column c, two
-columns a byte at 4 bits (c low, 16 + c high), two lines a step at 8.
+    weights  uint8 [num_panels, panel bytes]; a panel is 32 columns of the output: rows of the matrix
+    panel    | block 0 | block 1 | ... | block K / B - 1 |       B = block_size neighbours along K
+    block    | line | line | ... | line | scales |               all of 64 bytes
+    line     byte 4c + j is the code of k = 4s + j in step s of the block, s = 0 .. B / 4 - 1
+      4 bits   one line a step: column c in the low half of the byte, column 16 + c in the high half
+      8 bits   two lines a step: columns 0 .. 15, then columns 16 .. 31
+    scales   32 float16, one a column
+
+A weight is (code - 8) * scale at 4 bits, (code - 128) * scale at 8. Columns beyond N have scale 0. With
+swiglu the first 16 columns of panel p are rows 16p.. of the gate, the others rows 16p.. of the up projection.
+engine/src/operators/quantized_matmul/packing.rs has the same drawing and reads what is written here;
+tests/golden/packing.json holds both to it.
 
 Invariant: a panel depends on its own rows of the matrix only, so panels may be made in any order.
 """
@@ -28,7 +36,7 @@ SCALE = np.dtype("<f2")
 
 @dataclass(frozen=True)
 class Packing:
-    """A matrix [num_rows, width]; with swiglu its first half is the gate, and each panel has 16 rows of both."""
+    """A matrix [num_rows, width]; with swiglu its first half is the gate, its second the up projection."""
 
     bits: int
     block_size: int
@@ -91,7 +99,7 @@ def _stored(source: str, scales: np.ndarray) -> np.ndarray:
 
 
 def pack(codes: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """Codes uint8 [32 panels, K] and scales float16 [32 panels, K / block] as bytes, [panels, panel bytes]."""
+    """Bytes [panels, panel bytes] of codes uint8 [32 panels, K] and scales float16 [32 panels, K / block]."""
     blocks = scales.shape[1]
     parts = codes.reshape(-1, 2, HALF, blocks, codes.shape[1] // blocks // STEP, STEP)
     # From panel, half, column, block, step, k to panel, block, step, half, column, k.

@@ -69,7 +69,7 @@ def test_packed_weights_stand_for_the_checkpoint(tiny_checkpoint, tmp_path, bits
         node = products[f"{name}.weight"]
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         # Both halves alike: the second is what rounding to int8 makes of it.
-        inputs = interpreter._Inputs(node, {node.input[0]: np.concatenate([rows, rows])}, weights)
+        inputs = interpreter._Inputs(node, {node.input[0]: np.concatenate([rows, rows])}, weights, {})
         exact, rounded = np.split(interpreter.NODES["QuantizedMatMul"](inputs, attributes)[0], 2)
         expected = rows @ source[layer + tensor].astype(np.float64).T
         if "qkv" in name:
@@ -86,7 +86,8 @@ def test_packed_weights_stand_for_the_checkpoint(tiny_checkpoint, tmp_path, bits
 def test_onnx_runtimes_kernel_stays_selectable(tiny_checkpoint, tmp_path):
     cli.export(tiny_checkpoint, tmp_path / "out", "int4", kernel="ort")
     kinds = {node.op_type for node in onnx.load(tmp_path / "out" / GRAPH_FILE).graph.node}
-    assert "MatMulNBits" in kinds and "QuantizedMatMul" not in kinds
+    assert "MatMulNBits" in kinds
+    assert "QuantizedMatMul" not in kinds
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["graph"]["kernel"] == "ort"
 

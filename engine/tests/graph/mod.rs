@@ -38,6 +38,8 @@ pub(crate) enum Type {
     Int32 = 6,
     /// Whole numbers of 64 bits.
     Int64 = 7,
+    /// Brain floats of 16 bits.
+    Bfloat16 = 16,
 }
 
 /// ONNX Runtime's library: `GLMSERVE_ORT_LIB`, or that of the repository's virtual environment.

@@ -47,6 +47,8 @@ pub(super) struct Tile {
 /// `[k / block_size][height]`.
 #[derive(Clone, Copy)]
 pub(super) struct TileValues<'a> {
+    /// Rows of the tile; what is in the place of others has no meaning.
+    pub(super) rows: usize,
     pub(super) values: &'a [Values],
     pub(super) blocks: &'a [RowBlock],
 }
@@ -91,7 +93,7 @@ impl Activations {
     /// The content of a tile.
     pub(super) fn tile(&self, tile: Tile) -> TileValues<'_> {
         let [values, blocks] = self.strides.map(|n| tile.offset * n..(tile.offset + tile.height) * n);
-        TileValues { values: &self.values[values], blocks: &self.blocks[blocks] }
+        TileValues { rows: tile.rows, values: &self.values[values], blocks: &self.blocks[blocks] }
     }
 
     /// Access to write tiles side by side.

@@ -11,8 +11,7 @@
 //! scales   32 float16, one a column
 //! ```
 //!
-//! A weight is (code - 8) * scale at 4 bits and (code - 128) * scale at 8, where no code is 0. Columns
-//! beyond N have scale 0. With the epilogue `swiglu` the first 16 columns of panel p are rows 16p.. of
+//! A weight is (code - 8) * scale at 4 bits, (code - 128) * scale at 8. Columns beyond N have scale 0. With the epilogue `swiglu` the first 16 columns of panel p are rows 16p.. of
 //! the gate (the matrix's first half) and the others rows 16p.. of the up projection (its second half).
 //!
 //! Invariant: one packing serves every instruction set and any number of rows. A line is what one

@@ -5,6 +5,8 @@
 pub(super) mod portable;
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
@@ -57,11 +59,13 @@ pub(super) enum Simd {
     AvxVnni(avx2::Avx2<true>),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Amx(amx::Amx),
 }
 
 impl Simd {
     /// The names that [`Self::named`] knows, best last.
-    pub(super) const NAMES: [&'static str; 4] = ["portable", "avx2", "avxvnni", "avx512"];
+    pub(super) const NAMES: [&'static str; 5] = ["portable", "avx2", "avxvnni", "avx512", "amx"];
 
     /// The level called `name`.
     ///
@@ -76,6 +80,8 @@ impl Simd {
             "avxvnni" => avx2::Avx2::detect().map(Self::AvxVnni),
             #[cfg(target_arch = "x86_64")]
             "avx512" => avx512::Avx512::detect().map(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            "amx" => amx::Amx::detect().map(Self::Amx),
             _ if Self::NAMES.contains(&name) => None,
             _ => return Err(format!("{name:?} is none of {}", Self::NAMES.join(", "))),
         };
@@ -116,6 +122,8 @@ impl Simd {
             Self::AvxVnni(level) => run(level, call, output, activations, threads),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(level) => run(level, call, output, activations, threads),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(level) => run(level, call, output, activations, threads),
         }
     }
 }

@@ -116,7 +116,7 @@ fn errors_against_float64_are_those_of_eight_bits() {
 #[test]
 fn extreme_codes_and_values_do_not_saturate() {
     for format in FORMATS {
-        let (low, high) = if format.bits == 4 { (0, 15) } else { (1, 255) };
+        let (low, high) = if format.bits == 4 { (0, 15) } else { (0, 255) };
         let product = Product { k: 2 * format.block_size, n: 4, format, swiglu: false };
         let k = product.k;
         // Codes of each extreme, and both in turn, against values of each sign and both in turn.
@@ -181,6 +181,40 @@ fn a_call_allocates_nothing_once_the_workspace_has_grown() {
         for rows in [40, 1, 17] {
             let count = num_allocations(|| world.run(simd, 0..rows, 1));
             assert_eq!(count, 1, "{name}: more than the output, which is the test's own");
+        }
+    }
+}
+
+#[test]
+fn the_golden_packing_of_the_exporter_is_this_one() {
+    use sha2::{Digest, Sha256};
+    let golden = include_str!("../../../../export/tests/golden/packing.json");
+    let golden: Vec<serde_json::Value> = serde_json::from_str(golden).unwrap();
+    assert_eq!(golden.len(), 4);
+    for case in golden {
+        let int = |name: &str| case[name].as_i64();
+        let product = Product::check(int, |name| case[name].as_str().map(Into::into)).unwrap();
+        let Product { k, n, format, .. } = product;
+        // By the formula of export/tests/test_packing.py.
+        let code = |i: usize| (5 * (i / k) + 3 * (i % k) + i / k * (i % k)) % (1 << format.bits);
+        let blocks = k / format.block_size;
+        let scale = |i: usize| 0x2000 + 16 * (i / blocks) + i % blocks;
+        let codes = (0..n * k).map(|i| code(i) as u8).collect();
+        let scales = (0..n * blocks).map(|i| scale(i) as u16).collect();
+        let world = World::with(product, codes, scales, None, vec![]);
+        let hash: String = Sha256::digest(world.weights()).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(case["sha256"].as_str().unwrap(), hash, "{product:?}");
+    }
+}
+
+#[test]
+fn an_unknown_or_missing_level_is_refused() {
+    let unknown = Simd::named("sse9").unwrap_err();
+    assert_eq!(unknown, "\"sse9\" is none of portable, avx2, avxvnni, avx512, amx");
+    assert!(matches!(Simd::choose(Some("portable")), Ok(Simd::Portable(_))));
+    for name in Simd::NAMES {
+        if let Err(message) = Simd::named(name) {
+            assert!(message.contains(&format!("this CPU does not have {name}")), "{message}");
         }
     }
 }

@@ -30,7 +30,7 @@ impl World {
         let Product { k, n, format, .. } = product;
         let codes = (0..n * k).map(|_| match format.bits {
             4 => random.below(16) as u8,
-            _ => 1 + random.below(255) as u8,
+            _ => random.below(256) as u8,
         });
         let codes = codes.collect();
         // From 2^-9 to 2^-6, with either sign; one in eight is 0.
@@ -108,6 +108,10 @@ impl World {
             }
         }
         self.packed_bias = self.bias.is_some().then_some(bias);
+    }
+
+    pub(super) fn weights(&self) -> &[u8] {
+        &self.weights
     }
 
     /// The output for some of the rows.
