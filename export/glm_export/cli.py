@@ -23,7 +23,7 @@ from glm_export import (
 from glm_export.error import ExportError
 from glm_export.output_folder import output_folder
 from glm_export.quantize import Scheme
-from glm_export.target import BLOCK_SIZES, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
+from glm_export.target import BLOCK_SIZES, KERNELS, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 
 DEFAULT_QUANT_BLOCK_SIZE = 32
 # Terms that must travel with the weights, under the names that publishers use.
@@ -49,6 +49,7 @@ def export(
     kv_cache_dtype: str | None = None,
     kv_cache_scales: Path | None = None,
     output: str | None = None,
+    kernel: str | None = None,
     block_size: int | None = None,
     quant_block_size: int = DEFAULT_QUANT_BLOCK_SIZE,
     lora: Path | None = None,
@@ -63,6 +64,7 @@ def export(
         kv_cache=kv_cache_dtype,
         block_size=block_size,
         output=output,
+        kernel=kernel,
     )
     source, destination = checkpoint.resolve(), out.resolve()
     if destination == source or destination in source.parents:
@@ -101,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             kv_cache_dtype=options.kv_cache_dtype,
             kv_cache_scales=options.kv_cache_scales,
             output=options.output,
+            kernel=options.kernel,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
             lora=options.lora,
@@ -153,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", choices=OUTPUTS, help="what leaves the graph besides logits (cpu: nothing, cuda: topk)"
+    )
+    parser.add_argument(
+        "--kernel",
+        choices=KERNELS,
+        help="what multiplies by quantised weights (on the CPU: the engine's own operator, glmserve)",
     )
     parser.add_argument("--name", help="name the model is served under")
     parser.add_argument(

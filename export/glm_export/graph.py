@@ -1,7 +1,7 @@
 """Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
 
 Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention
-on the CPU, which the engine brings itself.
+and QuantizedMatMul on the CPU, which the engine brings itself.
 """
 
 from __future__ import annotations
@@ -12,55 +12,28 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from glm_export import __version__, weights
+from glm_export import __version__, interface, weights
 from glm_export.checkpoint import Source
-from glm_export.config import Config, Geometry
+from glm_export.config import Config
 from glm_export.error import ExportError
 from glm_export.external_data import Content, ExternalData
+from glm_export.interface import NAMES, TOPK_NAMES
 from glm_export.output_folder import require_space
+from glm_export.packing import BLOCK_SIZES, COLUMNS, Packing
 from glm_export.prequantised import Matrix
 from glm_export.quantize import Scheme
-from glm_export.target import KV_CACHES, Target
+from glm_export.target import Target
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 MICROSOFT = "com.microsoft"
+OWN = "glmserve"
 OPSET = 21
 IR_VERSION = 10
 # Activations become int8 inside the kernel: at 8 bits any other level dequantises the weights at each call.
 INT8_ACTIVATIONS = 4
-# Candidates a row leaves the graph with. A nucleus is seldom wider; where it is, the engine asks for the row.
-TOP_K = 64
-
-NAMES = {
-    "token_ids": "token_ids",
-    "cumulative_sequence_length": "cumulative_sequence_length",
-    "past_seqlens": "past_seqlens",
-    "block_table": "block_table",
-    "slot_mapping": "slot_mapping",
-    "attention_metadata": "attention_metadata",
-    "logits_indices": "logits_indices",
-    "key_cache": "key_cache.{layer}",
-    "value_cache": "value_cache.{layer}",
-    "logits": "logits",
-}
-TOPK_NAMES = {"topk_ids": "topk_ids", "topk_values": "topk_values", "logsumexp": "logsumexp"}
-_INDEX_SHAPES: dict[str, list[str | int]] = {
-    "token_ids": ["num_tokens"],
-    "cumulative_sequence_length": ["num_sequences_plus_1"],
-    "past_seqlens": ["num_sequences"],
-    "block_table": ["num_sequences", "max_num_blocks"],
-    "slot_mapping": ["num_tokens"],
-    "attention_metadata": [3],
-    "logits_indices": ["num_rows"],
-}
-
-
-def names(target: Target) -> dict[str, str]:
-    """Names of inputs and outputs by role."""
-    return NAMES | (TOPK_NAMES if target.output == "topk" else {})
 
 
 def write(
@@ -70,7 +43,7 @@ def write(
     graph, data = build(config, checkpoint, scheme, target)
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+        opset_imports=[helper.make_opsetid(*version) for version in (("", OPSET), (MICROSOFT, 1), (OWN, 1))],
         ir_version=IR_VERSION,
         producer_name="glm-export",
         producer_version=__version__,
@@ -89,41 +62,11 @@ def build(
     graph = helper.make_graph(
         builder.nodes,
         config.name,
-        _inputs(config.geometry, target),
-        _outputs(config.geometry, target),
+        interface.inputs(config.geometry, target),
+        interface.outputs(config.geometry, target),
         builder.data.initializers,
     )
     return graph, builder.data
-
-
-def _value(name: str, item_type: int, shape: list[str | int]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, item_type, shape)
-
-
-def _inputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
-    inputs = [_value(NAMES[role], TensorProto.INT32, shape) for role, shape in _INDEX_SHAPES.items()]
-    width = geometry.head_dim // 2 if target.kv_cache == "int4" else geometry.head_dim
-    cache = ["num_blocks", target.block_size, geometry.num_kv_heads, width]
-    item_type = helper.np_dtype_to_tensor_dtype(np.dtype(KV_CACHES[target.kv_cache]))
-    for layer in range(geometry.num_layers):
-        for role in ("key_cache", "value_cache"):
-            inputs.append(_value(NAMES[role].format(layer=layer), item_type, cache))
-    return inputs
-
-
-def _outputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
-    outputs = [_value(NAMES["logits"], TensorProto.FLOAT, ["num_rows", geometry.padded_vocab_size])]
-    if target.output == "topk":
-        width = num_candidates(geometry)
-        outputs.append(_value(TOPK_NAMES["topk_ids"], TensorProto.INT32, ["num_rows", width]))
-        outputs.append(_value(TOPK_NAMES["topk_values"], TensorProto.FLOAT, ["num_rows", width]))
-        outputs.append(_value(TOPK_NAMES["logsumexp"], TensorProto.FLOAT, ["num_rows", 1]))
-    return outputs
-
-
-def num_candidates(geometry: Geometry) -> int:
-    """How many candidates a row leaves the graph with."""
-    return min(TOP_K, geometry.vocab_size)
 
 
 def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +129,7 @@ class _Builder:
     def candidates(self, logits: str) -> None:
         """The best of each row and the weight of all, so that whole rows need not leave a GPU."""
         g = self.config.geometry
-        count = self.constant("topk.count", [num_candidates(g)])
+        count = self.constant("topk.count", [interface.num_candidates(g)])
         start, axis = self.constant("topk.start", [0]), self.constant("topk.axis", [1])
         real = logits
         if g.vocab_size < g.padded_vocab_size:
@@ -236,15 +179,21 @@ class _Builder:
             residual = self.node("Gather", [residual, wanted], "wanted.residual", axis=0)
         dense = self.linear(f"{prefix}dense", table["dense"].source, None, attention)
         hidden, residual = self.norm(f"{prefix}post_norm", table["post_norm"].source, residual, dense)
-        gate_up = self.linear(f"{prefix}gate_up", table["gate_up"].source, None, hidden)
+        product = self.gated(prefix, table["gate_up"].source, hidden)
+        return residual, self.linear(f"{prefix}down", table["down"].source, None, product)
+
+    def gated(self, prefix: str, source: str, rows: str) -> str:
+        """silu(rows @ gate.T) * (rows @ up.T), where the weight holds one after the other."""
+        if self.is_packed(source):
+            return self.packed(f"{prefix}gate_up", source, None, rows, f"{prefix}product", swiglu=True)
+        gate_up = self.linear(f"{prefix}gate_up", source, None, rows)
         gate, up = f"{prefix}gate", f"{prefix}up"
         self.nodes.append(
             helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2)
         )
         # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one kernel.
         silu = self.node("QuickGelu", [gate], f"{prefix}silu", MICROSOFT, alpha=1.0)
-        product = self.node("Mul", [silu, up], f"{prefix}product")
-        return residual, self.linear(f"{prefix}down", table["down"].source, None, product)
+        return self.node("Mul", [silu, up], f"{prefix}product")
 
     def attention(self, index: int, qkv: str) -> str:
         g = self.config.geometry
@@ -318,6 +267,8 @@ class _Builder:
 
     def linear(self, name: str, source: str, bias: str | None, rows: str, output: str | None = None) -> str:
         """rows @ weight.T + bias."""
+        if self.is_packed(source):
+            return self.packed(name, source, bias, rows, output or name)
         tensor = self.checkpoint[source]
         addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
         bias_name = ""
@@ -364,6 +315,47 @@ class _Builder:
             block_size=scheme.block_size,
             # CUDA's kernels have one way; an attribute that is not there says so.
             **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
+        )
+
+    def is_packed(self, source: str) -> bool:
+        """Whether a weight goes to the engine's own product; codes that are taken as they are do not."""
+        is_ours = self.scheme is not None and self.target.kernel == "glmserve"
+        return is_ours and not isinstance(self.checkpoint[source], Matrix)
+
+    def packed(
+        self, name: str, source: str, bias: str | None, rows: str, output: str, swiglu: bool = False
+    ) -> str:
+        """rows @ weight.T + bias by QuantizedMatMul; with swiglu as `gated`."""
+        tensor = self.checkpoint[source]
+        num_rows, width = tensor.shape
+        scheme = self.scheme.fitted(source, width)
+        if scheme.block_size not in BLOCK_SIZES:
+            raise ExportError(
+                f"{source}: rows of {width} values in blocks of {scheme.block_size}; QuantizedMatMul has "
+                f"blocks of {', '.join(map(str, BLOCK_SIZES))}: choose --kernel ort"
+            )
+        packing = Packing(scheme.bits, scheme.block_size, num_rows, width, swiglu)
+        weight = self.data.reserve(f"{name}.weight", np.uint8, packing.shape)
+
+        def make(first: int, end: int) -> dict[str, np.ndarray]:
+            return {weight: packing.panels(tensor, first, end)}
+
+        shape = (packing.num_panels, COLUMNS * width)
+        self.data.fill(Content(tensor.name, shape, tensor.num_bytes, make), weight)
+        inputs = [rows, weight]
+        addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
+        if addend.any():
+            inputs.append(self.data.add(f"{name}.bias", packing.vector(addend)))
+        return self.node(
+            "QuantizedMatMul",
+            inputs,
+            output,
+            OWN,
+            K=width,
+            N=num_rows,
+            bits=scheme.bits,
+            block_size=scheme.block_size,
+            epilogue="swiglu" if swiglu else "none",
         )
 
     def ordered(self, name: str, matrix: Matrix, rows: str) -> str:

@@ -6,7 +6,6 @@ that the digits it gives after rounding are the same on every machine. Few megab
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,11 +16,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, helper
 from threadpoolctl import threadpool_limits
 
 from glm_export import progress
 from glm_export.error import ExportError
+from glm_export.initializers import Weights
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4
@@ -95,68 +95,6 @@ def weight_rows(node: NodeProto, weights: Weights) -> ReadRows | None:
     return compute and compute(_Inputs(node, {}, weights, {}, ()), attributes)
 
 
-class Weights:
-    """Initialisers, a few rows at a time from wherever they lie.
-
-    `read` gives rows of what is not in the graph itself: (name, first row, number of rows).
-    """
-
-    def __init__(self, tensors: Sequence[TensorProto], read: Callable[[str, int, int], np.ndarray]) -> None:
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        self._read = read
-
-    @classmethod
-    def of_folder(cls, folder: Path, tensors: Sequence[TensorProto]) -> Weights:
-        """Those of a graph whose external data is in a folder."""
-        by_name = {tensor.name: tensor for tensor in tensors}
-        return cls(tensors, lambda name, first, count: _from_file(folder, by_name[name], first, count))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all of them."""
-        return sum(map(self.size, self._tensors))
-
-    def size(self, name: str) -> int:
-        """Bytes of an initialiser; of anything else none."""
-        if name not in self:
-            return 0
-        return math.prod(self._tensors[name].dims) * self.dtype(name).itemsize
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as it is stored."""
-        return tuple(self._tensors[name].dims)
-
-    def dtype(self, name: str) -> np.dtype:
-        """The type that elements are stored in."""
-        return helper.tensor_dtype_to_np_dtype(self._tensors[name].data_type)
-
-    def activations(self, nodes: Sequence[NodeProto]) -> np.dtype:
-        """The type of activations: that of the first norm's weight."""
-        norms = (node for node in nodes if node.op_type == "SimplifiedLayerNormalization")
-        return next((self.dtype(norm.input[1]) for norm in norms), np.dtype(np.float32))
-
-    def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Some rows in the type they are stored in; all without a count."""
-        tensor = self._tensors[name]
-        count = tensor.dims[0] - first if count is None else min(count, tensor.dims[0] - first)
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return numpy_helper.to_array(tensor)[first : first + count]
-        return self._read(name, first, count)
-
-
-def _from_file(folder: Path, tensor: TensorProto, first: int, count: int) -> np.ndarray:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    row_bytes = math.prod(tensor.dims[1:]) * dtype.itemsize
-    with (folder / place["location"]).open("rb") as file:
-        file.seek(int(place["offset"]) + first * row_bytes)
-        content = np.frombuffer(file.read(count * row_bytes), np.uint8)
-    return content.view(dtype).reshape(count, *tensor.dims[1:])
-
-
 class _Inputs:
     """The inputs of one node."""
 
@@ -215,10 +153,12 @@ def _skip_rms_norm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarr
     return [_norm(total, inputs[2], attributes), nothing, nothing, total]
 
 
-def _linear(inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: ReadRows) -> list[np.ndarray]:
-    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows."""
+def _linear(
+    inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: ReadRows, multiple: int = 1
+) -> list[np.ndarray]:
+    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows, whole `multiple`s."""
     out = np.empty((len(rows), num_rows))
-    step = max(1, CHUNK // rows.shape[1])
+    step = max(1, CHUNK // rows.shape[1] // multiple) * multiple
 
     def part(first: int) -> None:
         # A thread of a pool does not have its maker's settings.
@@ -228,7 +168,13 @@ def _linear(inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: R
     # A thread a core and none inside a product: BLAS's own lose most of their time on a busy machine.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(part, range(0, num_rows, step)))
-    return [out + inputs[bias] if inputs.has(bias) else out]
+    return [out + inputs[bias].ravel() if inputs.has(bias) else out]
+
+
+def _entering(inputs: _Inputs, block_size: int) -> np.ndarray:
+    """What enters a product, in int8 where it is to be rounded."""
+    parts = zip(np.split(inputs[0], len(inputs.roundings)), inputs.roundings, strict=True)
+    return np.concatenate([_as_int8(part, block_size) if is_rounded else part for part, is_rounded in parts])
 
 
 def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
@@ -254,12 +200,8 @@ def _gemm_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
 def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if inputs.has(4):
         raise ExportError("known answer: no rule for MatMulNBits with g_idx")
-    rows = inputs[0]
-    if attributes.get("accuracy_level") == INT8_ACTIVATIONS:
-        parts = zip(np.split(rows, len(inputs.roundings)), inputs.roundings, strict=True)
-        rows = np.concatenate(
-            [_as_int8(part, attributes["block_size"]) if is_rounded else part for part, is_rounded in parts]
-        )
+    is_int8 = attributes.get("accuracy_level") == INT8_ACTIVATIONS
+    rows = _entering(inputs, attributes["block_size"]) if is_int8 else inputs[0]
     return _linear(inputs, rows, attributes["N"], 5, _nbits_rows(inputs, attributes))
 
 
@@ -288,6 +230,55 @@ def _nbits_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
         blocks *= scales[..., None]
         # The last block of a row may reach beyond it.
         return blocks.reshape(num_rows, -1)[:, : attributes["K"]]
+
+    return read
+
+
+def _quantized_matmul(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
+    rows = _entering(inputs, attributes["block_size"])
+    num_panels, _ = inputs.weights.shape(inputs.names[1])
+    (sums,) = _linear(inputs, rows, 32 * num_panels, 2, _panel_columns(inputs, attributes), multiple=32)
+    if attributes["epilogue"] == b"none":
+        return [sums[:, : attributes["N"]]]
+    gate, up = sums.reshape(len(sums), num_panels, 2, 16).transpose(2, 0, 1, 3).reshape(2, len(sums), -1)
+    return [(gate / (1 + np.exp(-gate)) * up)[:, : attributes["N"] // 2]]
+
+
+def _panel_columns(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
+    bits, block_size, width = attributes["bits"], attributes["block_size"], attributes["K"]
+    name, num_blocks = inputs.names[1], width // block_size
+
+    def read(first: int, count: int) -> np.ndarray:
+        """Columns of the panels, as they come."""
+        panels = inputs.weights.rows(name, first // 32, -(-count // 32))
+        blocks = panels.reshape(len(panels), num_blocks, -1)
+        scales = blocks[..., -64:].copy().view(np.float16).astype(np.float64)
+        lines = blocks[..., :-64]
+        # One code an item, the columns' halves apart: [panel, block, step, half, column and k].
+        if bits == 4:
+            lines = lines.reshape(len(panels), num_blocks, -1, 1, 64)
+            codes = np.concatenate([lines & 15, lines >> 4], axis=3)
+        else:
+            codes = lines.reshape(len(panels), num_blocks, -1, 2, 64)
+        values = codes.astype(np.float64) - (1 << bits - 1)
+        values = values.reshape(len(panels), num_blocks, block_size // 4, 32, 4)
+        values *= scales[:, :, None, :, None]
+        return values.transpose(0, 3, 1, 2, 4).reshape(-1, width)
+
+    return read
+
+
+def _panel_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
+    """Rows of the matrix, which with an epilogue lie in halves of the panels: sixteen of the gate, of up."""
+    columns, num_rows = _panel_columns(inputs, attributes), attributes["N"]
+
+    def read(first: int, count: int) -> np.ndarray:
+        rows = np.arange(first, min(first + count, num_rows))
+        if attributes["epilogue"] != b"none":
+            is_up, rows = np.divmod(rows, num_rows // 2)
+            rows = rows // 16 * 32 + rows % 16 + 16 * is_up
+        start = rows.min() // 32 * 32
+        return columns(start, rows.max() + 1 - start)[rows - start]
 
     return read
 
@@ -378,6 +369,7 @@ NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {
     "MatMulNBits": _matmul_nbits,
     "Mul": _mul,
     "PagedAttention": _paged_attention,
+    "QuantizedMatMul": _quantized_matmul,
     "QuickGelu": _quick_gelu,
     "SimplifiedLayerNormalization": _rms_norm,
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
@@ -386,4 +378,5 @@ NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {
 WEIGHTS: dict[str, Callable[[_Inputs, dict[str, Any]], ReadRows]] = {
     "Gemm": _gemm_rows,
     "MatMulNBits": _nbits_rows,
+    "QuantizedMatMul": _panel_rows,
 }

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from glm_export import __version__, graph, progress, tokenizer
+from glm_export import __version__, graph, interface, progress, tokenizer
 from glm_export.config import Config
 from glm_export.target import Target
 
@@ -55,7 +55,8 @@ def describe(config: Config, target: Target, files: dict[str, dict[str, Any]]) -
             "kv_cache_dtype": target.kv_cache,
             "block_size": target.block_size,
             "output": target.output,
-            "names": graph.names(target),
+            "kernel": target.kernel,
+            "names": interface.names(target),
         },
         "tokenizer": {"file": tokenizer.TOKENIZER_FILE, "pieces": config.tokenizer.pieces},
         "chat": {

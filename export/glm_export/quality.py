@@ -18,7 +18,7 @@ from onnx import NodeProto
 from tokenizers import Tokenizer
 
 from glm_export import config, graph, interpreter, weights
-from glm_export.interpreter import Weights
+from glm_export.initializers import Weights
 from glm_export.manifest import MANIFEST_FILE
 from glm_export.target import Target
 
@@ -112,24 +112,30 @@ def _weight_errors(
     nodes: Sequence[NodeProto], source: Weights, written_nodes: Sequence[NodeProto], written: Weights
 ) -> dict[str, float]:
     """By layer, since that is where a fault or an outlier shows."""
-    by_output = {node.output[0]: node for node in written_nodes}
+    by_name = {_product(node): node for node in written_nodes if len(node.input) > 1}
     sums: dict[str, np.ndarray] = {}
     for node in nodes:
         read = interpreter.weight_rows(node, source)
-        other = by_output.get(node.output[0])
+        name = _product(node) if len(node.input) > 1 else ""
+        other = by_name.get(name)
         read_other = None if other is None else interpreter.weight_rows(other, written)
         if read is None or read_other is None:
             continue
-        order = f"{node.output[0]}.order"
+        order = f"{name}.order"
         columns = written.rows(order) if order in written else slice(None)
         num_rows, width = source.shape(node.input[1])
         step = max(1, CHUNK // width)
-        layer = ".".join(node.output[0].split(".")[:2])
+        layer = ".".join(name.split(".")[:2])
         total = sums.setdefault(layer, np.zeros(2))
         for first in range(0, num_rows, step):
             rows = read(first, step)[:, columns]
             total += [np.square(rows - read_other(first, step)).sum(), np.square(rows).sum()]
     return {layer: float(np.sqrt(error / norm)) for layer, (error, norm) in sums.items()}
+
+
+def _product(node: NodeProto) -> str:
+    """What its weight is called, whatever parts that is kept in."""
+    return node.input[1].rpartition(".")[0]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -105,7 +105,7 @@ def folders(request, tiny_checkpoint, tmp_path_factory):
         file = "quant_config.json" if "w_bit" in settings else "quantize_config.json"
         (root / "quantised" / file).write_text(json.dumps(settings))
         save_file(tensors, root / "quantised/gptq_model-4bit-128g.safetensors")
-    cli.export(root / "quantised", root / "int4", "int4")
+    cli.export(root / "quantised", root / "int4", "int4", kernel="ort")
     cli.export(root / "quantised", root / "fp32", "fp32")
     cli.export(root / "plain", root / "expected", "fp32")
     return root, plain

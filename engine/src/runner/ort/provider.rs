@@ -59,11 +59,10 @@ pub(super) fn open(
 }
 
 fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
-    builder
+    let builder = builder
         .with_intra_threads(options.num_threads)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_operators(operators::domain(options.num_threads)?)?
-        .commit_from_file(path)
+        .with_optimization_level(GraphOptimizationLevel::All)?;
+    operators::register(builder, options.num_threads)?.commit_from_file(path)
 }
 
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
