@@ -136,7 +136,7 @@ bench: .venv/test.stamp build model ## serve the default model and measure it at
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
 
 quality: .venv/serve.stamp ## measure what each precision costs, by the default model and a random one
-	.venv/bin/python tests/bench/quality.py
+	.venv/bin/python tests/bench/quality.py $(ARGS)
 
 clean: ## remove everything that was made
 	rm -rf .venv .models .tools target

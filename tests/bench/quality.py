@@ -1,18 +1,30 @@
 """What each precision costs, as `glm-export --quality` measures it: the default model and a random one.
 
-    make quality
+    make quality [ARGS="default random"]
 
 The default model's weights lie on a 4-bit grid of another kind, which makes 4 bits look worse than they are
 for weights that are quantised for the first time. The random model's do not; its perplexity means nothing.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from glm_export import cli, default_model, quality, tiny
 
-VARIANTS = [("int8", 16), ("int8", 32), ("int8", 64), ("int4", 16), ("int4", 32), ("int4", 64), ("int4", 128)]
+# The engine's product has one zero point for all blocks, ONNX Runtime's one for each of 4 bits.
+VARIANTS = [
+    ("int8", 64, "glmserve"),
+    ("int4", 32, "glmserve"),
+    ("int8", 32, "glmserve"),
+    ("int4", 32, "ort"),
+    ("int4", 64, "glmserve"),
+    ("int4", 128, "glmserve"),
+    ("int4", 16, "ort"),
+    ("int4", 64, "ort"),
+    ("int4", 128, "ort"),
+]
 # 38 million weights in layers.
 MEDIUM = tiny.Shape(
     num_layers=12,
@@ -30,19 +42,23 @@ MODELS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)} (all)")
     print(
         "| model | precision | error of weights | perplexity | KL divergence | same first choice | folder |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name, write in MODELS.items():
+    for name in parser.parse_args().models:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint, exported = Path(folder) / "checkpoint", Path(folder) / "exported"
-            write(checkpoint)
+            MODELS[name](checkpoint)
             reference = None
-            for precision, block in VARIANTS:
-                cli.export(checkpoint, exported, precision, quant_block_size=block, force=True)
+            for precision, block, kernel in VARIANTS:
+                options = {"quant_block_size": block, "kernel": kernel, "force": True}
+                cli.export(checkpoint, exported, precision, **options)
                 reference = reference or quality.Reference(checkpoint, exported)
-                print(row(name, f"{precision}, block {block}", reference.compare(exported)), flush=True)
+                label = f"{precision}, block {block}, {kernel}"
+                print(row(name, label, reference.compare(exported)), flush=True)
         perplexity = quality.perplexity(reference.expected, reference.ids)
         print(f"{name}: {len(reference.ids)} tokens, perplexity {perplexity:.2f} in float32", flush=True)
 
