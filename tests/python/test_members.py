@@ -1,4 +1,4 @@
-"""Every member of the family, from a tiny checkpoint to a server: what `check` says and what a client gets."""
+"""Every member of the family, from a tiny checkpoint to a server: what `check` says, what a client gets."""
 
 import json
 import subprocess
