@@ -15,7 +15,17 @@ from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-VARIANTS = [("fp32", None), ("int8", 16), ("int8", 32), ("int8", 64), ("int4", 32)]
+# Precision, what multiplies, block size.
+VARIANTS = [
+    ("fp32", None, None),
+    ("int8", "glmserve", 32),
+    ("int8", "glmserve", 64),
+    ("int8", "glmserve", 128),
+    ("int8", "ort", 64),
+    ("int4", "glmserve", 32),
+    ("int4", "glmserve", 64),
+    ("int4", "ort", 32),
+]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -29,9 +39,12 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         subprocess.run([BIN / "glm-default-model", checkpoint], check=True, stdout=subprocess.DEVNULL)
         reference = None
-        for precision, block in VARIANTS:
-            model, out = Path(folder) / f"{precision}-{block}", Path(folder) / "logits.npy"
-            options = ["--precision", precision] + (["--quant-block-size", str(block)] if block else [])
+        for precision, kernel, block in VARIANTS:
+            name = precision + (f", {kernel}, block {block}" if block else "")
+            model, out = Path(folder) / name.replace(", ", "-"), Path(folder) / "logits.npy"
+            options = ["--precision", precision]
+            if block:
+                options += ["--kernel", kernel, "--quant-block-size", str(block)]
             subprocess.run(
                 [BIN / "glm-export", checkpoint, model, *options], check=True, stdout=subprocess.DEVNULL
             )
@@ -44,7 +57,6 @@ def main() -> None:
             divergence = (np.exp(reference) * (reference - found)).sum(axis=-1).mean()
             same = (reference.argmax(axis=-1) == found.argmax(axis=-1)).mean()
             megabytes = sum(file.stat().st_size for file in model.iterdir()) / 1e6
-            name = precision + (f", block {block}" if block else "")
             print(
                 f"| {name} | {perplexity:.2f} | {divergence:.4f} | {100 * same:.0f} % | {megabytes:.0f} MB |",
                 flush=True,
