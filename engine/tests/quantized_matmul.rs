@@ -142,7 +142,7 @@ fn a_session_computes_it_alike_for_any_threads_and_rows() {
                         norm += want * want;
                     }
                 }
-                assert!(error.sqrt() <= 0.01 * norm.sqrt(), "{swiglu} {rows} rows: {error} of {norm}");
+                assert!(error.sqrt() <= 0.02 * norm.sqrt(), "{swiglu} {rows} rows: {error} of {norm}");
                 let bits: Vec<u32> = output.iter().map(|x| x.to_bits()).collect();
                 let most = first.get_or_insert_with(|| bits.clone());
                 assert!(most[..bits.len()] == bits[..], "{rows} rows or {threads} threads change bits");

@@ -18,6 +18,8 @@ VARIANTS = [
     ("int8", 64, "glmserve"),
     ("int4", 32, "glmserve"),
     ("int8", 32, "glmserve"),
+    ("int8", 128, "glmserve"),
+    ("int8", 64, "ort"),
     ("int4", 32, "ort"),
     ("int4", 64, "glmserve"),
     ("int4", 128, "glmserve"),
