@@ -19,7 +19,7 @@ SPAWN.set_forkserver_preload(["glm_export.cli"])
 
 
 def start(checkpoint, out, force):
-    process = SPAWN.Process(target=cli.export, args=(checkpoint, out, "fp32"), kwargs={"force": force})
+    process = SPAWN.Process(target=cli.export, args=(checkpoint, out, "int4"), kwargs={"force": force})
     process.start()
     return process
 
