@@ -79,11 +79,11 @@ CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 	.venv/bin/python -c 'import sys; from glm_export import tokenizer; from pathlib import Path; \
 	  tokenizer.from_sentencepiece(Path(sys.argv[1])).save(sys.argv[2])' $< $@
 
-# The attention operator runs once more in ONNX Runtime at each lesser instruction set.
+# The operators run once more in ONNX Runtime at each lesser instruction set.
 test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 	$(WITH_ORT) cargo test --release --locked --workspace
 	for simd in portable $$(grep -ow -m1 avx2 /proc/cpuinfo); do \
-	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention; done
+	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention --test quantized_matmul; done
 	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$< cargo test --release --locked --quiet -p glmserve --lib -- --ignored,\
 	  @echo "SKIPPED: tests with ChatGLM3's own tokenizer, which is not here")
 
@@ -135,8 +135,8 @@ gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and s
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
 
-quality: .venv/serve.stamp build ## measure what each precision costs the default model
-	$(WITH_ORT) .venv/bin/python tests/bench/quality.py
+quality: .venv/serve.stamp ## measure what each precision costs, by the default model and a random one
+	.venv/bin/python tests/bench/quality.py $(ARGS)
 
 clean: ## remove everything that was made
 	rm -rf .venv .models .tools target

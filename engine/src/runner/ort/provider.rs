@@ -80,13 +80,12 @@ pub(super) fn open(
 }
 
 fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
-    builder
+    let builder = builder
         .with_intra_threads(options.num_threads)?
         // Threads that spin for work take the processors from HTTP: tests/bench/NOTES.md has figures.
         .with_intra_op_spinning(false)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_operators(operators::domain(options.num_threads)?)?
-        .commit_from_file(path)
+        .with_optimization_level(GraphOptimizationLevel::All)?;
+    operators::register(builder, options.num_threads)?.commit_from_file(path)
 }
 
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
