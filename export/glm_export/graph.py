@@ -1,4 +1,4 @@
-"""Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
+"""Owns the ONNX graph: nodes and order; the weights flow past it into the external data file.
 
 Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention
 and QuantizedMatMul on the CPU, which the engine brings itself.
@@ -12,18 +12,19 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from glm_export import __version__, weights
 from glm_export.checkpoint import Source
-from glm_export.config import Config, Geometry
+from glm_export.config import Config
 from glm_export.error import ExportError
 from glm_export.external_data import Content, ExternalData
+from glm_export.graph_io import NAMES, TOPK_NAMES, inputs, num_candidates, outputs
 from glm_export.output_folder import require_space
 from glm_export.packing import BLOCK_SIZES, COLUMNS, Packing
 from glm_export.prequantised import Matrix
 from glm_export.quantize import Scheme
-from glm_export.target import KV_CACHES, Target
+from glm_export.target import Target
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -33,36 +34,6 @@ OPSET = 21
 IR_VERSION = 10
 # Activations become int8 inside the kernel: at 8 bits any other level dequantises the weights at each call.
 INT8_ACTIVATIONS = 4
-# Candidates a row leaves the graph with. A nucleus is seldom wider; where it is, the engine asks for the row.
-TOP_K = 64
-
-NAMES = {
-    "token_ids": "token_ids",
-    "cumulative_sequence_length": "cumulative_sequence_length",
-    "past_seqlens": "past_seqlens",
-    "block_table": "block_table",
-    "slot_mapping": "slot_mapping",
-    "attention_metadata": "attention_metadata",
-    "logits_indices": "logits_indices",
-    "key_cache": "key_cache.{layer}",
-    "value_cache": "value_cache.{layer}",
-    "logits": "logits",
-}
-TOPK_NAMES = {"topk_ids": "topk_ids", "topk_values": "topk_values", "logsumexp": "logsumexp"}
-_INDEX_SHAPES: dict[str, list[str | int]] = {
-    "token_ids": ["num_tokens"],
-    "cumulative_sequence_length": ["num_sequences_plus_1"],
-    "past_seqlens": ["num_sequences"],
-    "block_table": ["num_sequences", "max_num_blocks"],
-    "slot_mapping": ["num_tokens"],
-    "attention_metadata": [3],
-    "logits_indices": ["num_rows"],
-}
-
-
-def names(target: Target) -> dict[str, str]:
-    """Names of inputs and outputs by role."""
-    return NAMES | (TOPK_NAMES if target.output == "topk" else {})
 
 
 def write(
@@ -74,8 +45,8 @@ def write(
     graph = helper.make_graph(
         builder.nodes,
         config.name,
-        _inputs(config.geometry, target),
-        _outputs(config.geometry, target),
+        inputs(config.geometry, target),
+        outputs(config.geometry, target),
         builder.data.initializers,
     )
     model = helper.make_model(
@@ -88,36 +59,6 @@ def write(
     require_space(folder, builder.data.num_bytes)
     builder.data.write(folder)
     onnx.save(model, folder / GRAPH_FILE)
-
-
-def _value(name: str, item_type: int, shape: list[str | int]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, item_type, shape)
-
-
-def _inputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
-    inputs = [_value(NAMES[role], TensorProto.INT32, shape) for role, shape in _INDEX_SHAPES.items()]
-    width = geometry.head_dim // 2 if target.kv_cache == "int4" else geometry.head_dim
-    cache = ["num_blocks", target.block_size, geometry.num_kv_heads, width]
-    item_type = helper.np_dtype_to_tensor_dtype(np.dtype(KV_CACHES[target.kv_cache]))
-    for layer in range(geometry.num_layers):
-        for role in ("key_cache", "value_cache"):
-            inputs.append(_value(NAMES[role].format(layer=layer), item_type, cache))
-    return inputs
-
-
-def _outputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
-    outputs = [_value(NAMES["logits"], TensorProto.FLOAT, ["num_rows", geometry.padded_vocab_size])]
-    if target.output == "topk":
-        width = num_candidates(geometry)
-        outputs.append(_value(TOPK_NAMES["topk_ids"], TensorProto.INT32, ["num_rows", width]))
-        outputs.append(_value(TOPK_NAMES["topk_values"], TensorProto.FLOAT, ["num_rows", width]))
-        outputs.append(_value(TOPK_NAMES["logsumexp"], TensorProto.FLOAT, ["num_rows", 1]))
-    return outputs
-
-
-def num_candidates(geometry: Geometry) -> int:
-    """How many candidates a row leaves the graph with."""
-    return min(TOP_K, geometry.vocab_size)
 
 
 def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:

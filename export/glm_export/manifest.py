@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from glm_export import __version__, graph, progress, tokenizer
+from glm_export import __version__, graph, graph_io, progress, tokenizer
 from glm_export.config import Config
 from glm_export.target import Target
 
@@ -56,7 +56,7 @@ def describe(config: Config, target: Target, files: dict[str, dict[str, Any]]) -
             "block_size": target.block_size,
             "output": target.output,
             "kernel": target.kernel,
-            "names": graph.names(target),
+            "names": graph_io.names(target),
         },
         "tokenizer": {"file": tokenizer.TOKENIZER_FILE, "pieces": config.tokenizer.pieces},
         "chat": {
