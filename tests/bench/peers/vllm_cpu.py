@@ -59,6 +59,8 @@ class VllmCpu(Contender):
         return {
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{NUM_THREADS - 1}",
+            # Its version does not say what it was built for.
+            "VLLM_TARGET_DEVICE": "cpu",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             # Its packages are its own.
