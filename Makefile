@@ -135,8 +135,8 @@ gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and s
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
 
-# Builds llama.cpp and installs vLLM below .tools at the first time: an hour and 7 GB. ARGS="--quick --rounds 1
-# --streams 1,4,16 --rates 1" is a look of about ten minutes; `ARGS=--help` lists the rest.
+# Builds llama.cpp and installs vLLM below .tools at the first time (7 GB). ARGS="--quick --rounds 1
+# --streams 1,4,16" is a first look; `ARGS=--help` lists the rest.
 bench-peers: .venv/serve.stamp build ## measure glmserve beside llama.cpp and vLLM, in turns, with the machine's limits
 	cargo build --release --locked --quiet -p glm-engine --example probe
 	$(WITH_ORT) PYTHONPATH="tests/bench$${PYTHONPATH:+:$$PYTHONPATH}" .venv/bin/python -m peers $(ARGS)

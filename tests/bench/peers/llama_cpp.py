@@ -35,6 +35,7 @@ AMX_FIX = Path(__file__).with_name("amx_gcc.h")
 PROGRAMS = LLAMA_CPP / "build" / "bin"
 # Each slot holds the longest request of a load: 1,024 tokens, a template, 128 more.
 SLOT_TOKENS = 1536
+LOWEST_LOGPROB = -100.0
 
 
 class LlamaCpp(Contender):
@@ -88,7 +89,8 @@ class LlamaCpp(Contender):
                 }
                 answer = post(f"{server.url}/completion", body)
                 for token in answer["completion_probabilities"][0]["top_logprobs"]:
-                    row[token["id"]] = token["logprob"]
+                    # A probability that underflows comes as the lowest float.
+                    row[token["id"]] = max(token["logprob"], LOWEST_LOGPROB)
         return rows
 
     def _weights(self, model: Model) -> Path:
@@ -96,7 +98,7 @@ class LlamaCpp(Contender):
 
 
 def build() -> None:
-    """Compiles the programs, if they are not there: some 15 minutes of two cores. What is built stays built."""
+    """Compiles the programs, if they are not there; an interrupted build goes on where it was."""
     if all((PROGRAMS / target).is_file() for target in TARGETS):
         return
     LLAMA_CPP.mkdir(parents=True, exist_ok=True)
