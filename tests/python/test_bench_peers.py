@@ -258,6 +258,30 @@ def wait_until(is_true, timeout_s=30):
         time.sleep(0.02)
 
 
+class Broken(Glmserve):
+    """One whose weights cannot be made."""
+
+    def prepare(self, model):
+        raise Unavailable("no weights")
+
+
+class Dying(Glmserve):
+    """One whose server does not start."""
+
+    def command(self, model, port, settings):
+        return [sys.executable, "-c", "raise SystemExit('out of luck')"]
+
+
+def test_who_cannot_run_is_in_the_report_with_the_reason(random_model, tmp_path):
+    bench = Bench(random_model, [Broken("fp32"), Dying("int8", 64)], tmp_path)
+    bench.prepare({}, with_divergence=False)
+    bench.run([loads.Load("1 streams", 1, None, (16,), (4,), 1)], rounds=1)
+    text = (tmp_path / "peers-m.md").read_text()
+    assert "not available: no weights" in text
+    assert "glmserve int8 b64: exited with 1: out of luck" in text
+    assert [sample["contender"] for sample in bench.result["samples"]] == ["glmserve int8 b64"]
+
+
 def test_one_turn_of_our_own_server_makes_a_whole_report(random_model, tmp_path):
     contender = Glmserve("int8", 64)
     bench = Bench(random_model, [contender], tmp_path)

@@ -59,8 +59,9 @@ class Bench:
                 if with_divergence:
                     row |= divergence.measure(self.model, contender)
                 ready.append(contender)
-            except Unavailable as error:
-                row["error"] = str(error)
+            # Whatever goes wrong with one must not cost the others' figures.
+            except Exception as error:
+                row["error"] = str(error) or type(error).__name__
                 _say(f"{contender.name}: not available: {error}")
         self.contenders = ready
 
