@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from glm_export import config, tiny, weights
 from glm_export.checkpoint import Checkpoint
-from glm_export.config import CHATGLM3_SPECIALS, OVERRIDES_FILE
+from glm_export.config import OVERRIDES_FILE
+from glm_export.family import CHATGLM3_SPECIALS
 
 from . import vocabulary
 from .paths import BIN, ROOT, WORK
