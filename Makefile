@@ -21,7 +21,7 @@ ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
 CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
 WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
 
-.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench quality build model clean
+.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench bench-peers quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -134,6 +134,12 @@ gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and s
 
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
+
+# Builds llama.cpp and installs vLLM below .tools at the first time (7 GB). ARGS="--quick --rounds 1
+# --streams 1,4,16" is a first look; `ARGS=--help` lists the rest.
+bench-peers: .venv/serve.stamp build ## measure glmserve beside llama.cpp and vLLM, in turns, with the machine's limits
+	cargo build --release --locked --quiet -p glm-engine --example probe
+	$(WITH_ORT) PYTHONPATH="tests/bench$${PYTHONPATH:+:$$PYTHONPATH}" .venv/bin/python -m peers $(ARGS)
 
 quality: .venv/serve.stamp ## measure what each precision costs, by the default model and a random one
 	.venv/bin/python tests/bench/quality.py $(ARGS)
