@@ -2,6 +2,18 @@
 
 use std::time::Duration;
 
+/// Whether blocks of keys and values are used again for prompts that start alike.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PrefixCaching {
+    /// Never.
+    Off,
+    /// By everybody. Who measures time can find out whether another tenant sent the same start.
+    #[default]
+    Shared,
+    /// By the tenant who sent them only.
+    PerTenant,
+}
+
 /// Limits of the scheduler. Every one bounds memory or time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -15,6 +27,8 @@ pub struct EngineConfig {
     pub max_num_waiting: usize,
     /// Blocks kept free at admission, per thousand of the pool, so that running sequences can grow.
     pub watermark_permille: usize,
+    /// Whether prompts that start alike share blocks.
+    pub prefix_caching: PrefixCaching,
     /// Deadline of a request that names none or a longer one: no request waits behind one that came
     /// this much later, so nothing starves.
     pub default_deadline: Duration,
@@ -38,6 +52,7 @@ impl Default for EngineConfig {
             max_model_len: 8192,
             max_num_waiting: 256,
             watermark_permille: 10,
+            prefix_caching: PrefixCaching::default(),
             default_deadline: Duration::from_secs(60),
             // Half a second is a pause that a reader of a stream still takes for writing, and long
             // enough that reading the weights once is a small part of a step.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::config::EngineConfig;
 use crate::error::SequenceError;
-use crate::observer::{EngineGauges, StepReport};
+use crate::observer::{AdmissionReport, EngineGauges, StepReport};
 use crate::request::{FinishReason, Request, RequestId, TokenEvent};
 use crate::runner::ModelRunner;
 use crate::sampler::Sampler;
@@ -104,8 +104,8 @@ impl<R: ModelRunner> Engine<R> {
         &self.events
     }
 
-    /// The requests that the last step admitted for the first time, and how long they had waited.
-    pub fn admitted(&self) -> &[(RequestId, Duration)] {
+    /// The requests that the last step admitted for the first time.
+    pub fn admitted(&self) -> &[(RequestId, AdmissionReport)] {
         &self.outcome.admitted
     }
 
@@ -132,7 +132,11 @@ impl<R: ModelRunner> Engine<R> {
     pub fn plan_step(&mut self, now: Duration, prefill_budget: usize) {
         self.events.clear();
         self.scheduler.schedule(now, prefill_budget, &mut self.plan, &mut self.outcome);
-        self.events.extend(self.outcome.admitted.iter().map(|&(id, _)| (id, TokenEvent::Admitted)));
+        self.events.extend(
+            self.outcome.admitted.iter().map(|(id, report)| {
+                (*id, TokenEvent::Admitted { num_cached_tokens: report.num_cached_tokens })
+            }),
+        );
     }
 
     /// Runs the planned step. The report's duration is left to whoever owns the clock.
@@ -177,6 +181,10 @@ impl<R: ModelRunner> Engine<R> {
                     Some((_, TokenEvent::Failed(SequenceError::NonFiniteLogits { .. })))
                 );
                 report.num_non_finite += usize::from(is_non_finite);
+                if is_non_finite {
+                    // What a machine in doubt has computed is not served to others.
+                    self.scheduler.forget_cached();
+                }
                 self.scheduler.remove(scheduled.id);
             }
         }

@@ -11,6 +11,10 @@ use crate::sampling_params::SamplingParams;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
 
+/// Whose a request is: an index into [`crate::EngineConfig::tenant_weights`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TenantId(pub u32);
+
 /// What a caller asks for.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Request {
@@ -21,6 +25,8 @@ pub struct Request {
     /// Time from submission within which the first token is wanted. Orders the queue and lets the
     /// engine refuse what it can't meet; nothing is aborted when it passes.
     pub deadline: Option<Duration>,
+    /// Whose it is.
+    pub tenant: TenantId,
 }
 
 /// Why a sequence ended well.
@@ -40,7 +46,10 @@ pub enum FinishReason {
 #[derive(Debug, Clone, PartialEq)]
 pub enum TokenEvent {
     /// The request left the queue and got blocks, for the first time.
-    Admitted,
+    Admitted {
+        /// Tokens of the prompt that need not be computed.
+        num_cached_tokens: usize,
+    },
     /// One generated token.
     Token {
         /// Its id.
@@ -60,6 +69,6 @@ pub enum TokenEvent {
 impl TokenEvent {
     /// Whether nothing follows.
     pub fn is_terminal(&self) -> bool {
-        !matches!(self, Self::Admitted | Self::Token { .. })
+        !matches!(self, Self::Admitted { .. } | Self::Token { .. })
     }
 }

@@ -13,9 +13,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::config::EngineConfig;
-use crate::kv_cache::BlockPool;
-use crate::observer::EngineGauges;
+use crate::config::{EngineConfig, PrefixCaching};
+use crate::kv_cache::{BlockPool, BlockTable, Prefix, num_shared_blocks};
+use crate::observer::{AdmissionReport, EngineGauges};
 use crate::request::RequestId;
 use crate::sequence::{RunningSequence, Sequence, WaitingSequence};
 use crate::step::StepPlan;
@@ -25,8 +25,8 @@ use crate::step::StepPlan;
 pub struct ScheduleOutcome {
     /// Sequences sent back to the queue.
     pub num_preemptions: usize,
-    /// The sequences that were admitted for the first time, and how long they had waited.
-    pub admitted: Vec<(RequestId, Duration)>,
+    /// The sequences that were admitted for the first time.
+    pub admitted: Vec<(RequestId, AdmissionReport)>,
 }
 
 /// Decides what runs.
@@ -98,8 +98,7 @@ impl Scheduler {
     /// How many sequences could be admitted without the end of another one: none if the head of the
     /// queue lacks blocks.
     pub fn num_free_slots(&self) -> usize {
-        let lacks_blocks =
-            |waiting: &WaitingSequence| !self.has_room(waiting.0.tokens().len(), self.num_reserved());
+        let lacks_blocks = |waiting: &WaitingSequence| !self.has_room(&waiting.0, self.num_reserved());
         if self.waiting.front().is_some_and(lacks_blocks) {
             return 0;
         }
@@ -244,63 +243,103 @@ impl Scheduler {
             let Some(WaitingSequence(next)) = self.waiting.front() else {
                 return;
             };
-            let num_tokens = next.tokens().len();
-            if !self.has_room(num_tokens, num_reserved) {
+            if !self.has_room(next, num_reserved) {
                 return;
             }
             let Some(waiting) = self.waiting.pop_front() else {
                 return;
             };
-            let num_planned = num_tokens.min(*prefill_budget);
-            self.start(waiting, num_planned, now, outcome);
-            num_reserved += self.pool.blocks_for(num_tokens) - self.pool.blocks_for(num_planned);
+            let (num_planned, num_blocks_to_come) = self.start(waiting, *prefill_budget, now, outcome);
+            num_reserved += num_blocks_to_come;
             *prefill_budget -= num_planned;
         }
     }
 
     /// Blocks that the running sequences lack for the tokens they know.
     fn num_reserved(&self) -> usize {
-        let blocks_to_come = |running: &RunningSequence| {
-            self.pool.blocks_for(running.sequence.tokens().len()) - running.block_table.blocks().len()
-        };
-        self.running.iter().map(blocks_to_come).sum()
+        self.running.iter().map(|running| self.num_blocks_to_come(running)).sum()
     }
 
-    /// Whether `num_tokens` fit beside `num_reserved` blocks and the watermark.
-    fn has_room(&self, num_tokens: usize, num_reserved: usize) -> bool {
+    fn num_blocks_to_come(&self, running: &RunningSequence) -> usize {
+        self.pool.blocks_for(running.sequence.tokens().len()) - running.block_table.blocks().len()
+    }
+
+    /// Whether a sequence fits beside `num_reserved` blocks and the watermark.
+    fn has_room(&self, sequence: &Sequence, num_reserved: usize) -> bool {
         let watermark = if self.running.is_empty() { 0 } else { self.watermark };
-        self.pool.num_free() >= num_reserved + self.pool.blocks_for(num_tokens) + watermark
+        let num_available = self.pool.num_free().saturating_sub(num_reserved + watermark);
+        let num_blocks = self.pool.blocks_for(sequence.tokens().len());
+        // Cached blocks are counted as free until somebody references them.
+        num_blocks <= num_available
+            || num_blocks
+                <= num_available + num_shared_blocks(sequence.tokens(), self.prefix(sequence), &self.pool)
     }
 
-    /// Moves a sequence to the running list and plans its first `num_tokens`, whose blocks are free.
+    /// Where a sequence's blocks start in the prefix cache; `None` if it takes no part. A probe takes
+    /// none: it is there to compute.
+    fn prefix(&self, sequence: &Sequence) -> Option<Prefix> {
+        match self.config.prefix_caching {
+            _ if sequence.is_probe => None,
+            PrefixCaching::Off => None,
+            PrefixCaching::Shared => Some(Prefix::Empty { salt: 0 }),
+            PrefixCaching::PerTenant => Some(Prefix::Empty { salt: u64::from(sequence.tenant.0) }),
+        }
+    }
+
+    /// Moves a sequence to the running list, takes what is cached of it, and plans as many tokens after
+    /// that as `budget` allows, whose blocks are free. Returns how many, and how many blocks it lacks
+    /// for the rest.
     fn start(
         &mut self,
         waiting: WaitingSequence,
-        num_tokens: usize,
+        budget: usize,
         now: Duration,
         outcome: &mut ScheduleOutcome,
-    ) {
+    ) -> (usize, usize) {
         let is_first_time = waiting.0.admission.is_none();
-        let mut running = waiting.admit(self.max_num_blocks, self.num_admissions);
-        if running.block_table.grow(num_tokens, &mut self.pool) {
-            running.num_planned_tokens = num_tokens;
+        let prefix = self.prefix(&waiting.0);
+        let table = BlockTable::new(self.max_num_blocks, prefix);
+        let mut running = waiting.admit(table, self.num_admissions);
+        let num_cached_tokens = running.block_table.adopt(running.sequence.tokens(), &mut self.pool);
+        running.num_computed_tokens = num_cached_tokens;
+        let num_planned = running.num_pending_tokens().min(budget);
+        if running.block_table.grow(num_cached_tokens + num_planned, &mut self.pool) {
+            running.num_planned_tokens = num_planned;
         }
         if is_first_time {
             self.num_admissions += 1;
-            let sequence = &running.sequence;
-            outcome.admitted.push((sequence.id, now.saturating_sub(sequence.arrival)));
+            let sequence = &mut running.sequence;
+            // They were computed for somebody else.
+            sequence.num_reported_prompt_tokens = num_cached_tokens;
+            let report = AdmissionReport {
+                queue_time: now.saturating_sub(sequence.arrival),
+                num_queried_tokens: prefix.map_or(0, |_| sequence.num_prompt_tokens()),
+                num_cached_tokens,
+            };
+            outcome.admitted.push((sequence.id, report));
         }
+        let num_blocks_to_come = self.num_blocks_to_come(&running);
         self.insert_running(running);
         self.queue_changed = true;
+        (num_planned, num_blocks_to_come)
     }
 
-    /// Records that a sequence's share of the step was computed. Returns the sequence.
+    /// Records that a sequence's share of the step was computed, and lets others use the blocks that
+    /// are full. Returns the sequence.
     pub fn commit(&mut self, id: RequestId, num_tokens: usize) -> Option<&mut Sequence> {
         let index = self.position(id)?;
         let running = &mut self.running[index];
         running.num_computed_tokens += num_tokens;
         running.num_planned_tokens = 0;
+        let RunningSequence { sequence, num_computed_tokens, block_table, .. } = running;
+        block_table.publish(sequence.tokens(), *num_computed_tokens, &mut self.pool);
         Some(&mut running.sequence)
+    }
+
+    /// Empties the prefix cache. Running sequences keep what they have, and share it no more.
+    pub fn forget_cached(&mut self) {
+        self.pool.forget_contents();
+        self.running.iter_mut().for_each(|running| running.block_table.stop_publishing());
     }
 
     /// Removes a sequence wherever it is and frees its blocks. False if it is not there.

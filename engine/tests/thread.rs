@@ -40,7 +40,7 @@ fn slow() -> FakeRunner {
 fn request(max_tokens: usize) -> Request {
     let sampling =
         SamplingParams { temperature: 0.0, max_tokens, stop_token_ids: vec![2], ..Default::default() };
-    Request { prompt_token_ids: vec![1; 20], sampling, deadline: None }
+    Request { prompt_token_ids: vec![1; 20], sampling, ..Request::default() }
 }
 
 /// The last event of a request.
@@ -67,7 +67,7 @@ async fn a_request_streams_tokens_and_one_end() {
     let (handle, thread, _) =
         spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(|h| Ok(if h.len() < 23 { 9 } else { 2 }))));
     let mut events = handle.submit(request(100)).unwrap();
-    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     for _ in 0..3 {
         assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
     }
@@ -130,12 +130,12 @@ async fn a_failed_step_fails_its_sequences_and_the_next_request_works() {
     };
     let (handle, _thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut events = handle.submit(request(5)).unwrap();
-    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
     assert_eq!(events.recv().await, Some(TokenEvent::Failed(SequenceError::Run("injected".into()))));
     assert_eq!(events.recv().await, None);
     let mut events = handle.submit(request(1)).unwrap();
-    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
 }
 
@@ -162,7 +162,7 @@ async fn a_panic_ends_requests_that_the_thread_never_saw() {
     };
     let (handle, thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut first = handle.submit(request(100)).unwrap();
-    assert_eq!(first.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(first.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     let unseen: Vec<_> = (0..3).map(|_| handle.submit(request(100)).unwrap()).collect();
     go.send(()).unwrap();
     for mut events in unseen.into_iter().chain([first]) {

@@ -77,7 +77,7 @@ fn config() -> EngineConfig {
 
 fn request(token: u32, num_prompt_tokens: usize, max_tokens: usize) -> Request {
     let sampling = SamplingParams { temperature: 0.0, max_tokens, ignore_eos: true, ..Default::default() };
-    Request { prompt_token_ids: vec![token; num_prompt_tokens], sampling, deadline: None }
+    Request { prompt_token_ids: vec![token; num_prompt_tokens], sampling, ..Request::default() }
 }
 
 async fn last(events: &mut EventReceiver) -> TokenEvent {
@@ -172,7 +172,7 @@ async fn progress_moves_from_waiting_to_prefill_to_decode() {
     drop(first);
     until("the next moves up", || stage(&third) == Stage::Waiting { position: 0 }).await;
     drop(second);
-    assert_eq!(third.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(third.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     let mut seen = Vec::new();
     until("the prompt is computed", || {
         if let Stage::Prefill { num_computed_tokens, num_tokens } = stage(&third) {

@@ -9,7 +9,8 @@ use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::header;
 use actix_web::middleware::Next;
 use actix_web::{HttpMessage, web};
-use subtle::{Choice, ConstantTimeEq};
+use glm_engine::TenantId;
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use crate::error::ApiError;
 use crate::state::AppState;
@@ -41,14 +42,19 @@ impl ApiKeys {
         (!keys.is_empty()).then_some(Self(keys))
     }
 
-    fn accept(&self, given: &str) -> bool {
+    /// The tenant that a key belongs to: its place in the file.
+    fn find(&self, given: &str) -> Option<TenantId> {
         // No early end: every key is compared.
-        let fold = |found: Choice, key: &String| found | key.as_bytes().ct_eq(given.as_bytes());
-        self.0.iter().fold(Choice::from(0), fold).into()
+        let mut found = (Choice::from(0), 0);
+        for (tenant, key) in (0u32..).zip(&self.0) {
+            let is_it = key.as_bytes().ct_eq(given.as_bytes());
+            found = (found.0 | is_it, u32::conditional_select(&found.1, &tenant, is_it));
+        }
+        bool::from(found.0).then_some(TenantId(found.1))
     }
 }
 
-/// Lets a request pass that brings a key, if keys are asked for, and notes whose request it is.
+/// Lets a request pass that brings a key, if keys are asked for, and notes whose it is.
 ///
 /// # Errors
 /// 401 otherwise.
@@ -57,17 +63,19 @@ pub async fn guard<B: MessageBody>(
     next: Next<B>,
 ) -> Result<ServiceResponse<B>, actix_web::Error> {
     let keys = request.app_data::<web::Data<AppState>>().and_then(|state| state.keys.as_ref());
-    let mut owner = Owner::ANYBODY;
+    let (mut owner, mut tenant) = (Owner::ANYBODY, TenantId::default());
     if let Some(keys) = keys {
         let header = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let given = header.and_then(|value| {
             let (scheme, key) = value.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
         });
-        let key = given.filter(|key| keys.accept(key)).ok_or_else(ApiError::invalid_api_key)?;
-        owner = Owner::of(key);
+        let found = given.and_then(|key| Some((keys.find(key)?, key)));
+        let (found, key) = found.ok_or_else(ApiError::invalid_api_key)?;
+        (owner, tenant) = (Owner::of(key), found);
     }
     request.extensions_mut().insert(owner);
+    request.extensions_mut().insert(tenant);
     next.call(request).await
 }
 
@@ -78,8 +86,8 @@ mod tests {
     #[test]
     fn comments_and_empty_lines_are_no_keys() {
         let keys = ApiKeys::parse("# team a\nalpha\n\n  beta  \n").unwrap();
-        assert!(keys.accept("alpha") && keys.accept("beta"));
-        assert!(!keys.accept("") && !keys.accept("alph") && !keys.accept("# team a"));
+        assert_eq!((keys.find("alpha"), keys.find("beta")), (Some(TenantId(0)), Some(TenantId(1))));
+        assert!(["", "alph", "# team a"].into_iter().all(|key| keys.find(key).is_none()));
         assert!(ApiKeys::parse("# nothing\n").is_none());
     }
 }

@@ -6,10 +6,11 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use glm_engine::manifest::Provider;
 use glm_engine::runner::ort::OrtOptions;
-use glm_engine::{EngineConfig, LoadError, Manifest};
+use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
@@ -112,6 +113,13 @@ pub struct ServeArgs {
     /// Longest sequence, prompt and reply, in tokens [default: what the model was made for]
     #[arg(long, env = "GLMSERVE_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = up_to::<{ 1 << 24 }>)]
     pub max_model_len: Option<usize>,
+    /// Compute every prompt from its first token, although another one started alike
+    #[arg(long, env = "GLMSERVE_NO_PREFIX_CACHE", value_parser = FalseyValueParser::new())]
+    pub no_prefix_cache: bool,
+    // Who measures time to first token can find out whether somebody else sent the same start.
+    /// Reuse of a prompt only what was computed for the same API key
+    #[arg(long, env = "GLMSERVE_PREFIX_CACHE_SALT_PER_KEY", value_parser = FalseyValueParser::new(), conflicts_with = "no_prefix_cache")]
+    pub prefix_cache_salt_per_key: bool,
     /// Largest request body, in bytes
     #[arg(long, env = "GLMSERVE_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = up_to::<{ 1 << 30 }>)]
     pub max_body_bytes: usize,
@@ -232,6 +240,11 @@ impl ServeArgs {
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_num_waiting: self.max_num_waiting as usize,
             max_model_len,
+            prefix_caching: match (self.no_prefix_cache, self.prefix_cache_salt_per_key) {
+                (true, _) => PrefixCaching::Off,
+                (_, true) => PrefixCaching::PerTenant,
+                _ => PrefixCaching::Shared,
+            },
             ..EngineConfig::default()
         })
     }
@@ -370,6 +383,18 @@ mod tests {
         let error = serve(&["--port", "tcp://10.0.0.1:80"]).unwrap_err();
         assert!(error.contains("enableServiceLinks"), "{error}");
         assert_eq!(serve(&["--port", "80"]).unwrap().port, 80);
+    }
+
+    #[test]
+    fn the_prefix_cache_is_on_unless_told_otherwise() {
+        let caching = |arguments: &[&str]| {
+            let manifest = crate::fixtures::chatglm3().manifest();
+            serve(arguments).map(|args| args.engine_config(&manifest).unwrap().prefix_caching)
+        };
+        assert_eq!(caching(&[]), Ok(PrefixCaching::Shared));
+        assert_eq!(caching(&["--prefix-cache-salt-per-key"]), Ok(PrefixCaching::PerTenant));
+        assert_eq!(caching(&["--no-prefix-cache"]), Ok(PrefixCaching::Off));
+        assert!(caching(&["--no-prefix-cache", "--prefix-cache-salt-per-key"]).is_err());
     }
 
     #[test]

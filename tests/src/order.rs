@@ -96,9 +96,20 @@ impl OrderCheck {
         Ok(())
     }
 
+    /// Preempted sequences that the last step let in again with blocks of theirs still there.
+    pub fn num_cached_again<R: ModelRunner>(&self, engine: &Engine<R>) -> usize {
+        let was_running = |id| self.before.iter().any(|runner| runner.id == id);
+        let is_first = |id| engine.admitted().iter().any(|(admitted, _)| *admitted == id);
+        let shares = engine.plan().sequences.iter();
+        shares
+            .filter(|share| share.num_computed_tokens > 0 && !was_running(share.id) && !is_first(share.id))
+            .count()
+    }
+
     /// Admitted requests were the most urgent ones. Returns whether a probe was among them.
     fn check_admissions<R: ModelRunner>(&mut self, engine: &Engine<R>) -> Result<bool, String> {
-        let admitted = engine.events().iter().filter(|(_, event)| *event == TokenEvent::Admitted);
+        let admitted =
+            engine.events().iter().filter(|(_, event)| matches!(event, TokenEvent::Admitted { .. }));
         let mut is_probe_let_in = false;
         for &(id, _) in admitted {
             if self.probes.remove(&id) {

@@ -1,6 +1,6 @@
 //! A seeded simulator over the fake runner with virtual time: thousands of random requests,
-//! aborts, failures, deadlines, detached readers, probes, prompt budgets that vary by step and tiny
-//! pools, with every invariant checked after every step.
+//! aborts, failures, deadlines, detached readers, probes, common prefixes, prompt budgets that vary by
+//! step and tiny pools, with every invariant checked after every step.
 //!
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
 
@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{
-    Engine, EngineConfig, FinishReason, Request, RequestId, RunError, SamplingParams, TokenEvent,
+    Engine, EngineConfig, FinishReason, PrefixCaching, Request, RequestId, RunError, SamplingParams,
+    TenantId, TokenEvent,
 };
+use glmserve_tests::cache::CacheCheck;
 use glmserve_tests::order::OrderCheck;
 use glmserve_tests::rng::Rng;
 
@@ -23,16 +25,23 @@ struct Outcome {
     end: Option<TokenEvent>,
 }
 
-fn random_request(rng: &mut Rng, max_model_len: usize) -> Request {
+/// `history` is what was said before.
+fn random_request(rng: &mut Rng, max_model_len: usize, history: Option<&[u32]>) -> Request {
     let num_prompt_tokens = rng.range(1..=max_model_len - 1);
     let max_tokens = rng.range(1..=max_model_len - num_prompt_tokens);
     // A shared start now and then, so that histories differ late.
-    let is_common = rng.one_in(3);
+    let start = match rng.range(0..=3) {
+        0 => vec![7; 20],
+        1 => (0..rng.range(0..=100) as u32).map(|position| position % 11).collect(),
+        2 => history.unwrap_or_default().to_vec(),
+        _ => Vec::new(),
+    };
     let token = |rng: &mut Rng, position| {
-        if is_common && position < 20 { 7 } else { rng.range(0..=VOCAB_SIZE - 1) as u32 }
+        start.get(position).copied().unwrap_or_else(|| rng.range(0..=VOCAB_SIZE - 1) as u32)
     };
     Request {
         prompt_token_ids: (0..num_prompt_tokens).map(|position| token(rng, position)).collect(),
+        tenant: TenantId(rng.range(0..=2) as u32),
         sampling: SamplingParams {
             temperature: if rng.one_in(2) { 0.0 } else { 1.0 },
             top_k: rng.range(0..=5) as u32,
@@ -66,7 +75,7 @@ fn isolated(request: &Request) -> Outcome {
 fn record(outcome: &mut Outcome, event: &TokenEvent) {
     assert!(outcome.end.is_none(), "{event:?} after the end");
     match event {
-        TokenEvent::Admitted => {}
+        TokenEvent::Admitted { .. } => {}
         TokenEvent::Token { token_id } => outcome.tokens.push(*token_id),
         end => outcome.end = Some(end.clone()),
     }
@@ -83,6 +92,8 @@ struct Totals {
     num_detached_preempted: usize,
     num_overtakings: usize,
     num_cut_steps: usize,
+    num_cached_tokens: usize,
+    num_cached_again: usize,
 }
 
 fn simulate(seed: u64, totals: &mut Totals) {
@@ -97,6 +108,8 @@ fn simulate(seed: u64, totals: &mut Totals) {
         max_num_waiting: 1000,
         default_deadline: Duration::from_millis(rng.range(0..=1_000) as u64),
         watermark_permille: rng.range(0..=200),
+        prefix_caching: [PrefixCaching::Off, PrefixCaching::Shared, PrefixCaching::PerTenant]
+            [rng.range(0..=2)],
         ..Default::default()
     };
     let fails = rng.one_in(4);
@@ -112,13 +125,15 @@ fn simulate(seed: u64, totals: &mut Totals) {
     let mut requests = BTreeMap::new();
     let mut aborted = BTreeSet::new();
     let mut order = OrderCheck::default();
+    let mut cache = CacheCheck::new(config.prefix_caching, block_size);
     let mut probe = None;
     let (mut now, mut next_id, mut num_steps) = (Duration::ZERO, 0, 0);
     let num_requests = rng.range(1..=40);
     while next_id < num_requests || !engine.is_idle() {
         while next_id < num_requests && rng.one_in(3) {
             let id = RequestId(next_id as u64);
-            let request = random_request(&mut rng, config.max_model_len);
+            let history = cache.history(rng.next_u64() as usize);
+            let request = random_request(&mut rng, config.max_model_len, history);
             requests.insert(id, request.clone());
             outcomes.insert(id, Outcome { tokens: Vec::new(), end: None });
             next_id += 1;
@@ -132,6 +147,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
             }
             let deadline = request.deadline.unwrap_or(Duration::MAX).min(config.default_deadline);
             order.add(id, now + deadline);
+            cache.add(id, &request);
             engine.add(id, request, now);
         }
         if next_id > 0 && rng.one_in(25) {
@@ -147,9 +163,9 @@ fn simulate(seed: u64, totals: &mut Totals) {
         let budget = if rng.one_in(3) { usize::MAX } else { rng.range(0..=50) };
         order.before(&engine);
         let report = engine.step(now, budget);
-        let broken = order.after(&engine);
-        broken.unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
-        engine.check().unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
+        let cached = engine.events().iter().try_for_each(|(id, event)| cache.event(*id, event));
+        let checks = order.after(&engine).and(cached).and(engine.check());
+        checks.unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
         let plan = engine.plan();
         // A probe is one more than the step was made for: its sequence, and a token of its prompt.
         let num_extra = usize::from(probe.is_some());
@@ -164,6 +180,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         let num_decodes = plan.sequences.iter().filter(|s| s.num_scheduled_tokens == 1).count();
         totals.num_mixed_steps += usize::from(num_decodes > 0 && num_decodes < plan.sequences.len());
         totals.num_preemptions += report.num_preemptions;
+        totals.num_cached_again += order.num_cached_again(&engine);
         totals.num_failures += usize::from(report.failed);
         for (id, event) in engine.events() {
             record(outcomes.get_mut(id).unwrap(), event);
@@ -192,6 +209,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
     totals.num_requests += num_requests;
     totals.num_detached_preempted += order.num_detached_preempted;
     totals.num_overtakings += order.num_overtakings;
+    totals.num_cached_tokens += cache.num_cached_tokens;
 }
 
 /// The hashing runner, failing a step when `fails` says so.
@@ -224,9 +242,11 @@ fn invariants_hold_and_batching_changes_nothing() {
     // The simulation must have met what it is there for.
     let Totals { num_preemptions, num_aborts, num_failures, num_mixed_steps, .. } = totals;
     let Totals { num_probes, num_detached_preempted, num_overtakings, num_cut_steps, .. } = totals;
+    let Totals { num_cached_tokens, num_cached_again, .. } = totals;
     let met = [num_preemptions, num_aborts, num_failures, num_mixed_steps, num_probes];
     let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps];
-    let all_met = met.iter().chain(&met_in_order).all(|&count| count > 50);
+    let met_in_cache = [num_cached_tokens, num_cached_again];
+    let all_met = met.iter().chain(&met_in_order).chain(&met_in_cache).all(|&count| count > 50);
     assert!(!is_whole || all_met, "the simulation is too tame");
 }
 
@@ -235,7 +255,7 @@ fn request(num_prompt_tokens: usize, max_tokens: usize) -> Request {
     Request {
         prompt_token_ids: vec![1; num_prompt_tokens],
         sampling: SamplingParams { max_tokens, ignore_eos: true, temperature: 0.0, ..Default::default() },
-        deadline: None,
+        ..Default::default()
     }
 }
 
@@ -276,7 +296,7 @@ fn urgent_requests_do_not_starve_patient_ones() {
         engine.add(RequestId(2 + step), urgent.clone(), now);
         engine.step(now, usize::MAX);
         engine.check().unwrap();
-        engine.events().contains(&(RequestId(2), TokenEvent::Admitted))
+        engine.events().contains(&(RequestId(2), TokenEvent::Admitted { num_cached_tokens: 0 }))
     });
     // Due at 5 s, as are the urgent ones of the fourth second: served at a fifth of their pace, these
     // are nearly all served before it.

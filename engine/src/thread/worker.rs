@@ -107,7 +107,7 @@ impl<R: ModelRunner> Worker<R> {
         let start = clock.now();
         let prefill_budget = self.costs.prefill_budget(self.engine.num_decodes(), &self.shared.bounds);
         self.engine.plan_step(start, prefill_budget);
-        self.engine.admitted().iter().for_each(|&(_, queue_time)| self.observer.admitted(queue_time));
+        self.engine.admitted().iter().for_each(|(_, report)| self.observer.admitted(report));
         let num_delivered = self.deliver(0, start);
         self.publish(start);
         self.publish_stall_limit();
@@ -185,7 +185,7 @@ impl<R: ModelRunner> Worker<R> {
             let Some(client) = self.clients.get_mut(id) else {
                 continue;
             };
-            if matches!(event, TokenEvent::Admitted) {
+            if matches!(event, TokenEvent::Admitted { .. }) {
                 client.admitted_at = Some(now);
             }
             if !event.is_terminal() {

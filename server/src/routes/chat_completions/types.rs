@@ -61,6 +61,12 @@ pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: usize,
 }
 
 impl From<event_log::Usage> for Usage {
@@ -69,6 +75,7 @@ impl From<event_log::Usage> for Usage {
             prompt_tokens: usage.num_prompt_tokens,
             completion_tokens: usage.num_generated_tokens,
             total_tokens: usage.num_prompt_tokens + usage.num_generated_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.num_cached_tokens },
         }
     }
 }
