@@ -2,6 +2,7 @@
 //!
 //! Must not know text, JSON or HTTP: ids only.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use crate::error::SequenceError;
@@ -10,6 +11,9 @@ use crate::sampling_params::SamplingParams;
 /// Names a request inside one engine; grows with arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
+
+/// Priorities that a request may have.
+pub const PRIORITIES: RangeInclusive<i32> = -100..=100;
 
 /// Whose a request is: an index into [`crate::EngineConfig::tenant_weights`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,6 +31,8 @@ pub struct Request {
     pub deadline: Option<Duration>,
     /// Whose it is.
     pub tenant: TenantId,
+    /// One of [`PRIORITIES`]. A lower one is admitted first, but for every eighth admission.
+    pub priority: i32,
 }
 
 /// Why a sequence ended well.

@@ -25,6 +25,8 @@ pub struct Sequence {
     pub sampling: SamplingParams,
     /// Whose it is.
     pub tenant: TenantId,
+    /// A lower one is admitted first.
+    pub priority: i32,
     /// Engine time of arrival.
     pub arrival: Duration,
     /// Engine time by which its first token is wanted.
@@ -37,12 +39,14 @@ pub struct Sequence {
     pub admission: Option<u64>,
     /// Prompt tokens computed at least once: recomputation does not count again.
     pub num_reported_prompt_tokens: usize,
+    /// Tokens that its tenant was charged for, cached ones of the prompt included.
+    pub num_charged_tokens: usize,
 }
 
 impl Sequence {
     /// Takes over a request that was submitted at `arrival`.
     pub fn new(id: RequestId, request: Request, arrival: Duration) -> Self {
-        let Request { prompt_token_ids: mut tokens, sampling, deadline, tenant } = request;
+        let Request { prompt_token_ids: mut tokens, sampling, deadline, tenant, priority } = request;
         let num_prompt_tokens = tokens.len();
         tokens.reserve_exact(sampling.max_tokens);
         let mut output_counts = HashMap::new();
@@ -56,12 +60,14 @@ impl Sequence {
             output_counts,
             sampling,
             tenant,
+            priority,
             arrival,
             deadline: arrival.saturating_add(deadline.unwrap_or(Duration::MAX)),
             is_probe: false,
             is_detached: false,
             admission: None,
             num_reported_prompt_tokens: 0,
+            num_charged_tokens: 0,
         }
     }
 
@@ -105,14 +111,6 @@ impl Sequence {
 pub struct WaitingSequence(pub Sequence);
 
 impl WaitingSequence {
-    /// Order of the queue: the probe, then whoever was preempted, in order of first admission, then
-    /// the earliest deadline.
-    pub fn precedence(&self) -> (bool, bool, Duration, u64) {
-        let sequence = &self.0;
-        let time = if sequence.admission.is_some() { Duration::ZERO } else { sequence.deadline };
-        (!sequence.is_probe, sequence.admission.is_none(), time, sequence.admission.unwrap_or(sequence.id.0))
-    }
-
     /// Starts it, with an empty table. `next_admission` is its place among all admitted sequences if
     /// it has none.
     pub fn admit(mut self, block_table: BlockTable, next_admission: u64) -> RunningSequence {

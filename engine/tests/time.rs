@@ -8,8 +8,8 @@ use std::time::Duration;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::runner::{KvCacheLayout, ModelRunner};
 use glm_engine::{
-    EngineConfig, EngineHandle, EngineThread, EventReceiver, Fault, Logits, NoObserver, Request, RunError,
-    SamplingParams, SequenceError, Stage, StepOutput, StepPlan, SubmitError, TokenEvent,
+    EngineConfig, EngineHandle, EngineThread, EventReceiver, Fault, Logits, NoObserver, PrefixCaching,
+    Request, RunError, SamplingParams, SequenceError, Stage, StepOutput, StepPlan, SubmitError, TokenEvent,
 };
 
 const VOCAB_SIZE: usize = 32;
@@ -72,7 +72,14 @@ fn start(config: EngineConfig) -> World {
 }
 
 fn config() -> EngineConfig {
-    EngineConfig { max_num_seqs: 2, max_num_waiting: 2, max_model_len: 2000, ..Default::default() }
+    EngineConfig {
+        max_num_seqs: 2,
+        max_num_waiting: 2,
+        max_model_len: 2000,
+        // Prompts are all alike here, and are to take time.
+        prefix_caching: PrefixCaching::Off,
+        ..Default::default()
+    }
 }
 
 fn request(token: u32, num_prompt_tokens: usize, max_tokens: usize) -> Request {

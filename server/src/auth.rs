@@ -16,8 +16,16 @@ use crate::error::ApiError;
 use crate::state::AppState;
 use crate::stream::store::Owner;
 
-/// The keys that open `/v1`.
-pub struct ApiKeys(Vec<String>);
+/// Largest share of a key.
+const MAX_WEIGHT: u32 = 1000;
+
+struct ApiKey {
+    key: String,
+    weight: u32,
+}
+
+/// The keys that open `/v1`, each a tenant.
+pub struct ApiKeys(Vec<ApiKey>);
 
 impl std::fmt::Debug for ApiKeys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -26,20 +34,35 @@ impl std::fmt::Debug for ApiKeys {
 }
 
 impl ApiKeys {
-    /// Reads a file with one key a line; `#` starts a comment line.
+    /// Reads a file with one key a line and, after it, `weight=N` if its share is not 1; `#` starts a
+    /// comment line.
     ///
     /// # Errors
-    /// The file can't be read or has no key, which would lock everybody out.
+    /// The file can't be read, a weight is none, or there is no key, which would lock everybody out.
     pub fn load(path: &Path) -> std::io::Result<Self> {
         Self::parse(&std::fs::read_to_string(path)?)
+            .map_err(std::io::Error::other)?
             .ok_or_else(|| std::io::Error::other("the file has no key"))
     }
 
-    fn parse(text: &str) -> Option<Self> {
-        let lines = text.lines().map(str::trim);
-        let keys: Vec<String> =
-            lines.filter(|l| !l.is_empty() && !l.starts_with('#')).map(str::to_owned).collect();
-        (!keys.is_empty()).then_some(Self(keys))
+    pub(crate) fn parse(text: &str) -> Result<Option<Self>, String> {
+        let lines = (1..).zip(text.lines().map(str::trim));
+        let keys = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+        let keys = keys.map(|(number, line)| match line.rsplit_once(" weight=") {
+            None => Ok(ApiKey { key: line.to_owned(), weight: 1 }),
+            // Never the line itself: it has the key.
+            Some((key, weight)) => match weight.parse() {
+                Ok(weight @ 1..=MAX_WEIGHT) => Ok(ApiKey { key: key.trim_end().to_owned(), weight }),
+                _ => Err(format!("line {number}: the weight must be a whole number from 1 to {MAX_WEIGHT}")),
+            },
+        });
+        let keys = keys.collect::<Result<Vec<ApiKey>, String>>()?;
+        Ok((!keys.is_empty()).then_some(Self(keys)))
+    }
+
+    /// The shares of the tenants.
+    pub fn weights(&self) -> Vec<u32> {
+        self.0.iter().map(|key| key.weight).collect()
     }
 
     /// The tenant that a key belongs to: its place in the file.
@@ -47,7 +70,7 @@ impl ApiKeys {
         // No early end: every key is compared.
         let mut found = (Choice::from(0), 0);
         for (tenant, key) in (0u32..).zip(&self.0) {
-            let is_it = key.as_bytes().ct_eq(given.as_bytes());
+            let is_it = key.key.as_bytes().ct_eq(given.as_bytes());
             found = (found.0 | is_it, u32::conditional_select(&found.1, &tenant, is_it));
         }
         bool::from(found.0).then_some(TenantId(found.1))
@@ -85,9 +108,14 @@ mod tests {
 
     #[test]
     fn comments_and_empty_lines_are_no_keys() {
-        let keys = ApiKeys::parse("# team a\nalpha\n\n  beta  \n").unwrap();
+        let keys = ApiKeys::parse("# team a\nalpha\n\n  beta   weight=20\n").unwrap().unwrap();
+        assert_eq!(keys.weights(), [1, 20]);
         assert_eq!((keys.find("alpha"), keys.find("beta")), (Some(TenantId(0)), Some(TenantId(1))));
         assert!(["", "alph", "# team a"].into_iter().all(|key| keys.find(key).is_none()));
-        assert!(ApiKeys::parse("# nothing\n").is_none());
+        assert!(ApiKeys::parse("# nothing\n").unwrap().is_none());
+        for weight in ["0", "1001", "x", "-1", ""] {
+            let error = ApiKeys::parse(&format!("a\nsecret weight={weight}\n")).unwrap_err();
+            assert!(error.starts_with("line 2:") && !error.contains("secret"), "{error}");
+        }
     }
 }

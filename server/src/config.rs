@@ -2,18 +2,20 @@
 //!
 //! Invariant: defaults give way to the environment, and the environment to flags.
 
+mod scheduling;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use glm_engine::LoadError;
 use glm_engine::manifest::Provider;
 use glm_engine::runner::ort::OrtOptions;
-use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
+pub use self::scheduling::SchedulingArgs;
 use crate::state::HttpOptions;
 use crate::stream::event_log::LogLimits;
 use crate::stream::memory_store::StoreLimits;
@@ -101,25 +103,9 @@ pub struct ServeArgs {
     /// File with one API key a line that guards /v1; # starts a comment [default: no key is needed]
     #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
-    /// Most sequences in one step
-    #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = up_to::<4096>)]
-    pub max_num_seqs: usize,
-    /// Most tokens in one step: running replies first, the rest for prompts
-    #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = up_to::<{ 1 << 20 }>)]
-    pub max_num_batched_tokens: usize,
-    /// Most requests that wait; one more is answered with 429
-    #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting as u32, value_parser = clap::value_parser!(u32).range(0..=100_000))]
-    pub max_num_waiting: u32,
-    /// Longest sequence, prompt and reply, in tokens [default: what the model was made for]
-    #[arg(long, env = "GLMSERVE_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = up_to::<{ 1 << 24 }>)]
-    pub max_model_len: Option<usize>,
-    /// Compute every prompt from its first token, although another one started alike
-    #[arg(long, env = "GLMSERVE_NO_PREFIX_CACHE", value_parser = FalseyValueParser::new())]
-    pub no_prefix_cache: bool,
-    // Who measures time to first token can find out whether somebody else sent the same start.
-    /// Reuse of a prompt only what was computed for the same API key
-    #[arg(long, env = "GLMSERVE_PREFIX_CACHE_SALT_PER_KEY", value_parser = FalseyValueParser::new(), conflicts_with = "no_prefix_cache")]
-    pub prefix_cache_salt_per_key: bool,
+    /// Who is computed when.
+    #[command(flatten)]
+    pub scheduling: SchedulingArgs,
     /// Largest request body, in bytes
     #[arg(long, env = "GLMSERVE_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = up_to::<{ 1 << 30 }>)]
     pub max_body_bytes: usize,
@@ -217,38 +203,6 @@ pub enum LogFormat {
 }
 
 impl ServeArgs {
-    /// The engine's limits for this model.
-    ///
-    /// # Errors
-    /// [`LoadError::Config`]: longer than the model's rotary tables.
-    pub fn engine_config(&self, manifest: &Manifest) -> Result<EngineConfig, LoadError> {
-        let longest = manifest.geometry.max_model_len;
-        let max_model_len = self.max_model_len.unwrap_or(longest);
-        if self.max_num_seqs > self.max_num_batched_tokens {
-            return Err(LoadError::Config(format!(
-                "--max-num-seqs {} is more than --max-num-batched-tokens {}: each sequence needs a token a step",
-                self.max_num_seqs, self.max_num_batched_tokens
-            )));
-        }
-        if max_model_len > longest {
-            let message =
-                format!("--max-model-len {max_model_len} is more than the model's {longest} tokens");
-            return Err(LoadError::Config(message));
-        }
-        Ok(EngineConfig {
-            max_num_seqs: self.max_num_seqs,
-            max_num_batched_tokens: self.max_num_batched_tokens,
-            max_num_waiting: self.max_num_waiting as usize,
-            max_model_len,
-            prefix_caching: match (self.no_prefix_cache, self.prefix_cache_salt_per_key) {
-                (true, _) => PrefixCaching::Off,
-                (_, true) => PrefixCaching::PerTenant,
-                _ => PrefixCaching::Shared,
-            },
-            ..EngineConfig::default()
-        })
-    }
-
     /// The limits of the HTTP side; no reply has more than `max_model_len` tokens.
     pub fn http_options(&self, max_model_len: usize) -> HttpOptions {
         HttpOptions {
@@ -383,18 +337,6 @@ mod tests {
         let error = serve(&["--port", "tcp://10.0.0.1:80"]).unwrap_err();
         assert!(error.contains("enableServiceLinks"), "{error}");
         assert_eq!(serve(&["--port", "80"]).unwrap().port, 80);
-    }
-
-    #[test]
-    fn the_prefix_cache_is_on_unless_told_otherwise() {
-        let caching = |arguments: &[&str]| {
-            let manifest = crate::fixtures::chatglm3().manifest();
-            serve(arguments).map(|args| args.engine_config(&manifest).unwrap().prefix_caching)
-        };
-        assert_eq!(caching(&[]), Ok(PrefixCaching::Shared));
-        assert_eq!(caching(&["--prefix-cache-salt-per-key"]), Ok(PrefixCaching::PerTenant));
-        assert_eq!(caching(&["--no-prefix-cache"]), Ok(PrefixCaching::Off));
-        assert!(caching(&["--no-prefix-cache", "--prefix-cache-salt-per-key"]).is_err());
     }
 
     #[test]

@@ -3,5 +3,6 @@
 
 pub mod cache;
 pub mod fault_proxy;
+pub mod machine;
 pub mod order;
 pub mod rng;

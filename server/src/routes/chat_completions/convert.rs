@@ -52,7 +52,7 @@ impl Completion {
                 num_prompt_tokens: prompt_token_ids.len(),
             },
             // The deadline comes from headers and the tenant from the key, which are not known here.
-            request: Request { prompt_token_ids, sampling, ..Request::default() },
+            request: Request { prompt_token_ids, sampling, priority: request.priority, ..Request::default() },
             stop,
             form: match request.stream {
                 true => Form::Streamed(request.stream_options.unwrap_or_default()),

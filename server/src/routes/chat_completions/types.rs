@@ -33,6 +33,7 @@ pub(super) struct ChatCompletionRequest {
     pub(super) stop: Option<Value>,
     pub(super) min_tokens: Option<usize>,
     pub(super) ignore_eos: bool,
+    pub(super) priority: i32,
 }
 
 #[derive(Debug, Deserialize)]
