@@ -10,8 +10,9 @@ mod attention_graph;
 use std::hint::black_box;
 use std::time::Instant;
 
-use attention_graph::{Value, session};
-use ort::value::Tensor;
+use attention_graph::{BFLOAT16, FLOAT32, Value, session};
+use half::bf16;
+use ort::value::{PrimitiveTensorElementType, Tensor};
 
 const POSITIONS: usize = 8192;
 
@@ -29,9 +30,19 @@ struct Model {
 const CHATGLM3: Model = Model { name: "chatglm3 32/2x128", heads: 32, kv_heads: 2, dim: 128, half: 32 };
 const DEFAULT: Model = Model { name: "default 9/3x128", heads: 9, kv_heads: 3, dim: 128, half: 32 };
 
+const SMALL: Model = Model { name: "model M 8/2x128", heads: 8, kv_heads: 2, dim: 128, half: 32 };
+
 /// The case's sequences, cached tokens of each, and new tokens of each.
-const CASES: [(usize, usize, usize); 6] =
-    [(1, 1024, 1), (4, 1024, 1), (16, 1024, 1), (1, 8000, 1), (1, 0, 512), (1, 1024, 256)];
+const CASES: [(usize, usize, usize); 8] = [
+    (1, 1024, 1),
+    (4, 1024, 1),
+    (16, 160, 1),
+    (16, 1024, 1),
+    (64, 160, 1),
+    (1, 8000, 1),
+    (1, 0, 512),
+    (1, 1024, 256),
+];
 
 fn main() -> ort::Result<()> {
     let threads = std::env::args().nth(1).and_then(|threads| threads.parse().ok());
@@ -42,19 +53,37 @@ fn main() -> ort::Result<()> {
         bandwidth(threads) / 1e9
     );
     println!(
-        "{:<20} {:>3} {:>6} {:>5} {:>9} {:>9} {:>9} {:>7}",
-        "model", "B", "past", "new", "median ms", "best ms", "GFLOP/s", "GB/s"
+        "{:<20} {:<5} {:>3} {:>6} {:>5} {:>9} {:>9} {:>9} {:>7}",
+        "model", "cache", "B", "past", "new", "median ms", "best ms", "GFLOP/s", "GB/s"
     );
     let only: Option<usize> = std::env::args().nth(2).and_then(|case| case.parse().ok());
-    for model in [CHATGLM3, DEFAULT] {
+    for model in [CHATGLM3, SMALL, DEFAULT] {
         for (i, (sequences, past, new)) in CASES.into_iter().enumerate() {
             if only.is_some_and(|only| only != i) {
                 continue;
             }
-            bench(model, sequences, past, new, threads)?;
+            bench::<f32>(model, ("f32", FLOAT32), (sequences, past, new), threads)?;
+            bench::<bf16>(model, ("bf16", BFLOAT16), (sequences, past, new), threads)?;
         }
     }
     Ok(())
+}
+
+/// What a cache holds.
+trait Element {
+    fn of(x: f32) -> Self;
+}
+
+impl Element for f32 {
+    fn of(x: f32) -> Self {
+        x
+    }
+}
+
+impl Element for bf16 {
+    fn of(x: f32) -> Self {
+        Self::from_f32(x)
+    }
 }
 
 #[allow(clippy::disallowed_methods, reason = "a bench owns its clock")]
@@ -62,9 +91,14 @@ fn now() -> Instant {
     Instant::now()
 }
 
-fn bench(model: Model, sequences: usize, past: usize, new: usize, threads: usize) -> ort::Result<()> {
+fn bench<E: PrimitiveTensorElementType + Element + Copy + std::fmt::Debug + 'static>(
+    model: Model,
+    (cache_name, cache_type): (&str, u64),
+    (sequences, past, new): (usize, usize, usize),
+    threads: usize,
+) -> ort::Result<()> {
     let Model { heads, kv_heads, dim, half, .. } = model;
-    let block = 16;
+    let block = 32;
     let blocks = (past + new).div_ceil(block);
     let attributes = [
         ("num_heads", Value::Int(heads as i64)),
@@ -72,7 +106,7 @@ fn bench(model: Model, sequences: usize, past: usize, new: usize, threads: usize
         ("do_rotary", Value::Int(1)),
         ("rotary_interleaved", Value::Int(1)),
     ];
-    let mut session = session(threads, &attributes, |name| name != "attention_metadata")?;
+    let mut session = session(threads, cache_type, &attributes, |name| name != "attention_metadata")?;
     let noise = |count: usize| (0..count).map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0).collect::<Vec<_>>();
     let tokens = sequences * new;
     let cache = [sequences * blocks, block, kv_heads, dim];
@@ -89,8 +123,9 @@ fn bench(model: Model, sequences: usize, past: usize, new: usize, threads: usize
         [tokens, (heads + 2 * kv_heads) * dim],
         noise(tokens * (heads + 2 * kv_heads) * dim),
     ))?;
-    let key = Tensor::from_array((cache, noise(cache.iter().product())))?;
-    let value = Tensor::from_array((cache, noise(cache.iter().product())))?;
+    let elements = || noise(cache.iter().product()).into_iter().map(E::of).collect::<Vec<_>>();
+    let key = Tensor::from_array((cache, elements()))?;
+    let value = Tensor::from_array((cache, elements()))?;
     let bounds = (0..=sequences).map(|s| (s * new) as i32).collect::<Vec<_>>();
     let bounds = Tensor::from_array(([sequences + 1], bounds))?;
     let lens = Tensor::from_array(([sequences], vec![past as i32; sequences]))?;
@@ -113,9 +148,9 @@ fn bench(model: Model, sequences: usize, past: usize, new: usize, threads: usize
     let (best, median) = (seconds[0], seconds[seconds.len() / 2]);
     let pairs: usize = (past + 1..=past + new).sum::<usize>() * sequences;
     let flops = (4 * pairs * heads * dim) as f64;
-    let bytes = (2 * sequences * (past + new) * kv_heads * dim * 4) as f64;
+    let bytes = (2 * sequences * (past + new) * kv_heads * dim * size_of::<E>()) as f64;
     println!(
-        "{:<20} {sequences:>3} {past:>6} {new:>5} {:>9.3} {:>9.3} {:>9.0} {:>7.1}",
+        "{:<20} {cache_name:<5} {sequences:>3} {past:>6} {new:>5} {:>9.3} {:>9.3} {:>9.0} {:>7.1}",
         model.name,
         median * 1e3,
         best * 1e3,

@@ -21,5 +21,5 @@ pub const SIMD_VARIABLE: &str = "GLMSERVE_SIMD";
 /// # Errors
 /// When ONNX Runtime refuses the domain.
 pub fn domain(num_threads: usize) -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?.add(paged_attention::PagedAttention::new(num_threads))
+    paged_attention::add_to(OperatorDomain::new(DOMAIN)?, num_threads)
 }

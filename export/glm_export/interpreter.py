@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -22,6 +23,7 @@ from glm_export.error import ExportError
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # Elements of a weight that are dequantised at once: what a core's cache holds is fastest.
 CHUNK = 1 << 16
 
@@ -40,13 +42,17 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
         names["logits_indices"]: np.arange(2 * len(token_ids)),
     }
     dtype = weights.activations(model.graph.node)
+    types = {
+        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        for value in model.graph.input
+    }
     uses = Counter(name for node in model.graph.node for name in node.input)
     for node in model.graph.node:
         compute = NODES.get(node.op_type)
         if compute is None:
             raise ExportError(f"known answer: no rule for the node {node.op_type}")
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        outputs = compute(_Inputs(node, values, weights), attributes)
+        outputs = compute(_Inputs(node, values, weights, types), attributes)
         for array in outputs:
             rows = array[len(array) // 2 :]
             rows[...] = rows.astype(dtype)
@@ -104,10 +110,18 @@ class _Weights:
 class _Inputs:
     """The inputs of one node."""
 
-    def __init__(self, node: NodeProto, values: dict[str, np.ndarray], weights: _Weights) -> None:
+    def __init__(
+        self,
+        node: NodeProto,
+        values: dict[str, np.ndarray],
+        weights: _Weights,
+        types: dict[str, np.dtype],
+    ) -> None:
         self.names = list(node.input)
         self.values = values
         self.weights = weights
+        # Of the graph's own inputs.
+        self.types = types
 
     def has(self, position: int) -> bool:
         """Whether an optional input is there."""
@@ -251,20 +265,36 @@ def _paged_attention(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.nda
     cos, sin = (inputs.weights.rows(name, 0, count).astype(np.float64) for name in inputs.names[8:10])
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
     packed = inputs[0].reshape(2, count, heads + 2 * groups, -1)
+    # What the cache keeps is rounded; a quantised one's scales are not known here.
+    cache = inputs.types[inputs.names[3]]
+    caches = [np.dtype(np.float64), cache if cache in HALVES else np.dtype(np.float64)]
+    scale = attributes["scale"]
     return [
-        np.concatenate([_attention(rows, heads, groups, cos, sin, attributes["scale"]) for rows in packed])
+        np.concatenate(
+            [
+                _attention(rows, heads, groups, cos, sin, scale, cache)
+                for rows, cache in zip(packed, caches, strict=True)
+            ]
+        )
     ]
 
 
 def _attention(
-    packed: np.ndarray, heads: int, groups: int, cos: np.ndarray, sin: np.ndarray, scale: float
+    packed: np.ndarray,
+    heads: int,
+    groups: int,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    scale: float,
+    cache: np.dtype,
 ) -> np.ndarray:
-    """Causal attention of one sequence over itself, which needs no cache."""
+    """Causal attention of one sequence over its own keys and values, rounded to the cache's type."""
     count = len(packed)
     rotated = _rotate(packed[:, : heads + groups], cos[:, None], sin[:, None])
     # Query heads in groups that share a key head: [token, group, head of the group, channel].
     query = rotated[:, :heads].reshape(count, groups, heads // groups, -1)
-    key, value = rotated[:, heads:], packed[:, heads + groups :]
+    kept = (rotated[:, heads:], packed[:, heads + groups :])
+    key, value = (part.astype(cache).astype(np.float64) for part in kept)
     scores = np.einsum("qghd,kgd->ghqk", query, key) * scale
     scores[..., ~np.tri(count, dtype=bool)] = -np.inf
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -91,7 +91,7 @@ def test_graph_inputs_and_outputs(exported):
     assert {value.name for value in graph.input} == plain | set(caches)
     assert [value.name for value in graph.output] == [names["logits"]]
     for value in graph.input:
-        wanted = onnx.TensorProto.FLOAT if value.name in caches else onnx.TensorProto.INT32
+        wanted = onnx.TensorProto.BFLOAT16 if value.name in caches else onnx.TensorProto.INT32
         assert value.type.tensor_type.elem_type == wanted
     cache = next(value for value in graph.input if value.name == caches[0])
     assert [dim.dim_value for dim in cache.type.tensor_type.shape.dim] == [0, 32, 2, 16]

@@ -42,6 +42,20 @@ def test_manifest_of_a_cuda_graph(wide_checkpoint, tmp_path, precision, options,
 
 
 @pytest.mark.parametrize(
+    ("precision", "options", "cache"),
+    [
+        ("fp32", {}, "float32"),
+        ("fp32", {"kv_cache_dtype": "bfloat16"}, "bfloat16"),
+        ("int8", {}, "bfloat16"),
+        ("int4", {"kv_cache_dtype": "float32"}, "float32"),
+    ],
+)
+def test_cache_of_a_cpu_graph(wide_checkpoint, tmp_path, precision, options, cache):
+    found = graph_of(wide_checkpoint, tmp_path / "out", precision, **options)
+    assert (found["activation_dtype"], found["kv_cache_dtype"]) == ("float32", cache)
+
+
+@pytest.mark.parametrize(
     ("precision", "options", "words"),
     [
         ("fp16", {}, "--provider cpu computes in float32"),
@@ -50,6 +64,7 @@ def test_manifest_of_a_cuda_graph(wide_checkpoint, tmp_path, precision, options,
         ("fp16", {"provider": "cuda", "activations": "bf16"}, "--activations bf16"),
         ("fp16", {"provider": "cuda", "kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype bfloat16"),
         ("int8", {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8: on cpu"),
+        ("int8", {"kv_cache_dtype": "float16"}, "or one of bfloat16"),
         ("int8", {"provider": "cuda", "kv_cache_dtype": "int8"}, "--kv-cache-scales FILE"),
         ("int8", {"provider": "cuda", "kv_cache_dtype": "int4"}, "--kv-cache-scales FILE"),
     ],

@@ -159,8 +159,11 @@ impl Manifest {
                 graph.provider
             ));
         }
-        let is_quantised = matches!(cache, Dtype::Float8e4m3fn | Dtype::Int8 | Dtype::Int4);
-        if cache != activations && !(is_quantised && graph.provider == Provider::Cuda) {
+        let may_keep = match graph.provider {
+            Provider::Cpu => cache == Dtype::Bfloat16,
+            Provider::Cuda => matches!(cache, Dtype::Float8e4m3fn | Dtype::Int8 | Dtype::Int4),
+        };
+        if cache != activations && !may_keep {
             return Err(format!(
                 "graph.kv_cache_dtype {cache:?} does not go with {activations:?} on {:?}",
                 graph.provider
@@ -299,6 +302,7 @@ mod tests {
             ("/graph/provider", serde_json::json!("cuda"), "graph.activation_dtype Float32"),
             ("/graph/activation_dtype", serde_json::json!("float16"), "graph.activation_dtype Float16"),
             ("/graph/kv_cache_dtype", serde_json::json!("int8"), "graph.kv_cache_dtype Int8"),
+            ("/graph/kv_cache_dtype", serde_json::json!("float16"), "graph.kv_cache_dtype Float16"),
             ("/graph/names/key_cache", serde_json::json!("key"), "{layer}"),
             ("/stop_token_ids", serde_json::json!([]), "stop_token_ids"),
             ("/stop_token_ids/0", serde_json::json!(1_000_000), "1000000"),

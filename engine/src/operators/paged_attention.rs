@@ -7,6 +7,7 @@
 mod attend;
 mod attributes;
 mod batch;
+mod element;
 mod exp;
 mod kernels;
 mod kv_cache;
@@ -17,11 +18,14 @@ mod simd;
 mod tests;
 mod workspace;
 
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
+use half::bf16;
 use ort::operator::{
-    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
+    ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput,
+    ShapeInferenceContext,
 };
 use ort::value::{
     DynTensorValueType, PrimitiveTensorElementType, Shape, TensorElementType, ValueRef, ValueType,
@@ -30,20 +34,22 @@ use ort::value::{
 use attend::Parallel;
 use attributes::{Attributes, Source};
 use batch::{Batch, Inputs, Tensor};
+use element::Element;
 use kv_cache::KvCache;
 use simd::Simd;
 use workspace::Workspace;
 
-/// The schema's inputs in order; those that this kernel requires, and those it refuses.
+/// The schema's inputs in order; those that this kernel requires, and those it refuses. The caches'
+/// type is the kernel's.
 const INPUTS: [(&str, TensorElementType, Presence); 17] = {
     use Presence::{Optional, Refused, Required};
-    use TensorElementType::{Float32, Int32};
+    use TensorElementType::{Float32, Int32, Undefined};
     [
         ("query", Float32, Required),
         ("key", Float32, Refused),
         ("value", Float32, Refused),
-        ("key_cache", Float32, Required),
-        ("value_cache", Float32, Required),
+        ("key_cache", Undefined, Required),
+        ("value_cache", Undefined, Required),
         ("cumulative_sequence_length", Int32, Required),
         ("past_seqlens", Int32, Required),
         ("block_table", Int32, Required),
@@ -67,22 +73,34 @@ enum Presence {
     Refused,
 }
 
-/// The operator. Its kernels, one a layer, run one after the other and share a workspace.
-pub(super) struct PagedAttention {
-    num_threads: usize,
-    workspace: Arc<Mutex<Workspace>>,
+/// Adds the operator over each type of cache. `num_threads` is how many the sessions have, 0 for one a
+/// core.
+///
+/// # Errors
+/// When ONNX Runtime refuses it.
+pub(super) fn add_to(domain: OperatorDomain, num_threads: usize) -> ort::Result<OperatorDomain> {
+    domain.add(PagedAttention::<f32>::new(num_threads))?.add(PagedAttention::<bf16>::new(num_threads))
 }
 
-impl PagedAttention {
+/// The operator over caches of `E`. Its kernels, one a layer, run one after the other and share a
+/// workspace.
+struct PagedAttention<E> {
+    num_threads: usize,
+    workspace: Arc<Mutex<Workspace>>,
+    cache: PhantomData<E>,
+}
+
+impl<E> PagedAttention<E> {
     /// The operator for sessions of `num_threads` threads; 0 is one a core.
-    pub(super) fn new(num_threads: usize) -> Self {
+    fn new(num_threads: usize) -> Self {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        Self { num_threads: if num_threads == 0 { cores() } else { num_threads }, workspace: Arc::default() }
+        let num_threads = if num_threads == 0 { cores() } else { num_threads };
+        Self { num_threads, workspace: Arc::default(), cache: PhantomData }
     }
 }
 
-impl Operator for PagedAttention {
-    type Kernel<'a> = PagedAttentionKernel;
+impl<E: Element> Operator for PagedAttention<E> {
+    type Kernel<'a> = PagedAttentionKernel<E>;
 
     fn name(&self) -> &str {
         "PagedAttention"
@@ -90,6 +108,7 @@ impl Operator for PagedAttention {
 
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
         INPUTS.map(|(_, ty, presence)| match presence {
+            Presence::Required if ty == TensorElementType::Undefined => OperatorInput::required(E::TYPE),
             Presence::Required => OperatorInput::required(ty),
             Presence::Optional | Presence::Refused => OperatorInput::optional(ty),
         })
@@ -121,7 +140,7 @@ impl Operator for PagedAttention {
         Ok(())
     }
 
-    fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<PagedAttentionKernel> {
+    fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<PagedAttentionKernel<E>> {
         let attributes = Attributes::check(&Node(ctx)).map_err(error)?;
         let forced = std::env::var(super::SIMD_VARIABLE).ok();
         let simd = Simd::choose(forced.as_deref().filter(|name| !name.is_empty()))
@@ -131,6 +150,7 @@ impl Operator for PagedAttention {
             simd,
             num_threads: self.num_threads,
             workspace: Arc::clone(&self.workspace),
+            cache: PhantomData,
         })
     }
 }
@@ -167,21 +187,22 @@ impl Parallel for SessionThreads<'_> {
 }
 
 /// The kernel of one node.
-pub(super) struct PagedAttentionKernel {
+struct PagedAttentionKernel<E> {
     attributes: Attributes,
     simd: Simd,
     num_threads: usize,
     workspace: Arc<Mutex<Workspace>>,
+    cache: PhantomData<E>,
 }
 
-impl Kernel for PagedAttentionKernel {
+impl<E: Element> Kernel for PagedAttentionKernel<E> {
     fn compute(&mut self, ctx: &ComputeContext) -> ort::Result<()> {
         catch_unwind(AssertUnwindSafe(|| self.attend(ctx)))
             .unwrap_or_else(|_| Err(error("the kernel panicked".into())))
     }
 }
 
-impl PagedAttentionKernel {
+impl<E: Element> PagedAttentionKernel<E> {
     fn attend(&self, ctx: &ComputeContext) -> ort::Result<()> {
         let values = Values::read(ctx)?;
         let (key_cache, value_cache) = (values.required(3)?, values.required(4)?);
@@ -205,7 +226,7 @@ impl PagedAttentionKernel {
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
         // SAFETY: the contract of the operator is that both caches are updated in place, so the
         // caller gives memory of this shape that nobody else uses during the run.
-        let cache = unsafe { KvCache::new(floats(key_cache)?, floats(value_cache)?, geometry) };
+        let cache = unsafe { KvCache::new(elements::<E>(key_cache)?, elements(value_cache)?, geometry) };
         let scale = self.attributes.scale;
         let threads = SessionThreads { ctx, num_threads: self.num_threads };
         let mut own = Workspace::default();
@@ -261,9 +282,9 @@ fn tensor<'a, T: PrimitiveTensorElementType>(
 }
 
 /// Where a cache starts.
-fn floats(value: &ValueRef<'_, DynTensorValueType>) -> ort::Result<*mut f32> {
+fn elements<E: Element>(value: &ValueRef<'_, DynTensorValueType>) -> ort::Result<*mut E> {
     // The type was declared with the operator; extracting checks it nonetheless.
-    value.try_extract_tensor::<f32>()?;
+    value.try_extract_tensor::<E>()?;
     Ok(value.data_ptr().cast_mut().cast())
 }
 

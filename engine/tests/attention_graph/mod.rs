@@ -9,18 +9,25 @@ use glm_engine::operators;
 use ort::environment::Environment;
 use ort::session::Session;
 
-/// Inputs of the node: place in the schema, name, whether it is float, sizes (-1 is any).
-pub(crate) const INPUTS: [(usize, &str, bool, usize); 10] = [
-    (0, "query", true, 2),
-    (3, "key_cache", true, 4),
-    (4, "value_cache", true, 4),
-    (5, "cumulative_sequence_length", false, 1),
-    (6, "past_seqlens", false, 1),
-    (7, "block_table", false, 2),
-    (8, "cos_cache", true, 2),
-    (9, "sin_cache", true, 2),
-    (10, "slot_mapping", false, 1),
-    (16, "attention_metadata", false, 1),
+/// ONNX's numbers of element types.
+pub(crate) const FLOAT32: u64 = 1;
+const INT32: u64 = 6;
+/// The same.
+pub(crate) const BFLOAT16: u64 = 16;
+const OF_THE_CACHE: u64 = 0;
+
+/// Inputs of the node: place in the schema, name, element type, number of dimensions.
+pub(crate) const INPUTS: [(usize, &str, u64, usize); 10] = [
+    (0, "query", FLOAT32, 2),
+    (3, "key_cache", OF_THE_CACHE, 4),
+    (4, "value_cache", OF_THE_CACHE, 4),
+    (5, "cumulative_sequence_length", INT32, 1),
+    (6, "past_seqlens", INT32, 1),
+    (7, "block_table", INT32, 2),
+    (8, "cos_cache", FLOAT32, 2),
+    (9, "sin_cache", FLOAT32, 2),
+    (10, "slot_mapping", INT32, 1),
+    (16, "attention_metadata", INT32, 1),
 ];
 
 /// An attribute's value.
@@ -73,12 +80,14 @@ pub(crate) fn environment() -> &'static Environment {
     })
 }
 
-/// A session over `output = PagedAttention(inputs)`, with the inputs of [`INPUTS`] that `has` keeps.
+/// A session over `output = PagedAttention(inputs)`, with the inputs of [`INPUTS`] that `has` keeps and
+/// caches of `cache_type`.
 ///
 /// # Errors
 /// What ONNX Runtime or the kernel says against it.
 pub(crate) fn session(
     num_threads: usize,
+    cache_type: u64,
     attributes: &[(&str, Value)],
     has: impl Fn(&str) -> bool,
 ) -> ort::Result<Session> {
@@ -86,11 +95,12 @@ pub(crate) fn session(
     let last = inputs.last().map_or(0, |(place, ..)| place + 1);
     let mut names = vec![""; last];
     let mut graph = Message::default();
-    for (place, name, float, rank) in inputs {
+    for (place, name, element_type, rank) in inputs {
         names[place] = name;
-        graph.message(11, &value_info(name, float, rank));
+        let element_type = if element_type == OF_THE_CACHE { cache_type } else { element_type };
+        graph.message(11, &value_info(name, element_type, rank));
     }
-    graph.message(12, &value_info("output", true, 2));
+    graph.message(12, &value_info("output", FLOAT32, 2));
     let mut node = Message::default();
     for name in names {
         node.text(1, name);
@@ -150,13 +160,13 @@ impl Message {
 }
 
 /// A ValueInfoProto of a tensor whose sizes are free.
-fn value_info(name: &str, float: bool, rank: usize) -> Message {
+fn value_info(name: &str, element_type: u64, rank: usize) -> Message {
     let mut shape = Message::default();
     for _ in 0..rank {
         shape.message(1, &Message::default());
     }
     let mut tensor = Message::default();
-    tensor.int(1, if float { 1 } else { 6 }).message(2, &shape);
+    tensor.int(1, element_type as i64).message(2, &shape);
     let mut info = Message::default();
     info.text(1, name).message(2, Message::default().message(1, &tensor));
     info

@@ -8,10 +8,11 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::batch::{Batch, Sequence};
+use super::element::Element;
 use super::kernels::{self, Queries, Sink, State};
 use super::kv_cache::{KvCache, TILE};
-use super::plan::{Plan, RowTile, partial_floats};
-use super::simd::{Lanes, Level, MASKED, Simd};
+use super::plan::{Plan, ROWS, RowTile, partial_floats};
+use super::simd::{Level, MASKED, Simd};
 use super::workspace::{Parts, Scratch, Workspace};
 
 pub(super) use super::plan::Task;
@@ -33,9 +34,9 @@ pub(super) trait Parallel {
 }
 
 /// What the tasks of a call share.
-pub(super) struct Job<'a> {
+pub(super) struct Job<'a, E> {
     batch: &'a Batch<'a>,
-    cache: KvCache,
+    cache: KvCache<E>,
     plan: &'a Plan,
     scale: f32,
     output: *mut f32,
@@ -43,23 +44,16 @@ pub(super) struct Job<'a> {
 }
 
 // SAFETY: tasks write disjoint parts of `output` and `partials`; see `attend`.
-unsafe impl Sync for Job<'_> {}
-
-impl Job<'_> {
-    /// Rows of the task's tile.
-    pub(super) fn width(&self, task: Task) -> usize {
-        self.plan.tiles[task.tile].width
-    }
-}
+unsafe impl<E> Sync for Job<'_, E> {}
 
 /// Computes attention for all of `batch`'s tokens into `output`, `[T, num_heads * head_dim]`.
 ///
 /// # Errors
 /// When threads can't be had, or a task panicked: never for a validated batch.
-pub(super) fn run(
+pub(super) fn run<E: Element>(
     simd: Simd,
     batch: &Batch,
-    cache: KvCache,
+    cache: KvCache<E>,
     scale: f32,
     output: &mut [f32],
     workspace: &mut Workspace,
@@ -83,7 +77,7 @@ pub(super) fn run(
         threads.run(geometry.kv_num_heads, &write)?;
     }
 
-    workspace.plan.rebuild(batch, simd.widths(), threads.num_threads());
+    workspace.plan.rebuild(batch, threads.num_threads());
     let products = workspace.plan.work() * 2 * geometry.head_dim;
     let num_workers = match products {
         0..MIN_PARALLEL_PRODUCTS => 1,
@@ -113,18 +107,19 @@ pub(super) fn run(
     }
 }
 
-/// Computes `task` with rows in `T` vectors of `lanes`; see [`kernels`] for `X`, `A` and `B`.
+/// Computes `task`, `A` rows at a time with `B` vectors of keys or columns, and the last rows, if they
+/// are fewer, [`ROWS`] at a time with `C` vectors.
 #[inline(always)]
-pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A: usize, const B: usize>(
+pub(super) fn attend<L: Level, E: Element, const A: usize, const B: usize, const C: usize>(
     level: L,
-    lanes: R,
-    job: &Job,
+    job: &Job<E>,
     task: Task,
     scratch: &mut Scratch,
 ) {
+    const { assert!(A.is_multiple_of(ROWS)) };
+    let lanes = level.wide();
     let tile = &job.plan.tiles[task.tile];
-    let width = T * R::NUM;
-    assert!(tile.width == width && width.is_multiple_of(A));
+    let width = tile.width();
     let head_dim = job.batch.geometry.head_dim;
     let sequence = job.batch.sequence(tile.sequence);
     let mut parts = scratch.parts(width, head_dim);
@@ -136,43 +131,55 @@ pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A
         keep: parts.keep.as_mut_ptr(),
         take: parts.take.as_mut_ptr(),
     };
-    let output = parts.output.as_mut_ptr();
+    let (scores, output) = (parts.scores.as_mut_ptr(), parts.output.as_mut_ptr());
 
     for key_tile in task.key_tiles.0..task.key_tiles.1 {
         let start = key_tile * TILE;
         let num_keys = (tile.num_keys - start).min(TILE);
-        let all_visible = see(job, tile, &sequence, start, parts.visible);
-        let (keys, values) = job.cache.rows(&sequence, start, tile.kv_head);
-        let scores = parts.scores.as_mut_ptr();
-        // SAFETY: the parts are made for this width; `rows` are within the cache as the batch was
+        see(job, tile, &sequence, start, parts.visible);
+        let runs = job.cache.runs(&sequence, start, tile.kv_head);
+        let queries = Queries { query: parts.query.as_ptr(), head_dim, visible: parts.visible.as_ptr() };
+        let partial = tile
+            .partials
+            .map(|first| job.partials.wrapping_add(first + key_tile * partial_floats(width, head_dim)));
+        // SAFETY: the parts are made for this width; the runs are within the cache as the batch was
         // validated; a split tile's partial results were reserved by the plan, and no other task
         // has this key tile of it.
         unsafe {
-            let queries = Queries {
-                query: parts.query.as_ptr(),
-                head_dim,
-                visible: parts.visible.as_ptr(),
-                all_visible,
-            };
-            let top = kernels::score::<R, T, X>(lanes, queries, &keys, &values, num_keys, scores);
-            let sum = kernels::weights::<R, T>(lanes, scores, num_keys, top);
-            let sink = match tile.partials {
+            let mut row = 0;
+            while row + A <= width {
+                kernels::score::<_, _, A, B>(lanes, queries, row, &runs, num_keys, scores);
+                row += A;
+            }
+            while row < width {
+                kernels::score::<_, _, ROWS, C>(lanes, queries, row, &runs, num_keys, scores);
+                row += ROWS;
+            }
+            for row in 0..width {
+                (parts.tile_top[row], parts.tile_sum[row]) =
+                    kernels::weights(lanes, scores.add(row * TILE), num_keys);
+            }
+            let (tops, sums) = (parts.tile_top.as_ptr(), parts.tile_sum.as_ptr());
+            let sink = match partial {
                 None => {
-                    for t in 0..T {
-                        state.fold(lanes, t * R::NUM, top[t], sum[t]);
-                    }
+                    state.fold(level, width, tops, sums);
                     Sink::Fold { output, keep: state.keep, take: state.take }
                 }
-                Some(first) => {
-                    let partial = job.partials.add(first + key_tile * partial_floats(width, head_dim));
-                    for t in 0..T {
-                        lanes.store(partial.add(t * R::NUM), top[t]);
-                        lanes.store(partial.add(width + t * R::NUM), sum[t]);
-                    }
+                Some(partial) => {
+                    partial.copy_from_nonoverlapping(tops, width);
+                    partial.add(width).copy_from_nonoverlapping(sums, width);
                     Sink::Store { output: partial.add(2 * width) }
                 }
             };
-            kernels::weigh::<L, A, B>(level, scores, width, &values, num_keys, head_dim, sink);
+            let mut row = 0;
+            while row + A <= width {
+                kernels::weigh::<_, _, A, B>(level, scores, row, &runs, num_keys, head_dim, sink);
+                row += A;
+            }
+            while row < width {
+                kernels::weigh::<_, _, ROWS, C>(level, scores, row, &runs, num_keys, head_dim, sink);
+                row += ROWS;
+            }
         }
     }
 
@@ -185,14 +192,7 @@ pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A
             // for their layout.
             unsafe {
                 let partial = job.partials.add(first + key_tile * partial_floats(width, head_dim));
-                for row in (0..width).step_by(R::NUM) {
-                    state.fold(
-                        lanes,
-                        row,
-                        lanes.load(partial.add(row)),
-                        lanes.load(partial.add(width + row)),
-                    );
-                }
+                state.fold(level, width, partial, partial.add(width));
                 for row in 0..tile.rows.len() {
                     let from = partial.add(2 * width + row * head_dim);
                     let (keep, take) = (*state.keep.add(row), *state.take.add(row));
@@ -204,26 +204,24 @@ pub(super) fn attend<L: Level, R: Lanes, const T: usize, const X: usize, const A
     store_output(job, tile, &sequence, &parts);
 }
 
-/// Puts the tile's queries, rotated and scaled, into `[head_dim][width]`; rows of padding are 0.
+/// Puts the tile's queries, rotated and scaled, into `[width][head_dim]`; rows of padding are 0.
 #[inline(always)]
-fn load_queries(job: &Job, tile: &RowTile, sequence: &Sequence, parts: &mut Parts, width: usize) {
+fn load_queries<E>(job: &Job<E>, tile: &RowTile, sequence: &Sequence, parts: &mut Parts, width: usize) {
     let geometry = &job.batch.geometry;
     let (group, head_dim) = (geometry.group(), geometry.head_dim);
-    for (r, row) in (tile.rows.start..tile.rows.start + width).enumerate() {
-        let column = parts.query[r..].iter_mut().step_by(width).take(head_dim);
+    for (row, query) in (tile.rows.start..tile.rows.start + width).zip(parts.query.chunks_exact_mut(head_dim))
+    {
         if row >= tile.rows.end {
-            column.for_each(|q| *q = 0.0);
+            query.fill(0.0);
             continue;
         }
         let (token, head) = (row / group, tile.kv_head * group + row % group);
         let from = (sequence.tokens.start + token) * geometry.packed_width() + head * head_dim;
-        parts.head.copy_from_slice(&job.batch.packed[from..from + head_dim]);
+        query.copy_from_slice(&job.batch.packed[from..from + head_dim]);
         if let Some(rotary) = &job.batch.rotary {
-            rotary.rotate(parts.head, sequence.past + token);
+            rotary.rotate(query, sequence.past + token);
         }
-        for (to, from) in column.zip(&*parts.head) {
-            *to = from * job.scale;
-        }
+        query.iter_mut().for_each(|q| *q *= job.scale);
     }
 }
 
@@ -235,20 +233,19 @@ fn reset(parts: &mut Parts) {
     parts.output.fill(0.0);
 }
 
-/// Notes how many keys each row sees of the tile that starts at `start`; returns the fewest.
+/// Notes how many keys each row sees of the tile that starts at `start`.
 #[inline(always)]
-fn see(job: &Job, tile: &RowTile, sequence: &Sequence, start: usize, visible: &mut [f32]) -> usize {
+fn see<E>(job: &Job<E>, tile: &RowTile, sequence: &Sequence, start: usize, visible: &mut [f32]) {
     let group = job.batch.geometry.group();
-    let seen = |row: usize| (sequence.past + row / group + 1).saturating_sub(start).min(TILE);
     for (r, visible) in visible.iter_mut().enumerate() {
-        *visible = seen((tile.rows.start + r).min(tile.rows.end - 1)) as f32;
+        let row = (tile.rows.start + r).min(tile.rows.end - 1);
+        *visible = (sequence.past + row / group + 1).saturating_sub(start).min(TILE) as f32;
     }
-    seen(tile.rows.start)
 }
 
 /// Divides by the sums and writes the tile's rows out.
 #[inline(always)]
-fn store_output(job: &Job, tile: &RowTile, sequence: &Sequence, parts: &Parts) {
+fn store_output<E>(job: &Job<E>, tile: &RowTile, sequence: &Sequence, parts: &Parts) {
     let geometry = &job.batch.geometry;
     let (group, head_dim) = (geometry.group(), geometry.head_dim);
     for (r, row) in tile.rows.clone().enumerate() {

@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use super::attributes::Attributes;
+use super::kv_cache::MAX_HEAD_DIM;
 use super::rope::Rotary;
 
 /// A tensor as it arrives: dimensions and elements.
@@ -68,8 +69,8 @@ impl Geometry {
         if block_size < 16 || !block_size.is_power_of_two() {
             return Err(format!("key_cache: block_size {block_size} is not a power of two of at least 16"));
         }
-        if head_dim == 0 {
-            return Err("key_cache: head_size is 0".into());
+        if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
+            return Err(format!("key_cache: head_size {head_dim} is not between 1 and {MAX_HEAD_DIM}"));
         }
         Ok(Self { num_heads: attributes.num_heads, kv_num_heads, head_dim, num_blocks, block_size })
     }

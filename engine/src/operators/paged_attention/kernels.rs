@@ -4,111 +4,124 @@
 //! over keys for a sum or an output) whatever the number of rows, keys or columns computed side by
 //! side. That is what makes a row's bits independent of the tile it is computed in.
 
+use super::element::Element;
 use super::exp::exp;
-use super::kv_cache::{LINE, Rows, prefetch};
+use super::kv_cache::{RUN, Runs, TILE, prefetch};
 use super::simd::{Lanes, Level, MASKED};
 
 /// The rows of a tile: their queries, and what they may see.
 #[derive(Clone, Copy)]
 pub(super) struct Queries {
-    /// `[head_dim][width]`.
+    /// `[width][head_dim]`.
     pub(super) query: *const f32,
     pub(super) head_dim: usize,
     /// Of each row: how many of the tile's keys it sees, `[width]`.
     pub(super) visible: *const f32,
-    /// Keys that all rows see.
-    pub(super) all_visible: usize,
 }
 
-/// Scores of `T` vectors of rows with the tile's first `num_keys` keys, `X` at a time, and each
-/// row's highest. Scores past `num_keys` are masked, up to a multiple of `X`.
+/// Scores of `A` rows from `row` on with the tile's first `num_keys` keys, `B` vectors of them at a time,
+/// into `[width][TILE]`. What a row does not see is masked, up to a multiple of `B` vectors.
 ///
 /// # Safety
-/// `queries` are of width `T * R::NUM`; `scores` has room for `[num_keys rounded up to X]` times that;
-/// the keys' rows hold `head_dim` floats. `X` divides 16, and no row sees a key from `num_keys` on.
+/// The queries have `row + A` rows, and no row sees a key from `num_keys` on; `scores` has room for the
+/// rows, and the runs' blocks for `head_dim` channels. `B` vectors divide a tile.
 #[inline(always)]
-pub(super) unsafe fn score<R: Lanes, const T: usize, const X: usize>(
-    lanes: R,
+pub(super) unsafe fn score<L: Lanes, E: Element, const A: usize, const B: usize>(
+    lanes: L,
     queries: Queries,
-    keys: &Rows,
-    values: &Rows,
+    row: usize,
+    runs: &Runs<E>,
     num_keys: usize,
     scores: *mut f32,
-) -> [R::Vector; T] {
-    let width = T * R::NUM;
-    let mut top = [lanes.splat(MASKED); T];
-    let mut key = 0;
-    while key < num_keys {
-        let (row, next, value) = (keys.row(key), keys.row(key + X), values.row(key));
-        let mut rows = [row; X];
-        for (x, other) in rows.iter_mut().enumerate() {
-            *other = row.wrapping_add(x * keys.stride());
+) {
+    let Queries { query, head_dim, visible } = queries;
+    let query = query.wrapping_add(row * head_dim);
+    for first in (0..num_keys).step_by(B * L::NUM) {
+        let mut keys = [runs.keys[0]; B];
+        let mut values = [runs.values[0]; B];
+        let mut next = [runs.keys[0]; B];
+        for b in 0..B {
+            let key = first + b * L::NUM;
+            keys[b] = runs.keys[key / RUN].wrapping_add(key % RUN);
+            values[b] = runs.values[key / RUN].wrapping_add(key % RUN * head_dim);
+            let after = (key + B * L::NUM).min(TILE);
+            next[b] = runs.keys[after / RUN].wrapping_add(after % RUN);
         }
-        let mut s = [[lanes.splat(0.0); T]; X];
-        for c in 0..queries.head_dim {
-            if T == 1 && c % LINE == 0 {
-                // With few rows the caches' memory is the limit. Ask for the next keys, and for the
-                // values of these, which are read in narrow columns that no CPU foresees.
-                for x in 0..X {
-                    prefetch(next.wrapping_add(x * keys.stride() + c));
-                    prefetch(value.wrapping_add(x * keys.stride() + c));
+        let mut sums = [[lanes.splat(0.0); B]; A];
+        for channel in 0..head_dim {
+            let mut k = [lanes.splat(0.0); B];
+            for b in 0..B {
+                let at = channel * runs.key_stride;
+                if row == 0 {
+                    // With few rows the caches' memory is the limit. Ask for the next keys, and for
+                    // the values of these.
+                    prefetch(next[b].wrapping_add(at));
+                    prefetch(values[b].wrapping_add(channel * L::NUM));
+                }
+                // SAFETY: a vector of keys lies in one run, and the run's block has every channel.
+                k[b] = unsafe { E::load(lanes, keys[b].wrapping_add(at)) };
+            }
+            for (a, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: row + a is a row of the queries.
+                let q = lanes.splat(unsafe { *query.add(a * head_dim + channel) });
+                for (sum, k) in sums.iter_mut().zip(k) {
+                    *sum = lanes.mul_add(q, k, *sum);
                 }
             }
-            let mut q = [lanes.splat(0.0); T];
-            for (t, q) in q.iter_mut().enumerate() {
-                // SAFETY: c < head_dim and t < T, so this is within the queries.
-                *q = unsafe { lanes.load(queries.query.add(c * width + t * R::NUM)) };
-            }
-            for (s, row) in s.iter_mut().zip(rows) {
-                // SAFETY: `X` keys from a multiple of `X` on lie in one run of a block, and a row
-                // has head_dim floats.
-                let k = lanes.splat(unsafe { *row.add(c) });
-                for (s, q) in s.iter_mut().zip(q) {
-                    *s = lanes.mul_add(q, k, *s);
+        }
+        for (a, sums) in sums.into_iter().enumerate() {
+            // SAFETY: row + a is a row of the queries, and the keys are below TILE.
+            unsafe {
+                let visible = lanes.splat(*visible.add(row + a));
+                for (b, sum) in sums.into_iter().enumerate() {
+                    let key = first + b * L::NUM;
+                    let position = lanes.add(lanes.iota(), lanes.splat(key as f32));
+                    lanes.store(scores.add((row + a) * TILE + key), lanes.hide(sum, position, visible));
                 }
             }
         }
-        for (x, s) in s.into_iter().enumerate() {
-            for (t, mut score) in s.into_iter().enumerate() {
-                if key + X > queries.all_visible {
-                    // SAFETY: t < T, so this is within `visible`.
-                    let visible = unsafe { lanes.load(queries.visible.add(t * R::NUM)) };
-                    score = lanes.hide(score, lanes.splat((key + x) as f32), visible);
-                }
-                top[t] = lanes.max(top[t], score);
-                // SAFETY: key + x is below num_keys rounded up to X.
-                unsafe { lanes.store(scores.add((key + x) * width + t * R::NUM), score) };
-            }
-        }
-        key += X;
     }
-    top
 }
 
-/// Turns scores into weights relative to each row's `top`, and sums them.
+/// Turns a row's scores, `[TILE]`, into weights relative to the highest of the first `num_keys`; returns
+/// that and the sum of the weights.
 ///
 /// # Safety
-/// `scores` holds `[num_keys][T * R::NUM]` floats.
+/// `scores` holds `num_keys` floats, rounded up to a vector, those from `num_keys` on masked.
 #[inline(always)]
-pub(super) unsafe fn weights<R: Lanes, const T: usize>(
-    lanes: R,
-    scores: *mut f32,
-    num_keys: usize,
-    top: [R::Vector; T],
-) -> [R::Vector; T] {
-    let mut sum = [lanes.splat(0.0); T];
-    for key in 0..num_keys {
-        for t in 0..T {
-            // SAFETY: key < num_keys and t < T.
-            unsafe {
-                let at = scores.add((key * T + t) * R::NUM);
-                let weight = exp(lanes, lanes.sub(lanes.load(at), top[t]));
-                sum[t] = lanes.add(sum[t], weight);
-                lanes.store(at, weight);
-            }
+pub(super) unsafe fn weights<L: Lanes>(lanes: L, scores: *mut f32, num_keys: usize) -> (f32, f32) {
+    let mut top = lanes.splat(MASKED);
+    for key in (0..num_keys).step_by(L::NUM) {
+        // SAFETY: the caller vouches for the vectors below num_keys.
+        top = lanes.max(top, unsafe { lanes.load(scores.add(key)) });
+    }
+    let top = reduce(lanes, top, |a, b| if a > b { a } else { b });
+    let mut sum = lanes.splat(0.0);
+    for key in (0..num_keys).step_by(L::NUM) {
+        // SAFETY: as above.
+        unsafe {
+            let weight = exp(lanes, lanes.sub(lanes.load(scores.add(key)), lanes.splat(top)));
+            sum = lanes.add(sum, weight);
+            lanes.store(scores.add(key), weight);
         }
     }
-    sum
+    (top, reduce(lanes, sum, |a, b| a + b))
+}
+
+/// All lanes as one, halving in a fixed order.
+#[inline(always)]
+fn reduce<L: Lanes>(lanes: L, x: L::Vector, f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut parts = [0f32; 16];
+    // SAFETY: no level has more lanes.
+    unsafe { lanes.store(parts.as_mut_ptr(), x) };
+    let mut len = L::NUM;
+    while len > 1 {
+        len /= 2;
+        for i in 0..len {
+            parts[i] = f(parts[i], parts[i + len]);
+        }
+    }
+    parts[0]
 }
 
 /// Where weighted values go.
@@ -120,17 +133,18 @@ pub(super) enum Sink {
     Fold { output: *mut f32, keep: *const f32, take: *const f32 },
 }
 
-/// Values of the tile's first `num_keys` keys, weighted for `width` rows, into `[width][head_dim]`.
+/// Values of the tile's first `num_keys` keys, weighted for `A` rows from `row` on, into
+/// `[width][head_dim]`.
 ///
 /// # Safety
-/// `weights` holds `[num_keys][width]` floats and the values' rows `head_dim`; the sink's output is
-/// `[width][head_dim]`, its factors `[width]`. `A` divides `width`.
+/// `weights` holds `[width][TILE]` floats and the runs' values `head_dim`; the sink's output is
+/// `[width][head_dim]`, its factors `[width]`, with `row + A` rows.
 #[inline(always)]
-pub(super) unsafe fn weigh<L: Level, const A: usize, const B: usize>(
+pub(super) unsafe fn weigh<L: Level, E: Element, const A: usize, const B: usize>(
     level: L,
     weights: *const f32,
-    width: usize,
-    values: &Rows,
+    row: usize,
+    runs: &Runs<E>,
     num_keys: usize,
     head_dim: usize,
     sink: Sink,
@@ -139,11 +153,9 @@ pub(super) unsafe fn weigh<L: Level, const A: usize, const B: usize>(
     macro_rules! columns {
         ($lanes:expr, $many:expr) => {
             while column + $many * width_of($lanes) <= head_dim {
-                let at = Place { width, column, head_dim };
-                for row in (0..width).step_by(A) {
-                    // SAFETY: the columns and, as A divides width, the rows are within the output.
-                    unsafe { strip::<_, A, { $many }>($lanes, weights, values, num_keys, row, at, sink) };
-                }
+                let at = Place { row, column, head_dim };
+                // SAFETY: the columns and the rows are within the output.
+                unsafe { strip::<_, E, A, { $many }>($lanes, weights, runs, num_keys, at, sink) };
                 column += $many * width_of($lanes);
             }
         };
@@ -161,62 +173,59 @@ fn width_of<C: Lanes>(_: C) -> usize {
 
 #[derive(Clone, Copy)]
 struct Place {
-    width: usize,
+    row: usize,
     column: usize,
     head_dim: usize,
 }
 
-/// `A` rows from `row` on by `B` vectors of columns.
+/// `A` rows by `B` vectors of columns.
 ///
 /// # Safety
 /// As [`weigh`], for these rows and columns.
 #[inline(always)]
-unsafe fn strip<C: Lanes, const A: usize, const B: usize>(
+unsafe fn strip<C: Lanes, E: Element, const A: usize, const B: usize>(
     lanes: C,
     weights: *const f32,
-    values: &Rows,
+    runs: &Runs<E>,
     num_keys: usize,
-    row: usize,
     at: Place,
     sink: Sink,
 ) {
     let mut sums = [[lanes.splat(0.0); B]; A];
-    let mut key = 0;
-    while key < num_keys {
-        let run = values.run(key).min(num_keys - key);
-        let mut value = values.row(key).wrapping_add(at.column);
-        let mut weight = weights.wrapping_add(key * at.width + row);
-        for _ in 0..run {
+    let mut weight = weights.wrapping_add(at.row * TILE);
+    for (run, first) in (0..num_keys).step_by(RUN).enumerate() {
+        let mut value = runs.values[run].wrapping_add(at.column);
+        for _ in first..num_keys.min(first + RUN) {
             let mut v = [lanes.splat(0.0); B];
             for (b, v) in v.iter_mut().enumerate() {
-                // SAFETY: the caller vouches that these columns are within the row.
-                *v = unsafe { lanes.load(value.add(b * C::NUM)) };
+                // SAFETY: the caller vouches that these columns are within the value.
+                *v = unsafe { E::load(lanes, value.add(b * C::NUM)) };
             }
             for (a, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row + a < width.
-                let w = lanes.splat(unsafe { *weight.add(a) });
+                // SAFETY: at.row + a is a row of the weights.
+                let w = lanes.splat(unsafe { *weight.add(a * TILE) });
                 for (sum, v) in sums.iter_mut().zip(v) {
                     *sum = lanes.mul_add(w, v, *sum);
                 }
             }
-            value = value.wrapping_add(values.stride());
-            weight = weight.wrapping_add(at.width);
+            value = value.wrapping_add(at.head_dim);
+            weight = weight.wrapping_add(1);
         }
-        key += run;
     }
     for (a, sums) in sums.iter().enumerate() {
         for (b, &sum) in sums.iter().enumerate() {
-            let offset = (row + a) * at.head_dim + at.column + b * C::NUM;
-            // SAFETY: row + a < width and the columns are below head_dim.
+            let row = at.row + a;
+            let offset = row * at.head_dim + at.column + b * C::NUM;
+            // SAFETY: the row and the columns are within the output.
             unsafe {
                 match sink {
                     Sink::Store { output } => lanes.store(output.add(offset), sum),
                     Sink::Fold { output, keep, take } => fold_at(
                         lanes,
                         output.add(offset),
-                        lanes.splat(*keep.add(row + a)),
+                        lanes.splat(*keep.add(row)),
                         sum,
-                        lanes.splat(*take.add(row + a)),
+                        lanes.splat(*take.add(row)),
                     ),
                 }
             }
@@ -235,7 +244,8 @@ unsafe fn fold_at<C: Lanes>(lanes: C, output: *mut f32, keep: C::Vector, tile: C
     }
 }
 
-/// A row's state that tiles are folded into, and the factors of the latest fold; pointers to `[width]`.
+/// Each row's state that tiles are folded into, and the factors of the latest fold; pointers to
+/// `[width]`.
 #[derive(Clone, Copy)]
 pub(super) struct State {
     pub(super) top: *mut f32,
@@ -245,23 +255,26 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Folds a vector of rows, from `row` on: highest score and sum.
+    /// Folds a tile's highest scores and sums, `[width]`, into all rows.
     ///
     /// # Safety
-    /// The pointers are valid for a vector at `row`.
+    /// The pointers are valid for `width` floats, a multiple of 4.
     #[inline(always)]
-    pub(super) unsafe fn fold<R: Lanes>(self, lanes: R, row: usize, top: R::Vector, sum: R::Vector) {
-        // SAFETY: the caller vouches for it.
-        unsafe {
-            let old = lanes.load(self.top.add(row));
-            let new = lanes.max(old, top);
-            let keep = exp(lanes, lanes.sub(old, new));
-            let take = exp(lanes, lanes.sub(top, new));
-            let sum = lanes.mul_add(lanes.load(self.sum.add(row)), keep, lanes.mul(sum, take));
-            lanes.store(self.top.add(row), new);
-            lanes.store(self.sum.add(row), sum);
-            lanes.store(self.keep.add(row), keep);
-            lanes.store(self.take.add(row), take);
+    pub(super) unsafe fn fold<L: Level>(self, level: L, width: usize, tops: *const f32, sums: *const f32) {
+        let lanes = level.narrow();
+        for row in (0..width).step_by(4) {
+            // SAFETY: the caller vouches for it.
+            unsafe {
+                let (old, top) = (lanes.load(self.top.add(row)), lanes.load(tops.add(row)));
+                let new = lanes.max(old, top);
+                let keep = exp(lanes, lanes.sub(old, new));
+                let take = exp(lanes, lanes.sub(top, new));
+                let sum = lanes.mul(lanes.load(sums.add(row)), take);
+                lanes.store(self.sum.add(row), lanes.mul_add(lanes.load(self.sum.add(row)), keep, sum));
+                lanes.store(self.top.add(row), new);
+                lanes.store(self.keep.add(row), keep);
+                lanes.store(self.take.add(row), take);
+            }
         }
     }
 }

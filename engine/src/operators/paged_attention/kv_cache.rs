@@ -1,20 +1,32 @@
-//! Owns every access to the key and value caches: writing slots and finding the rows of a key tile.
+//! Owns every access to the key and value caches: writing slots and finding the parts of a key tile.
+//!
+//! To the contract a cache is `[num_blocks, block_size, kv_num_heads, head_dim]`; within a block the
+//! order is ours, since nobody else reads it. A head's numbers lie together. Keys are turned so that a
+//! vector holds one channel of neighbouring keys, and a few queries keep a whole vector busy:
+//!
+//! ```text
+//! key block    [kv_num_heads][head_dim][block_size]
+//! value block  [kv_num_heads][block_size][head_dim]
+//! ```
 //!
 //! Invariant: addresses come from a validated batch, and a call writes all its slots before it reads
-//! any. Cache elements are loaded by [`Rows`] alone, so another element type would change this file
-//! and [`super::kernels`]' two loads.
+//! any.
 
 use super::batch::{Batch, Geometry, Sequence};
+use super::element::Element;
 
 /// Keys of a tile. Tiles start at multiples of it in every sequence.
 pub(super) const TILE: usize = 128;
 
-/// Cache elements in a line of the CPU's caches.
-pub(super) const LINE: usize = 16;
+/// Keys that lie together in every cache: the smallest block.
+pub(super) const RUN: usize = 16;
+
+/// Channels of the largest head.
+pub(super) const MAX_HEAD_DIM: usize = 512;
 
 /// Asks for the line of `at` ahead of its use; any address will do.
 #[inline(always)]
-pub(super) fn prefetch(at: *const f32) {
+pub(super) fn prefetch<E>(at: *const E) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -25,103 +37,94 @@ pub(super) fn prefetch(at: *const f32) {
     let _ = at;
 }
 
-/// The two caches of a layer, `[num_blocks, block_size, kv_num_heads, head_dim]`.
+/// The two caches of a layer.
 #[derive(Clone, Copy)]
-pub(super) struct KvCache {
-    key: *mut f32,
-    value: *mut f32,
+pub(super) struct KvCache<E> {
+    key: *mut E,
+    value: *mut E,
     geometry: Geometry,
 }
 
 // SAFETY: the pointers are to memory that outlives the call, see `new`; `write` and reading are
-// ordered by the caller and distinct writers write distinct channels.
-unsafe impl Sync for KvCache {}
+// ordered by the caller and distinct writers write distinct heads.
+unsafe impl<E> Sync for KvCache<E> {}
 
-/// Where the keys (or values) of a tile lie.
-pub(super) struct Rows {
-    base: *const f32,
-    /// Offsets of the tile's runs of neighbouring slots, and of the next tile's first run, to prefetch
-    /// it; the smallest blocks make the most runs.
-    runs: [usize; TILE / 16 + 1],
-    run_len: usize,
-    stride: usize,
+/// Where a head's keys and values of a tile lie, run by run. The last run is the next tile's first, to
+/// prefetch it.
+pub(super) struct Runs<E> {
+    /// Channel 0 of each run's first key; a key's next channel is `key_stride` further.
+    pub(super) keys: [*const E; TILE / RUN + 1],
+    /// Each run's first value; values lie `head_dim` apart.
+    pub(super) values: [*const E; TILE / RUN + 1],
+    pub(super) key_stride: usize,
 }
 
-impl KvCache {
+impl<E: Element> KvCache<E> {
     /// # Safety
     /// Both pointers are valid for reading and writing `geometry`'s whole cache while the value
     /// lives, and nobody else uses the memory.
-    pub(super) unsafe fn new(key: *mut f32, value: *mut f32, geometry: Geometry) -> Self {
+    pub(super) unsafe fn new(key: *mut E, value: *mut E, geometry: Geometry) -> Self {
         Self { key, value, geometry }
     }
 
     /// Writes keys, rotated, and values of `kv_head` of all tokens.
     pub(super) fn write(&self, batch: &Batch, kv_head: usize) {
-        let Geometry { num_heads, kv_num_heads, head_dim, .. } = self.geometry;
+        let Geometry { num_heads, kv_num_heads, head_dim, block_size, .. } = self.geometry;
         let width = self.geometry.packed_width();
+        let mut turned = [0f32; MAX_HEAD_DIM];
+        let turned = &mut turned[..head_dim];
         for sequence in batch.sequences() {
             for token in sequence.tokens.clone() {
                 let Some(slot) = batch.slot(&sequence, token) else {
                     continue;
                 };
                 let packed = &batch.packed[token * width..(token + 1) * width];
-                let from = (num_heads + kv_head) * head_dim;
-                let to = (slot * kv_num_heads + kv_head) * head_dim;
-                // SAFETY: the batch's slots are within the cache; channels of other heads, which
-                // other threads may be writing, are not part of the slices.
-                let (key, value) = unsafe {
-                    (
-                        std::slice::from_raw_parts_mut(self.key.add(to), head_dim),
-                        std::slice::from_raw_parts_mut(self.value.add(to), head_dim),
-                    )
-                };
-                key.copy_from_slice(&packed[from..from + head_dim]);
-                let from = from + kv_num_heads * head_dim;
-                value.copy_from_slice(&packed[from..from + head_dim]);
+                let key = (num_heads + kv_head) * head_dim;
+                let value = key + kv_num_heads * head_dim;
+                turned.copy_from_slice(&packed[key..key + head_dim]);
                 if let Some(rotary) = &batch.rotary {
-                    rotary.rotate(key, sequence.past + token - sequence.tokens.start);
+                    rotary.rotate(turned, sequence.past + token - sequence.tokens.start);
+                }
+                let head = self.head(slot / block_size, kv_head);
+                let at = slot % block_size;
+                let value = &packed[value..value + head_dim];
+                for (channel, (key, value)) in turned.iter().zip(value).enumerate() {
+                    // SAFETY: the batch's slots are within the cache; other heads, which other
+                    // threads may be writing, lie elsewhere.
+                    unsafe {
+                        *self.key.add(head + channel * block_size + at) = E::round(*key);
+                        *self.value.add(head + at * head_dim + channel) = E::round(*value);
+                    }
                 }
             }
         }
     }
 
+    /// Where `kv_head`'s part of a block starts.
+    fn head(&self, block: usize, kv_head: usize) -> usize {
+        let Geometry { kv_num_heads, head_dim, block_size, .. } = self.geometry;
+        (block * kv_num_heads + kv_head) * block_size * head_dim
+    }
+
     /// Keys and values of `kv_head` from position `start`, a multiple of [`TILE`], on.
-    pub(super) fn rows(&self, sequence: &Sequence, start: usize, kv_head: usize) -> (Rows, Rows) {
-        let Geometry { block_size, kv_num_heads, head_dim, .. } = self.geometry;
-        let run_len = block_size.min(TILE);
-        let mut runs = [0; TILE / 16 + 1];
-        for (run, offset) in runs.iter_mut().enumerate().take(TILE / run_len + 1) {
-            let position = start + run * run_len;
-            // Past the end there is nothing to read, and any address will do to prefetch.
-            let Some(&block) = sequence.blocks.get(position / block_size) else {
+    pub(super) fn runs(&self, sequence: &Sequence, start: usize, kv_head: usize) -> Runs<E> {
+        let Geometry { block_size, head_dim, .. } = self.geometry;
+        let mut runs = Runs {
+            keys: [self.key.cast_const(); _],
+            values: [self.value.cast_const(); _],
+            key_stride: block_size,
+        };
+        for (run, (key, value)) in runs.keys.iter_mut().zip(&mut runs.values).enumerate() {
+            let position = start + run * RUN;
+            // Past the end the table may name anything. What is read there is hidden: any block will do.
+            if position >= sequence.past + sequence.tokens.len() {
                 break;
-            };
-            let slot = (block as usize).wrapping_mul(block_size).wrapping_add(position % block_size);
-            *offset = slot.wrapping_mul(kv_num_heads).wrapping_add(kv_head).wrapping_mul(head_dim);
+            }
+            let block = sequence.blocks[position / block_size];
+            let (head, at) = (self.head(block as usize, kv_head), position % block_size);
+            *key = key.wrapping_add(head + at);
+            *value = value.wrapping_add(head + at * head_dim);
         }
-        let rows =
-            |base: *mut f32| Rows { base: base.cast_const(), runs, run_len, stride: kv_num_heads * head_dim };
-        (rows(self.key), rows(self.value))
-    }
-}
-
-impl Rows {
-    /// Floats from a key to the next one of the same run.
-    #[inline(always)]
-    pub(super) fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// Keys from `key` on that lie [`Self::stride`] apart; a multiple of 16 if `key` is one.
-    #[inline(always)]
-    pub(super) fn run(&self, key: usize) -> usize {
-        self.run_len - (key & (self.run_len - 1))
-    }
-
-    /// The row of `key`, counted from the tile's start.
-    #[inline(always)]
-    pub(super) fn row(&self, key: usize) -> *const f32 {
-        let offset = self.runs[key / self.run_len] + (key & (self.run_len - 1)) * self.stride;
-        self.base.wrapping_add(offset)
+        runs
     }
 }

@@ -12,6 +12,13 @@ use super::kv_cache::TILE;
 /// Pieces of work that a thread should find, so that a slow thread does not hold up the others.
 const TASKS_PER_THREAD: usize = 2;
 
+/// Rows that are computed side by side at least; a tile's last rows are padded to them.
+pub(super) const ROWS: usize = 4;
+
+/// Rows of the largest tile: its scores and queries stay in a core's first cache, and each key is read
+/// once for all of them.
+const MAX_ROWS: usize = 32;
+
 /// Neighbouring rows that share a key/value head. Row `r` of a sequence and key/value head is token
 /// `r / group`, head `r % group` of the group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,8 +28,6 @@ pub(super) struct RowTile {
     pub(super) kv_head: usize,
     /// Its rows.
     pub(super) rows: Range<usize>,
-    /// Rows computed: `rows`, padded to a width that the level has.
-    pub(super) width: usize,
     /// Keys that its last row sees.
     pub(super) num_keys: usize,
     /// Where its partial results start, if it is split.
@@ -30,8 +35,13 @@ pub(super) struct RowTile {
 }
 
 impl RowTile {
+    /// Rows computed: `rows` and padding.
+    pub(super) fn width(&self) -> usize {
+        self.rows.len().next_multiple_of(ROWS)
+    }
+
     fn work(&self) -> usize {
-        self.width * self.num_keys
+        self.width() * self.num_keys
     }
 
     /// Key tiles that its last row sees.
@@ -66,23 +76,20 @@ pub(super) fn partial_floats(width: usize, head_dim: usize) -> usize {
 }
 
 impl Plan {
-    /// Cuts `batch` up for `num_threads`, with tiles of one of `widths` (ascending) rows.
-    pub(super) fn rebuild(&mut self, batch: &Batch, widths: &[usize], num_threads: usize) {
+    /// Cuts `batch` up for `num_threads`.
+    pub(super) fn rebuild(&mut self, batch: &Batch, num_threads: usize) {
         self.tiles.clear();
         self.tasks.clear();
         self.num_partial_floats = 0;
         let group = batch.geometry.group();
-        let widest = widths[widths.len() - 1];
         for (i, sequence) in batch.sequences().enumerate() {
             let num_rows = sequence.tokens.len() * group;
             for kv_head in 0..batch.geometry.kv_num_heads {
-                for first in (0..num_rows).step_by(widest) {
-                    let rows = first..num_rows.min(first + widest);
-                    let width = widths.iter().copied().find(|width| *width >= rows.len());
+                for first in (0..num_rows).step_by(MAX_ROWS) {
+                    let rows = first..num_rows.min(first + MAX_ROWS);
                     self.tiles.push(RowTile {
                         sequence: i,
                         kv_head,
-                        width: width.unwrap_or(widest),
                         num_keys: sequence.past + (rows.end - 1) / group + 1,
                         rows,
                         partials: None,
@@ -96,7 +103,7 @@ impl Plan {
         tasks.sort_unstable_by_key(|task| {
             let tile = &tiles[task.tile];
             let keys = (task.key_tiles.1 - task.key_tiles.0) * TILE;
-            (std::cmp::Reverse(tile.width * keys.min(tile.num_keys)), task.tile, task.key_tiles)
+            (std::cmp::Reverse(tile.width() * keys.min(tile.num_keys)), task.tile, task.key_tiles)
         });
     }
 
@@ -120,7 +127,7 @@ impl Plan {
             *self.remaining[i].get_mut() = pieces;
             if pieces > 1 {
                 tile.partials = Some(self.num_partial_floats);
-                self.num_partial_floats += num_key_tiles * partial_floats(tile.width, head_dim);
+                self.num_partial_floats += num_key_tiles * partial_floats(tile.width(), head_dim);
             }
         }
     }

@@ -11,6 +11,7 @@ pub(super) mod avx2;
 pub(super) mod avx512;
 
 use super::attend::{Job, Task};
+use super::element::Element;
 use super::workspace::Scratch;
 
 /// Score of a key that a row must not see. Finite, so that differences of scores are never NaN.
@@ -31,6 +32,13 @@ pub(super) trait Lanes: Copy {
     /// # Safety
     /// `from` is valid for reading `NUM` floats.
     unsafe fn load(self, from: *const f32) -> Self::Vector;
+    /// Reads a vector of bfloat16s: each is the upper half of a float.
+    ///
+    /// # Safety
+    /// `from` is valid for reading `NUM` of them.
+    unsafe fn widen(self, from: *const u16) -> Self::Vector;
+    /// 0, 1, 2, ...
+    fn iota(self) -> Self::Vector;
     /// Writes a vector, which need not be aligned.
     ///
     /// # Safety
@@ -62,9 +70,6 @@ pub(super) trait Level: Copy {
     type Narrow: Lanes;
     /// One float, for what is left.
     type Single: Lanes;
-    /// Rows a tile may hold, ascending; multiples of 4.
-    const WIDTHS: &'static [usize];
-
     /// The widest vectors.
     fn wide(self) -> Self::Wide;
     /// Vectors of 4.
@@ -72,7 +77,7 @@ pub(super) trait Level: Copy {
     /// One float.
     fn single(self) -> Self::Single;
     /// Computes `task` in code compiled for this instruction set.
-    fn attend(self, job: &Job, task: Task, scratch: &mut Scratch);
+    fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch);
 }
 
 /// The instruction set that a kernel uses. A value exists only if this CPU has it.
@@ -122,19 +127,8 @@ impl Simd {
         }
     }
 
-    /// Rows that a tile of this level may hold, ascending.
-    pub(super) fn widths(self) -> &'static [usize] {
-        match self {
-            Self::Portable(_) => portable::Portable::WIDTHS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => avx2::Avx2::WIDTHS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512(_) => avx512::Avx512::WIDTHS,
-        }
-    }
-
     /// Computes `task`.
-    pub(super) fn attend(self, job: &Job, task: Task, scratch: &mut Scratch) {
+    pub(super) fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
         match self {
             Self::Portable(level) => level.attend(job, task, scratch),
             #[cfg(target_arch = "x86_64")]
@@ -145,12 +139,13 @@ impl Simd {
     }
 }
 
-/// Implements [`Lanes`] over x86 intrinsics; the three masks differ between AVX2 and AVX-512.
+/// Implements [`Lanes`] over x86 intrinsics; masks and widening differ between AVX2 and AVX-512.
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_lanes {
     (
         $name:ident($proof:ty), $vector:ty, $num:literal,
         $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident, $max:ident,
+        |$half:ident| $widen:expr,
         |$x:ident, $limit:ident, $y:ident| $zero_below:expr,
         |$score:ident, $position:ident, $visible:ident, $masked:ident| $hide:expr,
         |$value:ident, $bits:ident| $add_exponent:expr
@@ -173,6 +168,18 @@ macro_rules! x86_lanes {
             unsafe fn load(self, from: *const f32) -> $vector {
                 // SAFETY: see above; the caller vouches for `from`.
                 unsafe { $load(from) }
+            }
+            #[inline(always)]
+            unsafe fn widen(self, $half: *const u16) -> $vector {
+                // SAFETY: see above; the caller vouches for the address.
+                unsafe { $widen }
+            }
+            #[inline(always)]
+            fn iota(self) -> $vector {
+                const NUMBERS: [f32; 16] =
+                    [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+                // SAFETY: see above; no level has more lanes.
+                unsafe { $load(NUMBERS.as_ptr()) }
             }
             #[inline(always)]
             unsafe fn store(self, to: *mut f32, x: $vector) {

@@ -65,29 +65,28 @@ fn mixed_batches_match_plain_attention() {
 /// Whether exactly the slots of `shares` were written, and with what.
 fn only_these_slots(world: &World, shares: &[Share], what: &str) {
     let Shape { kv_heads, group, head_dim, .. } = world.shape;
-    let width = kv_heads * head_dim;
-    let mut owner = vec![None; world.key.len() / width];
+    let mut owner = vec![None; world.key.len() / (kv_heads * head_dim)];
     for share in shares {
         for position in share.past..share.past + share.len {
             owner[world.slot(share.sequence, position)] = Some((share.sequence, position));
         }
     }
     for (slot, owner) in owner.into_iter().enumerate() {
-        let floats = slot * width..(slot + 1) * width;
-        let (key, value) = (&world.key[floats.clone()], &world.value[floats]);
-        let Some((sequence, position)) = owner else {
-            let untouched = key.iter().chain(value).all(|x| x.is_nan());
-            assert!(untouched, "{what}: slot {slot} was written");
-            continue;
-        };
         for head in 0..kv_heads {
-            let at = head * head_dim..(head + 1) * head_dim;
-            let key_head = world.head(sequence, position, kv_heads * group + head);
-            let value_head = world.head(sequence, position, kv_heads * (group + 1) + head);
-            for (got, want) in key[at.clone()].iter().zip(key_head) {
-                assert!((f64::from(*got) - want).abs() < 1e-5, "{what}: key in slot {slot}");
+            let expected = owner.map(|(sequence, position)| {
+                let key = world.head(sequence, position, kv_heads * group + head);
+                (key, world.head(sequence, position, kv_heads * (group + 1) + head))
+            });
+            for channel in 0..head_dim {
+                let [key, value] = world.places(slot, head, channel);
+                let (key, value) = (world.key[key], world.value[value]);
+                let Some((keys, values)) = &expected else {
+                    assert!(key.is_nan() && value.is_nan(), "{what}: slot {slot} was written");
+                    continue;
+                };
+                assert!((f64::from(key) - keys[channel]).abs() < 1e-5, "{what}: key in slot {slot}");
+                assert_eq!(f64::from(value), values[channel], "{what}: value in slot {slot}");
             }
-            assert!(value[at].iter().zip(value_head).all(|(got, want)| f64::from(*got) == want), "{what}");
         }
     }
 }
@@ -174,14 +173,28 @@ fn a_slot_of_minus_one_writes_nothing_and_shared_blocks_are_read() {
         let mut call = world.call(&[share(0, 0, 40)], true);
         call.slots.as_mut().unwrap()[..32].fill(-1);
         assert_eq!(bits(&world.run(&call, simd, 2).unwrap()), bits(&prefix), "{name}");
-        let slot_floats = shape.kv_heads * shape.head_dim;
-        let block = own as usize * 16 * slot_floats..own as usize * 16 * slot_floats + 8 * slot_floats;
-        let first = written[2] as usize * 16 * slot_floats;
-        for (before, after) in [(&key, &world.key), (&value, &world.value)] {
-            let changed: Vec<usize> =
+        // The last 8 tokens, in sequence 0's third block before and in `own` now.
+        let slots = |block: i32| (0..8).map(move |at| block as usize * 16 + at);
+        let places = |world: &World, slot: usize, which: usize| -> Vec<usize> {
+            let heads = 0..shape.kv_heads;
+            heads
+                .flat_map(|head| (0..shape.head_dim).map(move |channel| (head, channel)))
+                .map(|(head, channel)| world.places(slot, head, channel)[which])
+                .collect()
+        };
+        for (which, (before, after)) in [(&key, &world.key), (&value, &world.value)].into_iter().enumerate() {
+            let mut changed: Vec<usize> =
                 (0..before.len()).filter(|&i| before[i].to_bits() != after[i].to_bits()).collect();
-            assert_eq!(changed, block.clone().collect::<Vec<_>>(), "{name}");
-            assert_eq!(bits(&after[block.clone()]), bits(&before[first..first + block.len()]), "{name}");
+            let mut expected: Vec<usize> = slots(own).flat_map(|slot| places(&world, slot, which)).collect();
+            changed.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(changed, expected, "{name}");
+            for (old, new) in slots(written[2]).zip(slots(own)) {
+                let copies = places(&world, old, which).into_iter().zip(places(&world, new, which));
+                for (old, new) in copies {
+                    assert_eq!(after[new].to_bits(), before[old].to_bits(), "{name}");
+                }
+            }
         }
     }
 }

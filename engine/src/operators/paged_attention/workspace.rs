@@ -37,14 +37,12 @@ pub(super) struct Scratch(Buffer);
 
 /// A [`Scratch`] cut up for a tile of `width` rows.
 pub(super) struct Parts<'a> {
-    /// Queries, `[head_dim][width]`.
+    /// Queries, `[width][head_dim]`.
     pub(super) query: &'a mut [f32],
-    /// Scores, then weights, `[TILE][width]`.
+    /// Scores, then weights, `[width][TILE]`.
     pub(super) scores: &'a mut [f32],
     /// Weighted values so far, `[width][head_dim]`.
     pub(super) output: &'a mut [f32],
-    /// One head while it is rotated.
-    pub(super) head: &'a mut [f32],
     /// Of each row: highest score so far.
     pub(super) top: &'a mut [f32],
     /// Of each row: sum of weights so far.
@@ -53,6 +51,10 @@ pub(super) struct Parts<'a> {
     pub(super) keep: &'a mut [f32],
     /// Of each row: factor of the tile that is folded in.
     pub(super) take: &'a mut [f32],
+    /// Of each row: highest score in the tile.
+    pub(super) tile_top: &'a mut [f32],
+    /// Of each row: sum of weights in the tile.
+    pub(super) tile_sum: &'a mut [f32],
     /// Of each row: number of keys in the tile that it sees.
     pub(super) visible: &'a mut [f32],
 }
@@ -62,8 +64,7 @@ impl Scratch {
     pub(super) fn parts(&mut self, width: usize, head_dim: usize) -> Parts<'_> {
         let row = width.next_multiple_of(LINE);
         let matrix = (head_dim * width).next_multiple_of(LINE);
-        let head = head_dim.next_multiple_of(LINE);
-        let mut rest = self.0.reserve(2 * matrix + TILE * row + head + 5 * row);
+        let mut rest = self.0.reserve(2 * matrix + TILE * width + 7 * row);
         let mut take = |num_floats: usize| {
             let (part, others) = std::mem::take(&mut rest).split_at_mut(num_floats);
             rest = others;
@@ -71,13 +72,14 @@ impl Scratch {
         };
         Parts {
             query: take(matrix),
-            scores: take(TILE * row),
+            scores: take(TILE * width),
             output: take(matrix),
-            head: &mut take(head)[..head_dim],
             top: take(row),
             sum: take(row),
             keep: take(row),
             take: take(row),
+            tile_top: take(row),
+            tile_sum: take(row),
             visible: take(row),
         }
     }

@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use half::bf16;
+use half::vec::HalfBitsVecExt;
 use ort::environment::Environment;
 use ort::ep::{ArenaExtendStrategy, CUDA};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
@@ -114,11 +116,7 @@ pub(super) fn bind_caches(
         let shape = [layout.num_blocks, block_size, heads, width];
         for name in (0..geometry.num_layers).flat_map(|layer| graph.names.caches(layer)) {
             match device.provider {
-                // Zeroed memory is mapped lazily: it becomes resident as blocks are used.
-                Provider::Cpu => {
-                    let cache = Tensor::from_array((shape, vec![0f32; shape.iter().product()]))?;
-                    binding.bind_input(name, &cache)?;
-                }
+                Provider::Cpu => binding.bind_input(name, &zeroed(graph.kv_cache_dtype, shape)?)?,
                 // Uninitialised: kernels read no slot that no step wrote.
                 Provider::Cuda => {
                     let cache = DynTensor::new(&allocator, element_type(graph.kv_cache_dtype), shape)?;
@@ -132,6 +130,19 @@ pub(super) fn bind_caches(
         Provider::Cpu => super::runtime(error),
         Provider::Cuda => explain(&error),
     })
+}
+
+/// A cache on the host. Zeroed memory is mapped lazily: it becomes resident as blocks are used.
+fn zeroed(dtype: Dtype, shape: [usize; 4]) -> ort::Result<DynTensor> {
+    let num_elements = shape.iter().product();
+    match dtype {
+        // As integers, since only their zeros come from the system as they are.
+        Dtype::Bfloat16 => {
+            let zeros: Vec<bf16> = vec![0u16; num_elements].reinterpret_into();
+            Ok(Tensor::from_array((shape, zeros))?.upcast())
+        }
+        _ => Ok(Tensor::from_array((shape, vec![0f32; num_elements]))?.upcast()),
+    }
 }
 
 /// Sizes of a block: tokens, heads, and elements as they are stored.

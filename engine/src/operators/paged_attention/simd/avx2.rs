@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 use super::portable::Floats;
 use super::{Lanes, Level, x86_lanes};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
+use crate::operators::paged_attention::element::Element;
 use crate::operators::paged_attention::workspace::Scratch;
 
 /// The proof that this CPU has AVX2 and FMA.
@@ -32,6 +33,7 @@ x86_lanes!(
     _mm256_mul_ps,
     _mm256_fmadd_ps,
     _mm256_max_ps,
+    |from| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))),
     |x, limit, y| _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, limit), y),
     |score, position, visible, masked| {
         _mm256_blendv_ps(masked, score, _mm256_cmp_ps::<_CMP_LT_OQ>(position, visible))
@@ -54,6 +56,7 @@ x86_lanes!(
     _mm_mul_ps,
     _mm_fmadd_ps,
     _mm_max_ps,
+    |from| _mm_castsi128_ps(_mm_slli_epi32::<16>(_mm_cvtepu16_epi32(_mm_loadl_epi64(from.cast())))),
     |x, limit, y| _mm_andnot_ps(_mm_cmp_ps::<_CMP_LT_OQ>(x, limit), y),
     |score, position, visible, masked| {
         _mm_blendv_ps(masked, score, _mm_cmp_ps::<_CMP_LT_OQ>(position, visible))
@@ -77,6 +80,15 @@ impl Lanes for Fused {
     unsafe fn load(self, from: *const f32) -> [f32; 1] {
         // SAFETY: the caller vouches for one float.
         unsafe { Floats::<1>.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn widen(self, from: *const u16) -> [f32; 1] {
+        // SAFETY: the caller vouches for one element.
+        unsafe { Floats::<1>.widen(from) }
+    }
+    #[inline(always)]
+    fn iota(self) -> [f32; 1] {
+        Floats::<1>.iota()
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32, x: [f32; 1]) {
@@ -121,7 +133,6 @@ impl Level for Avx2 {
     type Wide = Ymm;
     type Narrow = Xmm;
     type Single = Fused;
-    const WIDTHS: &'static [usize] = &[4, 8, 16];
 
     #[inline(always)]
     fn wide(self) -> Ymm {
@@ -135,14 +146,10 @@ impl Level for Avx2 {
     fn single(self) -> Fused {
         Fused(())
     }
-    fn attend(self, job: &Job, task: Task, scratch: &mut Scratch) {
+    fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
         #[target_feature(enable = "avx2,fma")]
-        fn compiled(level: Avx2, job: &Job, task: Task, scratch: &mut Scratch) {
-            match job.width(task) {
-                4 => attend::<_, _, 1, 8, 4, 2>(level, level.narrow(), job, task, scratch),
-                8 => attend::<_, _, 1, 8, 4, 2>(level, level.wide(), job, task, scratch),
-                _ => attend::<_, _, 2, 4, 4, 2>(level, level.wide(), job, task, scratch),
-            }
+        fn compiled<E: Element>(level: Avx2, job: &Job<E>, task: Task, scratch: &mut Scratch) {
+            attend::<_, _, 4, 2, 2>(level, job, task, scratch);
         }
         // SAFETY: `self` is the proof that this CPU has AVX2 and FMA.
         unsafe { compiled(self, job, task, scratch) }

@@ -4,9 +4,10 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::{Avx2, Fused, Xmm, Ymm};
+use super::avx2::{Avx2, Fused, Xmm};
 use super::{Level, x86_lanes};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
+use crate::operators::paged_attention::element::Element;
 use crate::operators::paged_attention::workspace::Scratch;
 
 /// The proof that this CPU has AVX-512 as of Skylake's servers.
@@ -36,6 +37,9 @@ x86_lanes!(
     _mm512_mul_ps,
     _mm512_fmadd_ps,
     _mm512_max_ps,
+    |from| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
+        from.cast()
+    )))),
     |x, limit, y| _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), y),
     |score, position, visible, masked| {
         _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(position, visible), masked, score)
@@ -50,7 +54,6 @@ impl Level for Avx512 {
     type Wide = Zmm;
     type Narrow = Xmm;
     type Single = Fused;
-    const WIDTHS: &'static [usize] = &[4, 8, 16, 32];
 
     #[inline(always)]
     fn wide(self) -> Zmm {
@@ -64,16 +67,10 @@ impl Level for Avx512 {
     fn single(self) -> Fused {
         self.0.single()
     }
-    fn attend(self, job: &Job, task: Task, scratch: &mut Scratch) {
+    fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
         #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")]
-        fn compiled(level: Avx512, job: &Job, task: Task, scratch: &mut Scratch) {
-            let eight: Ymm = level.0.wide();
-            match job.width(task) {
-                4 => attend::<_, _, 1, 8, 4, 4>(level, level.narrow(), job, task, scratch),
-                8 => attend::<_, _, 1, 8, 8, 2>(level, eight, job, task, scratch),
-                16 => attend::<_, _, 1, 8, 8, 2>(level, level.wide(), job, task, scratch),
-                _ => attend::<_, _, 2, 8, 8, 2>(level, level.wide(), job, task, scratch),
-            }
+        fn compiled<E: Element>(level: Avx512, job: &Job<E>, task: Task, scratch: &mut Scratch) {
+            attend::<_, _, 8, 2, 4>(level, job, task, scratch);
         }
         // SAFETY: `self` is the proof that this CPU has these features.
         unsafe { compiled(self, job, task, scratch) }

@@ -4,6 +4,7 @@
 
 use super::{Lanes, Level, MASKED};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
+use crate::operators::paged_attention::element::Element;
 use crate::operators::paged_attention::workspace::Scratch;
 
 /// Whether one rounding for `a * b + c` is an instruction; without it, it would be a library call.
@@ -38,6 +39,16 @@ impl<const N: usize> Lanes for Floats<N> {
     unsafe fn load(self, from: *const f32) -> [f32; N] {
         // SAFETY: the caller vouches for N floats; arrays of floats have the alignment of a float.
         unsafe { from.cast::<[f32; N]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn widen(self, from: *const u16) -> [f32; N] {
+        // SAFETY: the caller vouches for N elements.
+        let halves = unsafe { from.cast::<[u16; N]>().read() };
+        halves.map(|half| f32::from_bits(u32::from(half) << 16))
+    }
+    #[inline(always)]
+    fn iota(self) -> [f32; N] {
+        std::array::from_fn(|i| i as f32)
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32, x: [f32; N]) {
@@ -95,7 +106,6 @@ impl Level for Portable {
     type Wide = Floats<4>;
     type Narrow = Floats<4>;
     type Single = Floats<1>;
-    const WIDTHS: &'static [usize] = &[4, 8];
 
     fn wide(self) -> Floats<4> {
         Floats
@@ -106,10 +116,7 @@ impl Level for Portable {
     fn single(self) -> Floats<1> {
         Floats
     }
-    fn attend(self, job: &Job, task: Task, scratch: &mut Scratch) {
-        match job.width(task) {
-            4 => attend::<_, _, 1, 8, 4, 2>(self, Floats::<4>, job, task, scratch),
-            _ => attend::<_, _, 2, 4, 4, 2>(self, Floats::<4>, job, task, scratch),
-        }
+    fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
+        attend::<_, _, 4, 2, 2>(self, job, task, scratch);
     }
 }

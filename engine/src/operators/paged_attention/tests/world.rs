@@ -203,6 +203,14 @@ impl World {
         call
     }
 
+    /// Where the caches hold a channel of a slot's key and value.
+    pub(super) fn places(&self, slot: usize, head: usize, channel: usize) -> [usize; 2] {
+        let (block, at) = (slot / self.block_size, slot % self.block_size);
+        let head_dim = self.shape.head_dim;
+        let first = (block * self.shape.kv_heads + head) * self.block_size * head_dim;
+        [first + channel * self.block_size + at, first + at * head_dim + channel]
+    }
+
     pub(super) fn slot(&self, sequence: usize, position: usize) -> usize {
         self.tables[sequence][position / self.block_size] as usize * self.block_size
             + position % self.block_size
