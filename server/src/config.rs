@@ -100,7 +100,8 @@ pub struct ServeArgs {
     /// Names that requests may use besides the model's own; repeatable
     #[arg(long, env = "GLMSERVE_SERVED_MODEL_NAME", value_name = "NAME,..", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
-    /// File with one API key a line that guards /v1; # starts a comment [default: no key is needed]
+    /// File with one API key a line that guards /v1, with `weight=N` after one that gets a larger share; #
+    /// starts a comment [default: no key is needed]
     #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
     /// Who is computed when.

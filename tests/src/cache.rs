@@ -41,7 +41,7 @@ impl CacheCheck {
         match (event, self.seen.get_mut(&id)) {
             (TokenEvent::Token { token_id }, Some((_, tokens))) => tokens.push(*token_id),
             (&TokenEvent::Admitted { num_cached_tokens: found }, seen) => {
-                let most = seen.is_some().then(|| self.most_cached(id)).unwrap_or_default();
+                let most = if seen.is_some() { self.most_cached(id) } else { 0 };
                 if found > most || !found.is_multiple_of(self.block_size) {
                     return Err(format!("{found} tokens of {id:?} are cached, {most} can be"));
                 }

@@ -1,6 +1,7 @@
 //! Owns the loop of the engine thread: commands in, steps, events and published figures out.
 //!
-//! Invariant: between two steps nothing here waits, locks or allocates.
+//! Invariant: between two steps nothing here waits or locks, and nothing allocates for a token: only a
+//! request that comes and the publication of the queue do.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

@@ -63,15 +63,15 @@ fn simulate(seed: u64) {
     let (mut wants, mut num_steps_together, mut num_comes) = ([true, false, false], 0, 0);
     for step in 0..4_000u64 {
         let now = Duration::from_millis(step);
-        for tenant in 0..3 {
-            wants[tenant] ^= tenant > 0 && rng.one_in(300);
+        for (tenant, wants) in wants.iter_mut().enumerate() {
+            *wants ^= tenant > 0 && rng.one_in(300);
             let most = if tenant == 0 { 20 } else { 2 };
             let num_waiting = engine
                 .waiting()
                 .iter()
                 .filter(|s| s.tenant.0 as usize == tenant && s.admission.is_none())
                 .count();
-            for _ in num_waiting..if wants[tenant] { most } else { 0 } {
+            for _ in num_waiting..if *wants { most } else { 0 } {
                 let mut request = request(rng.range(1..=MAX_PROMPT), rng.range(1..=MAX_OUTPUT));
                 request.prompt_token_ids.iter_mut().for_each(|id| *id = rng.range(0..=90) as u32);
                 request.tenant = TenantId(tenant as u32);

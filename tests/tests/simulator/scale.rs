@@ -54,7 +54,7 @@ fn random_request(rng: &mut Rng, tenant: usize) -> Request {
 #[test]
 fn scale() {
     let num_requests =
-        std::env::var("GLMSERVE_SIM_REQUESTS").map_or(20_000, |n| n.parse().expect("a number"));
+        std::env::var("GLMSERVE_SIM_REQUESTS").map_or(100_000, |n| n.parse().expect("a number"));
     let config = EngineConfig {
         max_num_seqs: 32,
         max_num_waiting: MAX_FLOOD + NUM_TENANTS * MAX_OTHER,
@@ -76,13 +76,12 @@ fn scale() {
     let mut memory_at_a_tenth = None;
     while next_id < num_requests || !engine.is_idle() {
         // The flood asks for all there is; of the others one comes now and then, for less than its share.
-        for tenant in 0..NUM_TENANTS {
+        for (tenant, of) in tenants.iter_mut().enumerate() {
             let num_new = if tenant == 0 { 4 } else { usize::from(rng.one_in(20)) };
             for _ in 0..num_new {
                 if next_id == num_requests {
                     break;
                 }
-                let of = &mut tenants[tenant];
                 if of.num_in_engine == if tenant == 0 { MAX_FLOOD } else { MAX_OTHER } {
                     of.num_refused += 1;
                     continue;
