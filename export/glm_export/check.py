@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from glm_export import config, weights
-from glm_export.checkpoint import Checkpoint
 from glm_export.config import Config
 from glm_export.error import ExportError
 
@@ -31,12 +31,29 @@ LIMITS = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.15, "int8": 0.1, "int4": 0.8}
 LIBRARY_VARIABLE = "GLMSERVE_ORT_LIB"
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How far two sets of logits, one row a token, are apart."""
+
+    num_tokens: int
+    largest: float
+    relative: float
+    # Share of tokens after which both would go on with the same one.
+    agreement: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tokens} tokens: largest difference {self.largest:.3g}, relative error "
+            f"{self.relative:.3g}, top-1 agreement {self.agreement:.1%}"
+        )
+
+
 def compare(
     checkpoint: Path, exported: Path, precision: str, glmserve: str, max_model_len: int | None = None
-) -> str:
-    """Runs both on the same ids; returns the findings as a line."""
+) -> Difference:
+    """Runs both on the same ids; refuses more than rounding."""
     ids = sample_ids(config.load(checkpoint, max_model_len))
-    return findings(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids), precision)
+    return difference(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids), precision)
 
 
 def sample_ids(settings: Config) -> list[int]:
@@ -45,21 +62,20 @@ def sample_ids(settings: Config) -> list[int]:
     return np.random.default_rng(0).integers(0, settings.geometry.vocab_size, count).tolist()
 
 
-def findings(found: np.ndarray, expected: np.ndarray, precision: str) -> str:
-    """How far two sets of logits, one row a token, are apart."""
+def difference(found: np.ndarray, expected: np.ndarray, precision: str) -> Difference:
+    """The difference of what was found; more than the precision may be off is an error."""
     if found.shape != expected.shape:
         raise ExportError(f"glmserve gave logits of shape {found.shape}, expected {expected.shape}")
-    largest = np.abs(found - expected).max()
-    relative = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    agreement = np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1))
-    text = (
-        f"{len(found)} tokens: largest difference {largest:.3g}, relative error {relative:.3g}, "
-        f"top-1 agreement {agreement:.1%}"
+    apart = Difference(
+        len(found),
+        float(np.abs(found - expected).max()),
+        float(np.linalg.norm(found - expected) / np.linalg.norm(expected)),
+        float(np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1))),
     )
     # Written so that NaN is a fault too.
-    if not relative <= LIMITS[precision]:
-        raise ExportError(f"{text}: more than the {LIMITS[precision]} that {precision} may be off")
-    return text
+    if not apart.relative <= LIMITS[precision]:
+        raise ExportError(f"{apart}: more than the {LIMITS[precision]} that {precision} may be off")
+    return apart
 
 
 def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
@@ -115,13 +131,11 @@ def reference_model(checkpoint: Path) -> GlmForCausalLM:
         raise ExportError(f"{error}; --check needs the extra: pip install 'glm-export[check]'") from None
     settings = config.load(checkpoint)
     model = GlmForCausalLM(GlmConfig(**_reference_config(settings))).eval()
-    g = settings.geometry
-    splits = np.cumsum([g.query_size, g.num_kv_heads * g.head_dim])
-    tensors = Checkpoint(checkpoint)
+    tensors = weights.open_checkpoint(settings, checkpoint)
     state = {}
     for weight in weights.every(settings):
-        rows = tensors[weight.source].rows()
-        parts = np.split(rows, splits) if len(weight.reference) == 3 else [rows]
+        counts = [shape[0] for shape in weight.parts.values()]
+        parts = np.split(tensors[weight.source].rows(), np.cumsum(counts)[:-1])
         state |= {name: torch.from_numpy(part) for name, part in zip(weight.reference, parts, strict=True)}
     model.load_state_dict(state, strict=True)
     return model
@@ -140,9 +154,10 @@ def _reference_config(settings: Config) -> dict[str, object]:
         "attention_bias": settings.qkv_bias,
         "rms_norm_eps": settings.norm_epsilon,
         "max_position_embeddings": g.max_model_len,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": settings.is_tied,
         "rope_parameters": {
-            "rope_type": "default",
+            "rope_type": "linear",
+            "factor": settings.position_divisor,
             "rope_theta": settings.rope_base,
             "partial_rotary_factor": g.rotary_dim / g.head_dim,
         },

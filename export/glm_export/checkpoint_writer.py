@@ -28,8 +28,8 @@ FAMILY_CONFIG = {
 
 def write_config(folder: Path, sizes: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     """Writes config.json, and beside it what the exporter cannot know from the family."""
-    _write_json(folder / "config.json", FAMILY_CONFIG | dict(sizes))
-    _write_json(folder / OVERRIDES_FILE, overrides)
+    write_json(folder / "config.json", FAMILY_CONFIG | dict(sizes))
+    write_json(folder / OVERRIDES_FILE, overrides)
 
 
 def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -40,5 +40,6 @@ def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     path.chmod(0o644)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,6 @@ from glm_export import (
     tokenizer,
     weights,
 )
-from glm_export.checkpoint import Checkpoint
 from glm_export.error import ExportError
 from glm_export.quantize import Scheme
 from glm_export.target import BLOCK_SIZES, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
@@ -77,11 +76,9 @@ def export(
         settings = replace(settings, name=name)
     bits = PRECISIONS[precision]
     scheme = None if bits is None else Scheme(bits, quant_block_size)
-    tensors = Checkpoint(checkpoint)
-    tensors.require(weights.shapes(settings), weights.IGNORED)
+    tensors = weights.open_checkpoint(settings, checkpoint)
     with output_folder(out, force) as folder:
-        first_special = min(settings.chat.special_tokens.values())
-        tokenizer.write(settings.tokenizer, first_special, checkpoint, folder)
+        tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
         known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
         for notice in NOTICE_FILES:

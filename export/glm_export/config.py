@@ -1,4 +1,4 @@
-"""Owns the family: what config.json and glm_export.json say, and how its members differ.
+"""Owns what config.json, generation_config.json and glm_export.json say.
 
 Invariant: a Config that exists describes a network that graph.py can express exactly; everything else was
 refused by name.
@@ -8,16 +8,40 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glm_export import family, native
 from glm_export.error import ExportError
+from glm_export.family import Member, TokenizerSource
 
 ROPE_BASE = 10_000.0
 OVERRIDES_FILE = "glm_export.json"
-OVERRIDES = {"name", "license", "origin", "rope_ratio", "vocab_size", "tokenizer", "chat"}
-
+OVERRIDES = {"name", "member", "license", "origin", "rope_ratio", "vocab_size", "tokenizer", "chat"}
+# Our names of sizes, and the keys of config.json in the authors' layout and in transformers'.
+CHATGLM_KEYS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_kv_heads": "multi_query_group_num",
+    "head_dim": "kv_channels",
+    "padded_vocab_size": "padded_vocab_size",
+    "max_model_len": "seq_length",
+    "ffn_size": "ffn_hidden_size",
+    "norm_epsilon": "layernorm_epsilon",
+}
+GLM_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "padded_vocab_size": "vocab_size",
+    "max_model_len": "max_position_embeddings",
+    "ffn_size": "intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+}
 
 # As in the engine's manifest.rs: beyond any network's, so a typing error.
 LARGEST_SIZE = 1 << 24
@@ -33,46 +57,6 @@ class Chat:
     default_system: str | None = None
 
 
-@dataclass(frozen=True)
-class TokenizerSource:
-    """The tokenizer file of the checkpoint, and how its pieces spell bytes."""
-
-    file: str
-    pieces: str
-
-
-@dataclass(frozen=True)
-class Member:
-    """What a member of the family has besides its config.json; None is what this exporter cannot supply."""
-
-    name: str
-    vocab_size: int
-    chat: Chat | None
-    tokenizer: TokenizerSource | None
-    generation: dict[str, float] = field(default_factory=dict)
-
-
-# The ids follow the 64,789 pieces of tokenizer.model: the authors' code appends them, no file lists them.
-CHATGLM3_SPECIALS = (
-    *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
-    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-)
-CHATGLM3_IDS = {text: 64_789 + i for i, text in enumerate(CHATGLM3_SPECIALS)}
-SENTENCEPIECE = TokenizerSource("tokenizer.model", "sentencepiece")
-API_DEFAULTS = {"temperature": 0.8, "top_p": 0.8}
-
-CHATGLM3 = Member(
-    name="chatglm3",
-    vocab_size=64_798,
-    # </s> ends a reply, and so does the next role: the user's turn or a tool's result.
-    chat=Chat("chatglm3", CHATGLM3_IDS, [2, CHATGLM3_IDS["<|user|>"], CHATGLM3_IDS["<|observation|>"]]),
-    tokenizer=SENTENCEPIECE,
-    generation=API_DEFAULTS,
-)
-# Same network and tokenizer file, but rounds of plain text in place of role tokens.
-CHATGLM2 = Member("chatglm2", 64_794, chat=None, tokenizer=SENTENCEPIECE, generation=API_DEFAULTS)
-GLM4 = Member("glm-4", 151_343, chat=None, tokenizer=None, generation=API_DEFAULTS)
-
 # What the graph assumes. A checkpoint that says otherwise computes something else.
 REQUIRED = {
     "multi_query_attention": True,
@@ -82,6 +66,7 @@ REQUIRED = {
     "apply_residual_connection_post_layernorm": False,
     "tie_word_embeddings": False,
 }
+NATIVE_REQUIRED = {"hidden_act": "silu"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,13 @@ class Config:
     ffn_size: int
     norm_epsilon: float
     rope_base: float
+    # What positions are divided by before they become angles.
+    position_divisor: float
     qkv_bias: bool
+    # Whether weights have transformers' names, with queries, keys and values apart.
+    is_native: bool
+    # Whether the LM head is the embedding.
+    is_tied: bool
     architecture: str
     name: str
     license: str | None
@@ -136,121 +127,153 @@ def load(folder: Path, max_model_len: int | None = None) -> Config:
     unknown = sorted(overrides.raw.keys() - OVERRIDES)
     if unknown:
         raise ExportError(f"{OVERRIDES_FILE}: {unknown[0]} is not known, expected one of {sorted(OVERRIDES)}")
-    _refuse_unsupported(folder, raw)
-    member = _member(raw)
-    fields = _Fields(raw, "config.json")
+    family.refuse_relatives(raw)
+    is_native = raw["model_type"] == "glm"
+    _refuse_unsupported(raw, NATIVE_REQUIRED if is_native else REQUIRED)
+    has_chat = "chat" in overrides.raw
+    ends = [*_end_ids(raw, "config.json"), *_end_ids(*_generation_config(folder))]
+    if is_native:
+        for key in ("member", "rope_ratio"):
+            if key in overrides.raw:
+                raise ExportError(f"{OVERRIDES_FILE}: {key} has no meaning for a model_type of 'glm'")
+        member = native.member(folder, ends, has_chat)
+    else:
+        member = family.recognise(folder, raw, overrides.text("member"), has_chat)
 
-    seq_length = fields.integer("seq_length")
-    if max_model_len is not None and not 0 < max_model_len <= seq_length:
-        raise ExportError(f"--max-model-len {max_model_len} is not between 1 and seq_length {seq_length}")
-    head_dim = fields.integer("kv_channels")
+    fields = _Fields(raw, "config.json")
+    keys = GLM_KEYS if is_native else CHATGLM_KEYS
+    sizes = {name: fields.integer(key) for name, key in keys.items() if name != "norm_epsilon"}
+    ffn_size, longest = sizes.pop("ffn_size"), sizes["max_model_len"]
+    if max_model_len is not None and not 0 < max_model_len <= longest:
+        raise ExportError(
+            f"--max-model-len {max_model_len} is not between 1 and {keys['max_model_len']} {longest}"
+        )
+    rotation = _native_rotation(raw) if is_native else _rotation(fields, overrides, member)
     geometry = Geometry(
-        num_layers=fields.integer("num_layers"),
-        hidden_size=fields.integer("hidden_size"),
-        num_attention_heads=fields.integer("num_attention_heads"),
-        num_kv_heads=fields.integer("multi_query_group_num"),
-        head_dim=head_dim,
-        rotary_dim=head_dim // 2,
-        padded_vocab_size=fields.integer("padded_vocab_size"),
+        **sizes | {"max_model_len": max_model_len or longest},
+        rotary_dim=int(sizes["head_dim"] * rotation.share),
         vocab_size=overrides.integer("vocab_size", member.vocab_size),
-        max_model_len=max_model_len or seq_length,
     )
-    _check_geometry(geometry)
+    _check_geometry(geometry, keys)
     return Config(
         geometry=geometry,
-        ffn_size=fields.integer("ffn_hidden_size"),
-        norm_epsilon=fields.number("layernorm_epsilon"),
-        rope_base=ROPE_BASE * overrides.number("rope_ratio", fields.number("rope_ratio", 1.0)),
-        qkv_bias=bool(raw.get("add_qkv_bias", False)),
-        architecture=member.name,
+        ffn_size=ffn_size,
+        norm_epsilon=fields.number(keys["norm_epsilon"]),
+        rope_base=rotation.base,
+        position_divisor=rotation.position_divisor,
+        qkv_bias=bool(raw.get("attention_bias", True) if is_native else raw.get("add_qkv_bias", False)),
+        is_native=is_native,
+        is_tied=is_native and bool(raw.get("tie_word_embeddings", False)),
+        architecture=member.architecture,
         name=overrides.text("name") or folder.resolve().name.lower(),
         license=overrides.text("license"),
         origin=overrides.text("origin"),
-        chat=_chat(overrides, member, geometry.vocab_size),
+        chat=_chat(overrides, member, ends, geometry.vocab_size),
         tokenizer=_tokenizer(overrides, member),
-        generation=member.generation | _generation(folder),
+        generation=dict(member.generation) | _generation(folder),
     )
 
 
-def _member(raw: dict[str, Any]) -> Member:
-    if raw.get("padded_vocab_size", 0) > 100_000:
-        return GLM4
-    origin = str(raw.get("_name_or_path", "")).lower()
-    # ChatGLM2 reaches 32k with the plain base; of ChatGLM3 only the 8k model has no rope_ratio.
-    plain_32k = raw.get("seq_length") == 32_768 and "rope_ratio" not in raw
-    return CHATGLM2 if "chatglm2" in origin or plain_32k else CHATGLM3
+@dataclass(frozen=True)
+class Rotation:
+    """How positions become angles: the share of a head's channels that rotate, base and divisor."""
+
+    share: float
+    base: float
+    position_divisor: float
 
 
-def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
-    if raw.get("model_type") != "chatglm":
-        raise ExportError(f"config.json: model_type is {raw.get('model_type')!r}, expected 'chatglm'")
-    if raw.get("position_encoding_2d"):
-        raise ExportError("config.json: position_encoding_2d is ChatGLM-6B (the first one), another network")
-    for key, wanted in REQUIRED.items():
+def _rotation(fields: _Fields, overrides: _Fields, member: Member) -> Rotation:
+    # What is hard-coded wins, as it does in the authors' code.
+    ratio, longest = member.rope_ratio, fields.integer("seq_length")
+    is_told = ratio is not None or "rope_ratio" in fields.raw | overrides.raw
+    if longest > 32_768 and not is_told:
+        raise ExportError(
+            f"config.json: seq_length {longest} without rope_ratio: LongAlign keeps its ratio (200 for "
+            f"LongAlign-6B-64k) in code; put rope_ratio in {OVERRIDES_FILE}"
+        )
+    ratio = overrides.number("rope_ratio", ratio or fields.number("rope_ratio", 1.0))
+    return Rotation(0.5, ROPE_BASE, ratio) if member.linear else Rotation(0.5, ROPE_BASE * ratio, 1.0)
+
+
+def _native_rotation(raw: dict[str, Any]) -> Rotation:
+    """Transformers 5 has one object for it, earlier releases have keys of their own and `rope_scaling`."""
+    # Of the top level's keys, only those that the object lacks count.
+    nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(nested, dict):
+        raise ExportError("config.json: rope_parameters is not an object")
+    fields = _Fields(raw | nested, "config.json")
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ExportError(f"config.json: rope_type {kind!r} is not supported, expected default or linear")
+    share = fields.number("partial_rotary_factor", 0.5)
+    if share > 1:
+        raise ExportError(f"config.json: partial_rotary_factor is {share}, expected at most 1")
+    divisor = fields.number("factor") if kind == "linear" else 1.0
+    return Rotation(share, fields.number("rope_theta", ROPE_BASE), divisor)
+
+
+def _refuse_unsupported(raw: dict[str, Any], required: dict[str, Any]) -> None:
+    for key, wanted in required.items():
         # An absent key leaves the authors' default, which for these two is not what the graph computes.
         found = raw.get(key, False if key in ("multi_query_attention", "tie_word_embeddings") else wanted)
-        if bool(found) is not wanted:
+        if (bool(found) if isinstance(wanted, bool) else found) != wanted:
             raise ExportError(f"config.json: {key} is {found}, only {str(wanted).lower()} is supported")
-    if "codegeex" in str(raw.get("_name_or_path", "")).lower():
-        raise ExportError("config.json: codegeex2 has no role tokens; its chat format is not supported")
     if raw.get("quantization_bit"):
         raise ExportError("config.json: quantization_bit is set; export the unquantised checkpoint")
     if raw.get("pre_seq_len"):
         raise ExportError("config.json: pre_seq_len is set; prefix tuning is not supported")
-    modeling = folder / "modeling_chatglm.py"
-    code = modeling.read_text(encoding="utf-8", errors="replace") if modeling.is_file() else ""
-    named = "chatglm2-6b-32k" in str(raw.get("_name_or_path", "")).lower()
-    if named or "/ self.rope_ratio" in code:
-        raise ExportError("chatglm2-6b-32k divides positions by rope_ratio (linear); that is not supported")
-    if raw.get("seq_length", 0) > 32_768 and "rope_ratio" not in raw:
-        overrides = _read_object(folder / OVERRIDES_FILE, missing_ok=True)
-        if "rope_ratio" not in overrides:
-            raise ExportError(
-                f"config.json: seq_length {raw['seq_length']} without rope_ratio: LongAlign keeps its ratio "
-                f"(200 for LongAlign-6B-64k) in code; put rope_ratio in {OVERRIDES_FILE}"
-            )
 
 
-def _check_geometry(geometry: Geometry) -> None:
+def _end_ids(raw: dict[str, Any], file: str) -> list[int]:
+    """Ids that end a text, one or a list of them."""
+    found = raw.get("eos_token_id")
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in listed):
+        raise ExportError(f"{file}: eos_token_id is {found!r}, expected token ids")
+    return listed
+
+
+def _check_geometry(geometry: Geometry, keys: dict[str, str]) -> None:
     if geometry.num_attention_heads % geometry.num_kv_heads:
         raise ExportError(
             f"config.json: num_attention_heads {geometry.num_attention_heads} is not a multiple of "
-            f"multi_query_group_num {geometry.num_kv_heads}"
+            f"{keys['num_kv_heads']} {geometry.num_kv_heads}"
         )
     if geometry.rotary_dim % 2 or not geometry.rotary_dim:
-        raise ExportError(f"config.json: kv_channels {geometry.head_dim} is not a multiple of 4")
+        raise ExportError(
+            f"config.json: of {keys['head_dim']} {geometry.head_dim}, {geometry.rotary_dim} rotate, which is "
+            "not an even number"
+        )
     if geometry.vocab_size > geometry.padded_vocab_size:
         raise ExportError(
-            f"vocab_size {geometry.vocab_size} is larger than padded_vocab_size "
+            f"vocab_size {geometry.vocab_size} is larger than {keys['padded_vocab_size']} "
             f"{geometry.padded_vocab_size}; a model with another tokenizer needs it in {OVERRIDES_FILE}"
         )
 
 
-def _chat(overrides: _Fields, member: Member, vocab_size: int) -> Chat:
+def _chat(overrides: _Fields, member: Member, ends: list[int], vocab_size: int) -> Chat:
     raw = overrides.raw.get("chat")
-    if raw is None:
-        if member.chat is None:
-            raise ExportError(f"no chat format is known for {member.name}: put `chat` in {OVERRIDES_FILE}")
-        return member.chat
+    where = f"{OVERRIDES_FILE}: chat" if raw is not None else "eos_token_id and added tokens"
     try:
-        chat = Chat(**raw)
+        if raw is None:
+            stops = list(dict.fromkeys([*member.stop_token_ids, *ends]))
+            chat = Chat(member.format, dict(member.special_tokens), stops)
+        else:
+            chat = Chat(**raw)
         ids = [*chat.special_tokens.values(), *chat.stop_token_ids]
         if not chat.stop_token_ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
             raise TypeError(
                 f"special and stop ids must be whole numbers below {vocab_size}, one stop at least"
             )
     except (TypeError, AttributeError) as error:
-        raise ExportError(f"{OVERRIDES_FILE}: chat: {error}") from None
+        raise ExportError(f"{where}: {error}") from None
     return chat
 
 
 def _tokenizer(overrides: _Fields, member: Member) -> TokenizerSource:
     raw = overrides.raw.get("tokenizer")
     if raw is None:
-        if member.tokenizer is None:
-            raise ExportError(
-                f"the tokenizer of {member.name} is not supported: put `tokenizer` in {OVERRIDES_FILE}"
-            )
         return member.tokenizer
     try:
         return TokenizerSource(**raw)
@@ -258,10 +281,15 @@ def _tokenizer(overrides: _Fields, member: Member) -> TokenizerSource:
         raise ExportError(f"{OVERRIDES_FILE}: tokenizer: {error}") from None
 
 
+def _generation_config(folder: Path) -> tuple[dict[str, Any], str]:
+    name = "generation_config.json"
+    return _read_object(folder / name, missing_ok=True), name
+
+
 def _generation(folder: Path) -> dict[str, float]:
-    raw = _read_object(folder / "generation_config.json", missing_ok=True)
+    raw, file = _generation_config(folder)
     known = ("temperature", "top_p", "top_k", "repetition_penalty")
-    fields = _Fields(raw, "generation_config.json")
+    fields = _Fields(raw, file)
     return {key: fields.sampling(key) for key in known if raw.get(key) is not None}
 
 

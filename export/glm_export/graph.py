@@ -123,7 +123,9 @@ def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
     width = config.geometry.rotary_dim
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     theta = (1 / config.rope_base ** exponents.astype(np.float64)).astype(np.float32)
-    angles = np.outer(np.arange(config.geometry.max_model_len, dtype=np.float32), theta).astype(np.float64)
+    positions = np.arange(config.geometry.max_model_len, dtype=np.float32)
+    positions /= np.float32(config.position_divisor)
+    angles = np.outer(positions, theta).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 

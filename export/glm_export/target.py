@@ -93,8 +93,8 @@ def check_geometry(target: Target, geometry: Geometry) -> None:
     width = geometry.rotary_dim // 2
     if target.provider == "cuda" and width % 8:
         raise ExportError(
-            f"--provider cuda: PagedAttention rotates multiples of 16 channels, not {geometry.rotary_dim} "
-            f"(kv_channels {geometry.head_dim})"
+            f"--provider cuda: PagedAttention rotates multiples of 16 channels, not {geometry.rotary_dim} of "
+            f"{geometry.head_dim}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Owns the tiny random checkpoint that tests on both sides export and run: ChatGLM3's layout, small numbers.
+"""Owns the tiny random checkpoints that tests on both sides export and run: any member, small numbers.
 
 Invariant: the same arguments give the same files, so a test may compare across runs.
 """
@@ -6,34 +6,44 @@ Invariant: the same arguments give the same files, so a test may compare across 
 from __future__ import annotations
 
 import argparse
-import io
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
-from glm_export import checkpoint_writer, config, weights
+from glm_export import checkpoint_writer, config, family, tiny_tokenizer, weights
 from glm_export.cli import output_folder
-from glm_export.config import CHATGLM3_SPECIALS, OVERRIDES_FILE
+from glm_export.config import OVERRIDES_FILE
 from glm_export.error import ExportError
 
 NAME = "tiny-random"
-NUM_PIECES = 480
-# Our own text, so that the shipped tokenizer is nobody else's. Repeated words give the trainer its merges.
-CORPUS = (
-    "The server reads a request, schedules it, runs a step and streams the answer token by token.",
-    "A block holds the keys and values of sixteen tokens; a sequence owns a table of blocks.",
-    "Please tell me about the weather in the city today, and whether I should take an umbrella.",
-    "people love philosophy, and developers keep stepping through the code: sop, eop, and so on.",
-    "What is one plus one? One plus one is two. What is two plus two? Two plus two is four.",
-    "请问今天的天气怎么样？今天的天气很好，我们可以出去走走。",
-    "你好，我是一个很小的模型，我的权重是随机的，所以我的回答没有意义。",
-    "服务器把请求排队，然后一步一步地运行模型，并把每个词元发送给客户端。",
-    'tool_call(city="Beijing", unit=\'celsius\')\n{"name": "get_weather", "parameters": {"type": "object"}}',
-)
+NUM_PIECES = tiny_tokenizer.NUM_PIECES
+DEFAULT_MEMBER = "chatglm3-6b"
+# What a member's config.json says besides its sizes. Ratios are smaller than the real ones where positions of
+# a short test would hardly turn.
+MEMBERS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in family.MEMBERS},
+    "chatglm3-6b-32k": {"rope_ratio": 50},
+    "chatglm3-6b-128k": {"rope_ratio": 500},
+    "chatglm2-6b-32k": {"rope_ratio": 16},
+    "glm-4-9b-chat": {"rope_ratio": 500, "layernorm_epsilon": 1.5625e-07},
+    "glm-4-9b-chat-1m": {"rope_ratio": 10_000, "layernorm_epsilon": 1.5625e-07, "multi_query_group_num": 4},
+    "glm-4-9b": {"layernorm_epsilon": 1.5625e-07},
+    "glm-edge-1.5b-chat": {"partial_rotary_factor": 1.0, "attention_bias": False},
+    "glm-edge-4b-chat": {"partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
+    "glm-4-9b-chat-hf": {"attention_bias": True, "rope_theta": 5_000_000.0, "rms_norm_eps": 1.5625e-07},
+    "glm-4-9b-hf": {"attention_bias": True, "rms_norm_eps": 1.5625e-07},
+}
+# The part of the templates by which they are recognised.
+TEMPLATES = {
+    "glm-edge-1.5b-chat": "<|user|>\n{{ message }}<|assistant|>",
+    "glm-edge-4b-chat": "<|user|>\n{{ message }}<|assistant|>",
+    "glm-4-9b-chat-hf": "[gMASK]<sop><|user|>\n{{ message }}<|assistant|>",
+}
 
 
 @dataclass(frozen=True)
@@ -51,65 +61,87 @@ class Shape:
     # At least the tokenizer's, which is small: more rows make a head of the real size.
     padded_vocab_size: int = 0
 
+    def sizes(self, keys: Mapping[str, str], vocab_size: int) -> dict[str, Any]:
+        """The part of config.json that is of this shape, under a layout's keys."""
+        ours = vars(self) | {
+            "max_model_len": self.seq_length,
+            # Rows beyond the vocabulary, as the real ones have: a server must never sample them.
+            "padded_vocab_size": max(-(-(vocab_size + 1) // 64) * 64, self.padded_vocab_size),
+            "norm_epsilon": 1e-5,
+        }
+        return {key: ours[name] for name, key in keys.items()}
 
-def write(out: Path, shape: Shape | None = None, seed: int = 0, force: bool = False) -> None:
+
+def write(
+    out: Path,
+    shape: Shape | None = None,
+    seed: int = 0,
+    force: bool = False,
+    member: str = DEFAULT_MEMBER,
+) -> None:
     """Writes the checkpoint folder."""
     shape = shape or Shape()
+    if member not in MEMBERS:
+        raise ExportError(f"--member {member!r} is not one of {', '.join(MEMBERS)}")
+    about = {"name": NAME, "license": "Apache-2.0", "origin": f"random weights, seed {seed}"}
     with output_folder(out, force, OVERRIDES_FILE) as folder:
-        pieces = train_tokenizer()
-        (folder / "tokenizer.model").write_bytes(pieces)
-        model = sentencepiece_model_pb2.ModelProto.FromString(pieces)
-        first = len(model.pieces)
-        specials = {text: first + index for index, text in enumerate(CHATGLM3_SPECIALS)}
-        vocab_size = first + len(specials)
-        sizes = {
-            "num_layers": shape.num_layers,
-            "hidden_size": shape.hidden_size,
-            "ffn_hidden_size": shape.ffn_size,
-            "num_attention_heads": shape.num_attention_heads,
-            "kv_channels": shape.head_dim,
-            "multi_query_group_num": shape.num_kv_heads,
-            # Rows beyond the vocabulary, as the real ones have: a server must never sample them.
-            "padded_vocab_size": max(-(-(vocab_size + 1) // 64) * 64, shape.padded_vocab_size),
-            "layernorm_epsilon": 1e-5,
-            "rope_ratio": shape.rope_ratio,
-            "seq_length": shape.seq_length,
-        }
-        overrides = {
-            "name": NAME,
-            "license": "Apache-2.0",
-            "origin": f"random weights, seed {seed}",
-            "vocab_size": vocab_size,
-            "chat": {
-                "format": "chatglm3",
-                "special_tokens": specials,
-                "stop_token_ids": [2, specials["<|user|>"], specials["<|observation|>"]],
-            },
-        }
-        checkpoint_writer.write_config(folder, sizes, overrides)
+        is_native = member not in family.MEMBERS
+        (_write_native if is_native else _write_chatglm)(folder, shape, member, about)
         # Names and shapes of the weights follow from the config just written.
-        tensors = _random_weights(config.load(folder), np.random.default_rng(seed))
+        settings = config.load(folder)
+        tensors = _random_weights(settings, np.random.default_rng(seed))
+        if is_native:
+            tensors = _split(settings, tensors)
         checkpoint_writer.write_weights(folder, tensors)
 
 
-def train_tokenizer() -> bytes:
-    """A sentencepiece model with the real one's settings and few pieces."""
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 8),
-        model_writer=trained,
-        model_type="bpe",
-        vocab_size=NUM_PIECES,
-        character_coverage=1.0,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return trained.getvalue()
+def _write_chatglm(folder: Path, shape: Shape, member: str, about: dict[str, Any]) -> None:
+    real = family.MEMBERS[member]
+    is_tiktoken = real.tokenizer == family.TIKTOKEN
+    pieces = tiny_tokenizer.train_tiktoken() if is_tiktoken else tiny_tokenizer.train_sentencepiece()
+    (folder / real.tokenizer.file).write_bytes(pieces)
+    specials = family.numbered(tuple(real.special_tokens), NUM_PIECES)
+    vocab_size = NUM_PIECES + len(specials)
+    chat = {
+        "format": real.format,
+        "special_tokens": specials,
+        "stop_token_ids": list(family.stops(specials, real.format)),
+    }
+    sizes = shape.sizes(config.CHATGLM_KEYS, vocab_size) | {"rope_ratio": shape.rope_ratio} | MEMBERS[member]
+    overrides = about | {"member": member, "vocab_size": vocab_size, "chat": chat}
+    checkpoint_writer.write_config(folder, sizes, overrides)
+
+
+def _write_native(folder: Path, shape: Shape, member: str, about: dict[str, Any]) -> None:
+    specials = family.numbered(family.GLM4_SPECIALS, NUM_PIECES)
+    tiny_tokenizer.write_json(tiny_tokenizer.train_tiktoken(), specials, folder)
+    ends = [specials[text] for text in ("<|endoftext|>", *family.NEXT_TURN)]
+    content = {
+        "model_type": "glm",
+        "architectures": ["GlmForCausalLM"],
+        "hidden_act": "silu",
+        "eos_token_id": ends,
+        "pad_token_id": ends[0],
+        **shape.sizes(config.GLM_KEYS, NUM_PIECES + len(specials)),
+        "rope_theta": config.ROPE_BASE * shape.rope_ratio,
+        **MEMBERS[member],
+    }
+    checkpoint_writer.write_json(folder / "config.json", content)
+    template = {"chat_template": TEMPLATES[member]} if member in TEMPLATES else {}
+    checkpoint_writer.write_json(folder / "tokenizer_config.json", template)
+    (folder / OVERRIDES_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def _split(settings: config.Config, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights under transformers' names."""
+    found: dict[str, np.ndarray] = {}
+    for weight in weights.every(settings):
+        counts = [shape[0] for shape in weight.parts.values()]
+        parts = np.split(tensors[weight.source], np.cumsum(counts)[:-1])
+        found |= dict(zip(weight.reference, parts, strict=True))
+    if settings.is_tied:
+        del found[weights.HEAD]
+    return found
 
 
 def _random_weights(settings: config.Config, generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -131,6 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="glm_export.tiny", description="Write a tiny random checkpoint folder."
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--member", choices=MEMBERS, default=DEFAULT_MEMBER, help="whose layout (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     defaults = Shape()
@@ -139,11 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     shape = Shape(**{size: getattr(options, size) for size in vars(defaults)})
     try:
-        write(options.out, shape, options.seed, options.force)
+        write(options.out, shape, options.seed, options.force, options.member)
     except (ExportError, OSError) as error:
         print(f"glm_export.tiny: {error}", file=sys.stderr)
         return 1
-    print(f"{options.out}: {NAME}")
+    print(f"{options.out}: {NAME}, {options.member}")
     return 0
 
 

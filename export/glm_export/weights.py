@@ -1,22 +1,94 @@
-"""Owns the one table of weight names: ours, the checkpoint's, its shape, and transformers' name for it."""
+"""Owns the one table of weight names: ours, the two layouts' that checkpoints come in, and the shapes.
+
+Invariant: beyond this file every weight has its name and shape in ChatGLM's layout. Where transformers' has
+the rows of queries, keys and values apart, they are read one after another, a chunk at a time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+
+from glm_export.checkpoint import Checkpoint, Tensor
 from glm_export.config import Config
 
 # Recomputed from the config, so that a half-precision copy in the file does no harm.
-IGNORED = frozenset({"transformer.rotary_pos_emb.inv_freq"})
+IGNORED = frozenset({"transformer.rotary_pos_emb.inv_freq", "model.rotary_emb.inv_freq"})
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of the network. `reference` has several names where transformers splits the rows."""
+    """One weight of the network: its name and shape in ChatGLM's layout, and transformers' names.
+
+    `reference` has several names, each with its share of the rows, where transformers splits them.
+    """
 
     source: str
     shape: tuple[int, ...]
     reference: tuple[str, ...]
+    split: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Transformers' names with their shapes."""
+        rows = self.split or self.shape[:1]
+        return {name: (count, *self.shape[1:]) for name, count in zip(self.reference, rows, strict=True)}
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The rows of several tensors as one tensor."""
+
+    name: str
+    parts: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All rows, of one width."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """As `Tensor.rows`."""
+        stop = self.shape[0] if stop is None else stop
+        found, first = [], 0
+        for part in self.parts:
+            begin, end = max(start - first, 0), min(stop - first, part.shape[0])
+            if begin < end:
+                found.append(part.rows(begin, end))
+            first += part.shape[0]
+        return np.concatenate(found)
+
+    def chunks(self, max_bytes: int = 1 << 26) -> Iterator[tuple[int, np.ndarray]]:
+        """As `Tensor.chunks`."""
+        return Tensor.chunks(self, max_bytes)
+
+
+def open_checkpoint(config: Config, folder: Path) -> Mapping[str, Tensor | Stacked]:
+    """The weights of a folder by their names in ChatGLM's layout, once it is found to have exactly those."""
+    checkpoint = Checkpoint(folder)
+    if not config.is_native:
+        checkpoint.require(shapes(config), IGNORED)
+        return checkpoint
+    parts = {name: shape for weight in every(config) for name, shape in weight.parts.items()}
+    if config.is_tied:
+        # A file that has the copy as well is no other network.
+        parts.pop(HEAD)
+        checkpoint.require(parts, IGNORED | {HEAD})
+    else:
+        checkpoint.require(parts, IGNORED)
+
+    def stored(name: str) -> Tensor:
+        return checkpoint["model.embed_tokens.weight" if config.is_tied and name == HEAD else name]
+
+    opened: dict[str, Tensor | Stacked] = {}
+    for weight in every(config):
+        found = tuple(map(stored, weight.reference))
+        opened[weight.source] = found[0] if len(found) == 1 else Stacked(weight.source, found)
+    return opened
 
 
 def top_level(config: Config) -> dict[str, Weight]:
@@ -30,7 +102,7 @@ def top_level(config: Config) -> dict[str, Weight]:
         "final_norm": Weight(
             "transformer.encoder.final_layernorm.weight", (g.hidden_size,), ("model.norm.weight",)
         ),
-        "lm_head": Weight("transformer.output_layer.weight", vocab, ("lm_head.weight",)),
+        "lm_head": Weight("transformer.output_layer.weight", vocab, (HEAD,)),
     }
 
 
@@ -65,8 +137,14 @@ def layer(config: Config, index: int) -> dict[str, Weight]:
             (g.qkv_size,),
             tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
         )
+    split = (g.query_size, *[g.num_kv_heads * g.head_dim] * 2)
     return {
-        role: Weight(ours + source, shape, tuple(theirs + name for name in reference))
+        role: Weight(
+            ours + source,
+            shape,
+            tuple(theirs + name for name in reference),
+            split if len(reference) == len(split) else (),
+        )
         for role, (source, shape, reference) in table.items()
     }
 
@@ -78,5 +156,5 @@ def every(config: Config) -> list[Weight]:
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's names with the shapes they must have."""
+    """The names in ChatGLM's layout with the shapes they must have."""
     return {weight.source: weight.shape for weight in every(config)}

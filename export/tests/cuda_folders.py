@@ -26,19 +26,25 @@ GRAPHS = {
     "bf16-kv-fp8": ("bf16", {"kv_cache_dtype": "float8e4m3fn"}),
     "fp16-kv-int8": ("fp16", {"kv_cache_dtype": "int8", "kv_cache_scales": SCALES}),
     "int4-kv-int4": ("int4", {"kv_cache_dtype": "int4", "kv_cache_scales": SCALES}),
+    "fp16-whole-heads": ("fp16", {}),
 }
+# Whose heads rotate as a whole.
+WHOLE_HEADS = "glm-edge-1.5b-chat"
 NEGATIVE_CONTROL = "unique"
 
 
 def write(out):
     """Writes a folder for each graph, and one with a node that has no CUDA kernel."""
     # Heads as wide as ChatGLM3's: the choice of kernels depends on it.
-    tiny.write(out / "checkpoint", tiny.Shape(head_dim=128))
+    shape = tiny.Shape(head_dim=128)
+    tiny.write(out / "checkpoint", shape)
+    tiny.write(out / WHOLE_HEADS, shape, member=WHOLE_HEADS)
     (out / SCALES).write_text(json.dumps({"key": [0.1, 0.1], "value": [0.1, 0.1]}))
     for name, (precision, options) in GRAPHS.items():
         if "kv_cache_scales" in options:
             options = options | {"kv_cache_scales": out / SCALES}
-        export(out / "checkpoint", out / name, precision, provider="cuda", **options)
+        checkpoint = out / (WHOLE_HEADS if name == "fp16-whole-heads" else "checkpoint")
+        export(checkpoint, out / name, precision, provider="cuda", **options)
     _write_negative_control(out)
     return out
 

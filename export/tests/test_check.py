@@ -46,15 +46,15 @@ def test_failing_engine_is_named(tiny_checkpoint, tmp_path):
         check.compare(tiny_checkpoint, tmp_path, "fp32", binary)
 
 
-def test_findings():
+def test_differences():
     expected = np.eye(4, 8, dtype=np.float32)
     found = expected.copy()
     found[0] = [0, 0.5, 0, 0, 0, 0, 0, 0]
-    text = check.findings(found, expected, "int4")
+    text = str(check.difference(found, expected, "int4"))
     assert text == "4 tokens: largest difference 1, relative error 0.559, top-1 agreement 75.0%"
     with pytest.raises(ExportError, match=r"relative error 0\.559.*more than the 0\.1 that int8 may be off"):
-        check.findings(found, expected, "int8")
+        check.difference(found, expected, "int8")
     with pytest.raises(ExportError, match="shape"):
-        check.findings(found[:2], expected, "fp32")
+        check.difference(found[:2], expected, "fp32")
     with pytest.raises(ExportError, match="nan"):
-        check.findings(expected * np.nan, expected, "fp32")
+        check.difference(expected * np.nan, expected, "fp32")

@@ -6,6 +6,7 @@ import pytest
 
 from glm_export import config
 from glm_export.error import ExportError
+from glm_export.family import GLM4_SPECIALS
 
 CHATGLM3_6B = {
     "_name_or_path": "THUDM/chatglm3-6b",
@@ -27,7 +28,32 @@ CHATGLM3_6B = {
     "seq_length": 8192,
     "tie_word_embeddings": False,
 }
-GLM4 = CHATGLM3_6B | {"padded_vocab_size": 151552, "rope_ratio": 500, "seq_length": 131072, "num_layers": 40}
+GLM4 = CHATGLM3_6B | {
+    "_name_or_path": "THUDM/glm-4-9b-chat",
+    "eos_token_id": [151329, 151336, 151338],
+    "layernorm_epsilon": 1.5625e-07,
+    "num_layers": 40,
+    "padded_vocab_size": 151552,
+    "rope_ratio": 500,
+    "seq_length": 131072,
+}
+GLM_EDGE = {
+    "model_type": "glm",
+    "attention_bias": False,
+    "eos_token_id": [59246, 59253, 59255],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "partial_rotary_factor": 1.0,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "vocab_size": 59264,
+}
 
 
 def load(folder, overrides=None, max_model_len=None, **changes):
@@ -80,11 +106,12 @@ def test_generation_config_is_checked(tmp_path):
         ({"hidden_size": "4096"}, "hidden_size is '4096', expected a positive whole number"),
         ({"num_layers": ...}, "num_layers is None"),
         ({"num_attention_heads": 33}, "not a multiple of multi_query_group_num"),
-        ({"_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16}, "linear"),
-        ({"_name_or_path": "THUDM/chatglm2-6b", "seq_length": 32768}, "no chat format is known for chatglm2"),
-        ({"_name_or_path": "x", "seq_length": 32768}, "no chat format is known for chatglm2"),
-        ({"_name_or_path": "THUDM/LongAlign-6B-64k", "seq_length": 65536}, "LongAlign"),
-        (GLM4, "no chat format is known for glm-4"),
+        ({"inner_hidden_size": 16384}, "the first one"),
+        ({"vision_config": {"hidden_size": 1}}, "CogAgent"),
+        ({"model_type": "glm4"}, "two more norms"),
+        ({"_name_or_path": "x", "seq_length": 32768}, '"member" in glm_export'),
+        ({"_name_or_path": "x", "seq_length": 65536}, "LongAlign"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -93,10 +120,104 @@ def test_refused_by_name(tmp_path, changes, message):
         load(tmp_path, **changes)
 
 
-def test_linear_positions_are_seen_in_the_code_too(tmp_path):
-    (tmp_path / "modeling_chatglm.py").write_text("seq_idx = torch.arange(0, seq_len) / self.rope_ratio\n")
-    with pytest.raises(ExportError, match="linear"):
-        load(tmp_path, rope_ratio=16)
+VOCAB_SIZES = {"chatglm3": 64798, "glm-4-9b": 151343}
+MEMBERS = [
+    # Name, what config.json has, format, base, divisor of positions, stop ids.
+    ("chatglm3-6b-32k", {"rope_ratio": 50, "seq_length": 32768}, "chatglm3", 5e5, 1, [2, 64795, 64797]),
+    ("chatglm3-6b-128k", {"rope_ratio": 500, "seq_length": 131072}, "chatglm3", 5e6, 1, [2, 64795, 64797]),
+    ("chatglm3-6b-base", {"seq_length": 32768}, "none", 1e4, 1, [2]),
+    ("chatglm2-6b", {"seq_length": 32768}, "chatglm2", 1e4, 1, [2]),
+    ("chatglm2-6b-32k", {"rope_ratio": 16, "seq_length": 32768}, "chatglm2", 1e4, 16, [2]),
+    ("codegeex2-6b", {}, "none", 1e4, 1, [2]),
+    ("LongAlign-6B-64k", {"seq_length": 65536}, "chatglm2", 2e6, 1, [2]),
+    ("LongAlign-6B-64k-base", {"seq_length": 65536}, "none", 2e6, 1, [2]),
+    ("glm-4-9b-chat", GLM4, "glm4", 5e6, 1, [151329, 151336, 151338]),
+    ("glm-4-9b", GLM4, "none", 5e6, 1, [151329, 151336, 151338]),
+    ("glm-4-9b-chat-1m", GLM4 | {"rope_ratio": 10000}, "glm4", 1e8, 1, [151329, 151336, 151338]),
+]
+
+
+@pytest.mark.parametrize("by_folder", [False, True], ids=["saved-name", "folder-name"])
+@pytest.mark.parametrize(("name", "raw", "chat", "base", "divisor", "stops"), MEMBERS)
+def test_members_are_recognised(tmp_path, by_folder, name, raw, chat, base, divisor, stops):
+    folder = tmp_path / (name.lower() if by_folder else "checkpoint")
+    folder.mkdir()
+    found = load(folder, **raw | {"_name_or_path": "" if by_folder else f"THUDM/{name}"})
+    assert (found.chat.format, found.rope_base, found.position_divisor) == (chat, base, divisor)
+    assert found.chat.stop_token_ids == stops
+    assert found.geometry.vocab_size == VOCAB_SIZES.get(name[:8], 64794)
+
+
+def test_glm4_is_recognised_by_its_vocabulary(tmp_path):
+    found = load(tmp_path, **GLM4 | {"_name_or_path": "/home/someone/ours"})
+    assert (found.chat.format, found.tokenizer.pieces) == ("glm4", "byte_level")
+    assert found.chat.special_tokens["<|user|>"] == 151336
+
+
+def test_what_is_hard_coded_is_seen_in_the_code(tmp_path):
+    modeling = tmp_path / "modeling_chatglm.py"
+    modeling.write_text("seq_idx = torch.arange(0, seq_len) / self.rope_ratio\n")
+    found = load(tmp_path, rope_ratio=16)
+    assert (found.rope_base, found.position_divisor) == (10_000, 16)
+    modeling.write_text("        self.ratio = 200\n        base = base * self.ratio\n")
+    found = load(tmp_path, _name_or_path="ours", seq_length=65536)
+    assert (found.rope_base, found.position_divisor, found.chat.format) == (2_000_000, 1, "chatglm2")
+
+
+def test_an_end_that_a_fine_tune_adds_counts(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 64796]}')
+    assert load(tmp_path, eos_token_id=2).chat.stop_token_ids == [2, 64795, 64797, 64796]
+
+
+def test_a_member_is_named(tmp_path):
+    assert load(tmp_path, {"member": "chatglm3-6b-base"}, seq_length=32768).chat.format == "none"
+    with pytest.raises(ExportError, match="member is 'llama'"):
+        load(tmp_path, {"member": "llama"})
+
+
+def native(folder, template="<|user|>\n<|assistant|>", overrides=None, **changes):
+    specials = {text: 59246 + index for index, text in enumerate(GLM4_SPECIALS)}
+    added = [{"content": text, "id": number} for text, number in specials.items()]
+    content = {"model": {"vocab": {"a": 0}}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "config.json").write_text(json.dumps(GLM_EDGE | changes))
+    if overrides is not None:
+        (folder / "glm_export.json").write_text(json.dumps(overrides))
+    return config.load(folder)
+
+
+def test_glm_edge(tmp_path):
+    found = native(tmp_path)
+    assert found.geometry == config.Geometry(28, 2048, 16, 4, 128, 128, 59264, 59260, 8192)
+    assert (found.ffn_size, found.rope_base, found.qkv_bias, found.is_tied) == (6144, 10_000, False, False)
+    assert (found.chat.format, found.chat.stop_token_ids) == ("glm-edge", [59246, 59253, 59255])
+    assert found.chat.special_tokens["<|assistant|>"] == 59254
+
+
+def test_native_rotation_of_each_release(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
+    found = native(tmp_path, "[gMASK]<sop><|user|>\n<|assistant|>", rope_parameters=rope)
+    assert (found.rope_base, found.geometry.rotary_dim, found.chat.format) == (5e6, 64, "glm4")
+    found = native(tmp_path, rope_scaling={"type": "linear", "factor": 4.0})
+    assert (found.rope_base, found.geometry.rotary_dim, found.position_divisor) == (10_000, 128, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        ({"head_dim": None}, "head_dim is None"),
+        ({"template": "[INST] {{ message }} [/INST]"}, "neither GLM-4's nor GLM-Edge's"),
+        ({"overrides": {"rope_ratio": 2}}, "rope_ratio has no meaning"),
+        ({"eos_token_id": None, "template": None}, "one stop at least"),
+    ],
+)
+def test_native_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ExportError, match=message):
+        native(tmp_path, **changes)
 
 
 def test_overrides_supply_what_the_family_does_not(tmp_path):

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from glm_export import cli, interpreter, known_answer, tiny
-from glm_export.config import CHATGLM3_SPECIALS
 from glm_export.error import ExportError
+from glm_export.family import CHATGLM3_SPECIALS
 from glm_export.graph import GRAPH_FILE, MICROSOFT, NAMES
 from glm_export.quantize import Scheme
 from paged_session import Batch, PagedSession

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from glm_export import check, tiny
+from glm_export import check, config, family, graph, tiny, weights
 from glm_export.cli import DEFAULT_QUANT_BLOCK_SIZE, PRECISIONS, export
+from glm_export.error import ExportError
 from glm_export.quantize import Scheme
 from paged_session import Batch, PagedSession
 
@@ -112,3 +113,74 @@ def test_quantised_graph_takes_no_wanted_row(model, tmp_path):
         export(folder.parent / "checkpoint", tmp_path / precision, precision, block_size=BLOCK_SIZE)
         found = PagedSession(tmp_path / precision, 2).run(Batch(BLOCK_SIZE).add([5, 6], 0, [1], "none"))
         assert found.shape[0] == 0
+
+
+@pytest.fixture(scope="module", params=tiny.MEMBERS)
+def member(request, tmp_path_factory):
+    """A checkpoint folder of each member."""
+    pytest.importorskip("transformers", reason="the reference is transformers: pip install '.[check]'")
+    folder = tmp_path_factory.mktemp("member") / request.param
+    tiny.write(folder, seed=11, member=request.param)
+    return folder
+
+
+def test_every_member(member, tmp_path):
+    export(member, tmp_path / "out", "fp32", block_size=BLOCK_SIZE)
+    tokens = ids(60, 8)
+    session = PagedSession(tmp_path / "out", 4)
+    # A prompt, then token by token.
+    rows = [session.run(Batch(BLOCK_SIZE).add(tokens[:50], 0, [2, 0, 3, 1], "all"))]
+    for past in range(50, 60):
+        rows.append(session.run(Batch(BLOCK_SIZE).add(tokens[past : past + 1], past, [2, 0, 3, 1], "all")))
+    assert_close(np.concatenate(rows), check.reference_logits(member, tokens))
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.MEMBERS if name not in family.MEMBERS])
+def test_transformers_reads_native_folders_alike(tmp_path, name):
+    """Nothing of ours stands between the folder and this reference."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    tiny.write(tmp_path / name, seed=12, member=name)
+    model = transformers.GlmForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+    tokens = ids(40, 9)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    export(tmp_path / name, tmp_path / "out", "fp32", block_size=BLOCK_SIZE)
+    found = PagedSession(tmp_path / "out", 4).run(Batch(BLOCK_SIZE).add(tokens, 0, [2, 0, 3], "all"))
+    assert_close(found, expected)
+
+
+def test_positions_of_chatglm2_32k_are_divided(tmp_path):
+    tiny.write(tmp_path / "checkpoint", member="chatglm2-6b-32k")
+    cos, sin = graph.rotary_tables(config.load(tmp_path / "checkpoint"))
+    # The authors' line: seq_idx = arange(seq_len) / rope_ratio, with the base as it was.
+    angles = np.outer(np.arange(512) / 16, 1 / 10_000 ** (np.arange(0, 8, 2) / 8))
+    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-5)
+
+
+def test_rows_of_native_weights_come_in_any_chunks(tmp_path):
+    tiny.write(tmp_path / "checkpoint", member="glm-4-9b-chat-hf")
+    settings = config.load(tmp_path / "checkpoint")
+    qkv = weights.open_checkpoint(settings, tmp_path / "checkpoint")[weights.layer(settings, 0)["qkv"].source]
+    stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    expected = np.concatenate([stored[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"])
+    assert qkv.shape == expected.shape
+    # 128 rows, of which 64 are queries: chunks that end inside a part, at its end and beyond the last row.
+    for rows in (1, 7, 32, 64, 100, 1000):
+        chunks = list(qkv.chunks(max_bytes=rows * 4 * 64))
+        assert [first for first, _ in chunks] == list(range(0, 128, rows))
+        np.testing.assert_array_equal(np.concatenate([chunk for _, chunk in chunks]), expected)
+
+
+def test_native_tensors_are_named_where_they_are_wrong(tmp_path):
+    folder = tmp_path / "checkpoint"
+    tiny.write(folder, member="glm-edge-1.5b-chat")
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.1.self_attn.k_proj.weight"]
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(
+        ExportError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight is missing, .*32, 64"
+    ):
+        weights.open_checkpoint(config.load(folder), folder)

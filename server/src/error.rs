@@ -347,7 +347,15 @@ impl From<StreamError> for ApiError {
 
 impl From<TextError> for ApiError {
     fn from(error: TextError) -> Self {
-        Self::internal(error.to_string())
+        match error {
+            TextError::NoChat => Self::parameter("chat_not_supported", "model", error.to_string()),
+            TextError::Conversation { index, .. } => {
+                Self::invalid_value(format!("messages[{index}].role"), error.to_string())
+            }
+            TextError::Load { .. } | TextError::ChatFormat { .. } | TextError::Encode(_) => {
+                Self::internal(error.to_string())
+            }
+        }
     }
 }
 

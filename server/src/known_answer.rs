@@ -103,8 +103,11 @@ async fn check(state: &AppState, known: &KnownAnswer) -> Result<(), String> {
 }
 
 fn request(state: &AppState) -> Result<Request, ServeError> {
-    let message = Message { role: Role::User, content: "Hello".to_owned() };
-    let prompt_token_ids = state.model.chat.encode(&[message], &state.model.tokenizer)?;
+    let (chat, tokenizer, content) = (&state.model.chat, &state.model.tokenizer, "Hello".to_owned());
+    let prompt_token_ids = match chat.has_chat() {
+        true => chat.encode(&[Message { role: Role::User, content }], tokenizer)?,
+        false => chat.encode_text(&content, tokenizer)?,
+    };
     let (num_prompt_tokens, max_model_len) = (prompt_token_ids.len(), state.engine.limits().max_model_len);
     if num_prompt_tokens >= max_model_len {
         return Err(ServeError::NoRoom { num_prompt_tokens, max_model_len });

@@ -76,6 +76,9 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
     let listener =
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
+    if !model.chat.has_chat() {
+        tracing::warn!("this is a base model without a chat format: chat completions are refused");
+    }
     let mut runner = load_runner(&args.model, &model.manifest)?;
     let cache = runner.kv_cache();
     let capacity = cache.num_blocks * cache.block_size;

@@ -29,6 +29,20 @@ pub enum TextError {
         /// What is wrong.
         message: String,
     },
+    /// A base model, which has no chat format.
+    #[error(
+        "this is a base model: it goes on with a text and has no chat format (`chat` in glm_export.json \
+         gives it one at export)"
+    )]
+    NoChat,
+    /// The chat format has no way to say this.
+    #[error("messages[{index}]: {message}")]
+    Conversation {
+        /// Position of the message that does not fit.
+        index: usize,
+        /// What would.
+        message: &'static str,
+    },
     /// The tokenizer failed on a text.
     #[error("the tokenizer failed: {0}")]
     Encode(String),

@@ -4,7 +4,7 @@ mod support;
 
 use serde_json::{Value, json};
 use support::events::{Events, complete_text};
-use support::{Options, Server, request, run};
+use support::{Options, Server, model_dir, request, run};
 
 /// Content, finish reason and usage of a stream's lines.
 fn joined(lines: &[String]) -> (String, Value, Value) {
@@ -345,5 +345,32 @@ fn a_priority_is_taken_in_its_range_only() {
             let (status, error) = server.post(with(priority)).await;
             assert_eq!((status, &error["error"]["param"]), (400, &json!("priority")), "{error}");
         }
+    });
+}
+
+#[test]
+fn a_base_model_is_served_and_does_not_chat() {
+    run(async {
+        let server = Server::start(Options { folder: model_dir::base, ..Options::default() }).await;
+        let (status, body) = server.post(request("say hi")).await;
+        let error = &body["error"];
+        assert_eq!(
+            (status, &error["code"], &error["param"]),
+            (400, &json!("chat_not_supported"), &json!("model"))
+        );
+        assert!(error["message"].as_str().unwrap().contains("no chat format"), "{error}");
+    });
+}
+
+#[test]
+fn what_rounds_cannot_say_names_the_message() {
+    run(async {
+        let server = Server::start(Options { folder: model_dir::chatglm2, ..Options::default() }).await;
+        let mut body = request("hi");
+        body["messages"] = json!([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]);
+        let (status, body) = server.post(body).await;
+        let expected = json!({"message": "messages[1]: ChatGLM2 knows questions and answers in turn, after at most \
+            one system message", "type": "invalid_request_error", "param": "messages[1].role", "code": "invalid_value"});
+        assert_eq!((status, &body["error"]), (400, &expected));
     });
 }

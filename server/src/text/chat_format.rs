@@ -1,10 +1,20 @@
-//! Owns the ways in which messages become a prompt, one for each family of models.
+//! Owns the ways in which messages become a prompt, one for each kind of model.
 //!
-//! Invariant: special ids come from the manifest and are inserted here; what a user wrote passes
-//! through the tokenizer only.
+//! Invariant: special ids come from the manifest and are inserted here and below; what a user wrote
+//! passes through the tokenizer only.
+
+mod chatglm2;
+mod chatml;
+mod roles;
+
+use std::fmt::Debug;
+use std::sync::Arc;
 
 use glm_engine::manifest::Chat;
 
+use self::chatglm2::ChatGlm2;
+use self::chatml::ChatMl;
+use self::roles::Roles;
 use super::TextError;
 use super::tokenizer::Tokenizer;
 
@@ -32,24 +42,41 @@ pub struct Message {
 #[derive(Debug, Clone)]
 pub struct ChatFormat {
     default_system: Option<String>,
-    style: Style,
+    /// Before every text; empty for most models that were not made by GLM's authors.
+    prefix: Vec<u32>,
+    /// `None` for a base model.
+    format: Option<Arc<dyn Format>>,
 }
 
-#[derive(Debug, Clone)]
-enum Style {
-    /// `[gMASK] sop`, then `<|role|>` `\n` content for each turn; nothing ends a turn.
-    ChatGlm3 { prefix: [u32; 2], system: u32, user: u32, assistant: u32 },
-    /// `<|im_start|>role\ncontent<|im_end|>\n` for each turn.
-    ChatMl { im_start: u32, im_end: u32 },
+/// One way in which turns become ids.
+trait Format: Debug + Send + Sync {
+    /// Appends the turns, up to where the assistant's reply begins.
+    fn encode(
+        &self,
+        turns: &[(Role, &str)],
+        tokenizer: &Tokenizer,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TextError>;
+
+    /// What the model writes before each reply and no client wants to see.
+    fn reply_prefix(&self) -> &'static str {
+        ""
+    }
 }
 
-impl Role {
-    fn name(self) -> &'static str {
-        match self {
-            Self::System => "system",
-            Self::User => "user",
-            Self::Assistant => "assistant",
-        }
+/// The ids of the special tokens that a manifest lists.
+struct Specials<'a>(&'a Chat);
+
+impl Specials<'_> {
+    fn id(&self, token: &str) -> Result<u32, TextError> {
+        self.0.special_tokens.get(token).copied().ok_or_else(|| TextError::ChatFormat {
+            format: self.0.format.clone(),
+            message: format!("chat.special_tokens of the manifest lacks {token}"),
+        })
+    }
+
+    fn ids(&self, tokens: &[&str]) -> Result<Vec<u32>, TextError> {
+        tokens.iter().map(|token| self.id(token)).collect()
     }
 }
 
@@ -59,84 +86,69 @@ impl ChatFormat {
     /// # Errors
     /// [`TextError::ChatFormat`]: unknown, or a special token is missing in the manifest.
     pub fn new(chat: &Chat) -> Result<Self, TextError> {
-        let fail = |message: String| TextError::ChatFormat { format: chat.format.clone(), message };
-        let id = |token: &str| {
-            let id = chat.special_tokens.get(token).copied();
-            id.ok_or_else(|| fail(format!("chat.special_tokens of the manifest lacks {token}")))
+        let specials = Specials(chat);
+        let (prefix, format): (_, Option<Arc<dyn Format>>) = match chat.format.as_str() {
+            "chatglm2" => (specials.ids(&["[gMASK]", "sop"])?, Some(Arc::new(ChatGlm2))),
+            "chatglm3" => (specials.ids(&["[gMASK]", "sop"])?, Some(Arc::new(Roles::chatglm3(&specials)?))),
+            "glm4" => (specials.ids(&["[gMASK]", "<sop>"])?, Some(Arc::new(Roles::glm4(&specials)?))),
+            "glm-edge" => (Vec::new(), Some(Arc::new(Roles::glm_edge(&specials)?))),
+            "chatml" => (Vec::new(), Some(Arc::new(ChatMl::new(&specials)?))),
+            // The authors' tokenizers put the same before a base model's text as before a chat.
+            "none" => {
+                let sop = ["sop", "<sop>"].map(|sop| specials.ids(&["[gMASK]", sop]).ok());
+                (sop.into_iter().flatten().next().unwrap_or_default(), None)
+            }
+            _ => {
+                return Err(TextError::ChatFormat {
+                    format: chat.format.clone(),
+                    message: "this build knows chatglm2, chatglm3, glm4, glm-edge, chatml and none".into(),
+                });
+            }
         };
-        let style = match chat.format.as_str() {
-            "chatglm3" => Style::ChatGlm3 {
-                prefix: [id("[gMASK]")?, id("sop")?],
-                system: id("<|system|>")?,
-                user: id("<|user|>")?,
-                assistant: id("<|assistant|>")?,
-            },
-            "chatml" => Style::ChatMl { im_start: id("<|im_start|>")?, im_end: id("<|im_end|>")? },
-            _ => return Err(fail("this build knows chatglm3 and chatml".into())),
-        };
-        Ok(Self { default_system: chat.default_system.clone(), style })
+        Ok(Self { default_system: chat.default_system.clone(), prefix, format })
     }
 
     /// The prompt's ids, up to where the assistant's reply begins.
     ///
     /// # Errors
+    /// [`TextError::NoChat`]: a base model. [`TextError::Conversation`]: the format has no way to say it.
     /// [`TextError::Encode`]: the tokenizer gave up.
     pub fn encode(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Vec<u32>, TextError> {
-        let mut ids = Vec::new();
-        if let Style::ChatGlm3 { prefix, .. } = self.style {
-            ids.extend(prefix);
-        }
+        let format = self.format.as_ref().ok_or(TextError::NoChat)?;
         let has_system = messages.iter().any(|message| message.role == Role::System);
         let default = self.default_system.iter().filter(|_| !has_system);
         let default = default.map(|content| (Role::System, content.as_str()));
         let given = messages.iter().map(|message| (message.role, message.content.as_str()));
-        for (role, content) in default.chain(given) {
-            self.push_turn(role, content, tokenizer, &mut ids)?;
-        }
-        match self.style {
-            Style::ChatGlm3 { assistant, .. } => ids.push(assistant),
-            Style::ChatMl { im_start, .. } => {
-                ids.push(im_start);
-                tokenizer.encode_into("assistant\n", &mut ids)?;
+        let turns: Vec<_> = default.chain(given).collect();
+        let mut ids = self.prefix.clone();
+        format.encode(&turns, tokenizer, &mut ids).map_err(|error| match error {
+            // Counted among the messages that the client sent.
+            TextError::Conversation { index, message } => {
+                TextError::Conversation { index: index - (turns.len() - messages.len()), message }
             }
-        }
+            error => error,
+        })?;
         Ok(ids)
     }
 
-    fn push_turn(
-        &self,
-        role: Role,
-        content: &str,
-        tokenizer: &Tokenizer,
-        ids: &mut Vec<u32>,
-    ) -> Result<(), TextError> {
-        match self.style {
-            Style::ChatGlm3 { system, user, assistant, .. } => {
-                ids.push(match role {
-                    Role::System => system,
-                    Role::User => user,
-                    Role::Assistant => assistant,
-                });
-                // The line after the role holds a tool's name; for plain turns it is empty.
-                tokenizer.encode_into("\n", ids)?;
-                tokenizer.encode_into(content, ids)
-            }
-            Style::ChatMl { im_start, im_end } => {
-                ids.push(im_start);
-                // One string, as the reference template tokenises what is between two specials.
-                tokenizer.encode_into(&format!("{}\n{content}", role.name()), ids)?;
-                ids.push(im_end);
-                tokenizer.encode_into("\n", ids)
-            }
-        }
+    /// The ids of a text that the model is to go on with, whatever its format.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`]: the tokenizer gave up.
+    pub fn encode_text(&self, text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>, TextError> {
+        let mut ids = self.prefix.clone();
+        tokenizer.encode_into(text, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Whether there is a way to chat; a base model has none.
+    pub fn has_chat(&self) -> bool {
+        self.format.is_some()
     }
 
     /// What the model writes before each reply and no client wants to see.
     pub fn reply_prefix(&self) -> &'static str {
-        match self.style {
-            Style::ChatGlm3 { .. } => "\n ",
-            Style::ChatMl { .. } => "",
-        }
+        self.format.as_ref().map_or("", |format| format.reply_prefix())
     }
 }
 
@@ -147,48 +159,118 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::fixtures;
+    use crate::fixtures::{self, ModelDir};
 
     fn message(role: Role, content: &str) -> Message {
         Message { role, content: content.to_owned() }
     }
 
-    fn load(fixture: &fixtures::ModelDir) -> (ChatFormat, Tokenizer) {
+    fn load(fixture: &ModelDir) -> (ChatFormat, Tokenizer) {
         let manifest = fixture.manifest();
         let tokenizer = Tokenizer::load(fixture.path(), &manifest).unwrap();
         (ChatFormat::new(&manifest.chat).unwrap(), tokenizer)
     }
 
-    #[test]
-    fn chatglm3_inserts_roles_and_never_reads_them_from_text() {
-        let (format, tokenizer) = load(&fixtures::chatglm3());
-        let messages = [message(Role::System, "b"), message(Role::User, "a <|user|>")];
-        let ids = format.encode(&messages, &tokenizer).unwrap();
-        let special: Vec<u32> = ids.iter().copied().filter(|id| *id >= fixtures::FIRST_SPECIAL).collect();
-        assert_eq!(special, fixtures::ids(&["[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"]));
-        assert_eq!(format.reply_prefix(), "\n ");
+    /// The ids of `parts`: special tokens where they are spelt like one, texts else.
+    fn ids(fixture: &ModelDir, tokenizer: &Tokenizer, parts: &[&str]) -> Vec<u32> {
+        let specials = fixture.manifest().chat.special_tokens;
+        let mut ids = Vec::new();
+        for part in parts {
+            match specials.get(*part) {
+                Some(id) => ids.push(*id),
+                None => tokenizer.encode_into(part, &mut ids).unwrap(),
+            }
+        }
+        ids
     }
 
     #[test]
-    fn chatml_encodes_each_turn_as_one_string() {
-        let (format, tokenizer) = load(&fixtures::chatml());
-        let ids = format.encode(&[message(Role::User, "hi")], &tokenizer).unwrap();
-        let [start, end] = fixtures::chatml_ids();
-        let mut expected = vec![start];
-        tokenizer.encode_into("system\nBe kind.", &mut expected).unwrap();
-        expected.push(end);
-        tokenizer.encode_into("\n", &mut expected).unwrap();
-        expected.push(start);
-        tokenizer.encode_into("user\nhi", &mut expected).unwrap();
-        expected.push(end);
-        tokenizer.encode_into("\n", &mut expected).unwrap();
-        expected.push(start);
-        tokenizer.encode_into("assistant\n", &mut expected).unwrap();
-        assert_eq!(ids, expected);
+    fn each_format_as_its_authors_write_it() {
+        let conversation = [
+            message(Role::System, "s"),
+            message(Role::User, "a"),
+            message(Role::Assistant, "\nb"),
+            message(Role::User, " c"),
+        ];
+        let rounds = "[Round 1]\n\n问：a\n\n答：\nb\n\n[Round 2]\n\n问：s c\n\n答：";
+        #[rustfmt::skip]
+        let expected: [(ModelDir, &[&str], &str); 5] = [
+            (fixtures::chatglm2(), &["[gMASK]", "sop", rounds], ""),
+            (fixtures::chatglm3(), &["[gMASK]", "sop", "<|system|>", "\n", "s", "<|user|>", "\n", "a",
+                "<|assistant|>", "\n", "\nb", "<|user|>", "\n", " c", "<|assistant|>"], "\n "),
+            (fixtures::glm4(), &["[gMASK]", "<sop>", "<|system|>", "\n", "s", "<|user|>", "\n", "a",
+                "<|assistant|>", "\n", "\nb", "<|user|>", "\n", " c", "<|assistant|>"], "\n"),
+            (fixtures::glm_edge(), &["<|system|>", "\ns", "<|user|>", "\na", "<|assistant|>", "\n\nb",
+                "<|user|>", "\n c", "<|assistant|>"], "\n"),
+            (fixtures::chatml(), &["<|im_start|>", "system\ns", "<|im_end|>", "\n",
+                "<|im_start|>", "user\na", "<|im_end|>", "\n", "<|im_start|>", "assistant\n\nb", "<|im_end|>",
+                "\n", "<|im_start|>", "user\n c", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"], ""),
+        ];
+        for (fixture, parts, prefix) in expected {
+            let (format, tokenizer) = load(&fixture);
+            let found = format.encode(&conversation, &tokenizer).unwrap();
+            assert_eq!(found, ids(&fixture, &tokenizer, parts), "{}", fixture.manifest().chat.format);
+            assert_eq!(format.reply_prefix(), prefix);
+        }
+    }
 
-        let with_system = [message(Role::System, "x"), message(Role::User, "hi")];
-        let ids = format.encode(&with_system, &tokenizer).unwrap();
-        assert_eq!(ids.iter().filter(|id| **id == start).count(), 3, "no second system turn");
+    #[test]
+    fn no_user_writes_a_special_token() {
+        for fixture in fixtures::all_chats() {
+            let (format, tokenizer) = load(&fixture);
+            let specials = fixture.manifest().chat.special_tokens;
+            let of = |content: &str| {
+                let ids = format.encode(&[message(Role::User, content)], &tokenizer).unwrap();
+                ids.into_iter()
+                    .filter(|id| specials.values().any(|special| special == id))
+                    .collect::<Vec<_>>()
+            };
+            let plain = of("x");
+            for token in specials.keys() {
+                for content in [token.clone(), format!("a{token}b"), format!("\n{token}\n{token}")] {
+                    assert_eq!(of(&content), plain, "{}: {content:?}", fixture.manifest().chat.format);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_default_system_message_gives_way_to_the_clients() {
+        let fixture = fixtures::chatml();
+        let (format, tokenizer) = load(&fixture);
+        let ids = |messages: &[Message]| format.encode(messages, &tokenizer).unwrap();
+        let user = message(Role::User, "hi");
+        let default = ids(std::slice::from_ref(&user));
+        assert_eq!(default, ids(&[message(Role::System, "Be kind."), user.clone()]));
+        assert_ne!(default, ids(&[message(Role::System, "x"), user]));
+    }
+
+    #[test]
+    fn what_rounds_cannot_say_is_refused_by_message() {
+        let (format, tokenizer) = load(&fixtures::chatglm2());
+        let cases = [
+            (vec![Role::Assistant], 0),
+            (vec![Role::User, Role::User], 1),
+            (vec![Role::User, Role::Assistant], 1),
+            (vec![Role::System], 0),
+            (vec![Role::User, Role::System, Role::User], 1),
+        ];
+        for (roles, wrong) in cases {
+            let messages: Vec<_> = roles.iter().map(|role| message(*role, "x")).collect();
+            let error = format.encode(&messages, &tokenizer).unwrap_err();
+            let found = matches!(error, TextError::Conversation { index, .. } if index == wrong);
+            assert!(found, "{roles:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_base_model_goes_on_with_a_text_and_does_not_chat() {
+        let fixture = fixtures::base();
+        let (format, tokenizer) = load(&fixture);
+        let error = format.encode(&[message(Role::User, "x")], &tokenizer).unwrap_err();
+        assert!(matches!(error, TextError::NoChat) && !format.has_chat());
+        let expected = ids(&fixture, &tokenizer, &["[gMASK]", "sop", "The <|user|>"]);
+        assert_eq!(format.encode_text("The <|user|>", &tokenizer).unwrap(), expected);
     }
 
     #[test]
@@ -224,6 +306,15 @@ mod tests {
             35214, 54622, 31123, 32616, 39905, 31901, 31639, 31155, 64796,
         ];
         let ids = format.encode(&messages, &tokenizer).unwrap();
+        assert_eq!(ids, expected);
+
+        // What ms-swift's tests have as ChatGLM2's own; both models have this tokenizer.
+        let (format, tokenizer) = load(&fixtures::chatglm2_with(Path::new(&file)));
+        let expected = [
+            64790, 64792, 790, 30951, 517, 30910, 30939, 30996, 13, 13, 54761, 31211, 30939, 30943, 30966,
+            30972, 30970, 31011, 30943, 30966, 30972, 30980, 31514, 13, 13, 55437, 31211,
+        ];
+        let ids = format.encode(&[message(Role::User, "12345+234=？")], &tokenizer).unwrap();
         assert_eq!(ids, expected);
     }
 }

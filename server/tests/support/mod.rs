@@ -36,6 +36,7 @@ use self::model_dir::{FIRST_SPECIAL, ModelDir};
 
 /// What tests may choose.
 pub(crate) struct Options {
+    pub(crate) folder: fn() -> ModelDir,
     pub(crate) max_num_seqs: usize,
     pub(crate) max_num_waiting: usize,
     pub(crate) max_body_bytes: usize,
@@ -57,6 +58,7 @@ impl Default for Options {
         Self {
             max_num_seqs: 8,
             max_num_waiting: 64,
+            folder: model_dir::chatglm3,
             max_body_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(10),
             max_reply_bytes: 1 << 20,
@@ -90,7 +92,7 @@ pub(crate) struct Server {
 impl Server {
     /// A server that is ready.
     pub(crate) async fn start(options: Options) -> Self {
-        let dir = model_dir::chatglm3();
+        let dir = (options.folder)();
         let mut manifest = dir.manifest();
         manifest.geometry.max_model_len = options.max_model_len;
         let model = ServedModel::load(dir.path(), manifest, &["alias/of".to_owned()]).unwrap();
@@ -277,7 +279,8 @@ fn byte(byte: u8) -> u32 {
 
 /// The next token after `history`: what the last user message asks for.
 fn play(history: &[u32]) -> Result<u32, RunError> {
-    let user = history.iter().rposition(|id| *id == USER).unwrap();
+    // A base model's warm-up has no turns.
+    let Some(user) = history.iter().rposition(|id| *id == USER) else { return Ok(END) };
     let assistant = history.iter().rposition(|id| *id == ASSISTANT).unwrap();
     // After the role and the empty line: a space that stands for the start, then the text.
     let content: Vec<u8> = history[user + 4..assistant]

@@ -24,6 +24,19 @@ const CHATGLM3_SPECIALS: [&str; 9] = [
     "<|observation|>",
 ];
 
+const GLM4_SPECIALS: [&str; 10] = [
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+];
+
 /// Ids of ChatGLM3's special tokens in [`chatglm3`].
 pub(crate) fn ids(tokens: &[&str]) -> Vec<u32> {
     let position = |token: &&str| CHATGLM3_SPECIALS.iter().position(|t| t == token).unwrap();
@@ -54,8 +67,45 @@ impl Drop for ModelDir {
     }
 }
 
+/// A folder of each format that chats.
+pub(crate) fn all_chats() -> [ModelDir; 5] {
+    [chatglm2(), chatglm3(), glm4(), glm_edge(), chatml()]
+}
+
 /// A folder in ChatGLM3's format: id = byte + 3.
 pub(crate) fn chatglm3() -> ModelDir {
+    write(sentencepiece_bytes().as_bytes(), chatglm3_chat(FIRST_SPECIAL), 512)
+}
+
+/// As [`chatglm3`] in ChatGLM2's format.
+pub(crate) fn chatglm2() -> ModelDir {
+    let chat = chat("chatglm2", &CHATGLM3_SPECIALS[..5]);
+    write(sentencepiece_bytes().as_bytes(), (chat, "sentencepiece", json!([2])), 512)
+}
+
+/// A base model with ChatGLM3's tokens.
+pub(crate) fn base() -> ModelDir {
+    let chat = chat("none", &CHATGLM3_SPECIALS);
+    write(sentencepiece_bytes().as_bytes(), (chat, "sentencepiece", json!([2])), 512)
+}
+
+/// A folder in GLM-4's format with GPT-2's byte alphabet.
+pub(crate) fn glm4() -> ModelDir {
+    write(byte_level().as_bytes(), (chat("glm4", &GLM4_SPECIALS), "byte_level", json!([300, 307])), 512)
+}
+
+/// As [`glm4`] in GLM-Edge's format.
+pub(crate) fn glm_edge() -> ModelDir {
+    write(byte_level().as_bytes(), (chat("glm-edge", &GLM4_SPECIALS), "byte_level", json!([300, 307])), 512)
+}
+
+fn chat(format: &str, specials: &[&str]) -> Value {
+    let ids: serde_json::Map<String, Value> =
+        specials.iter().zip(FIRST_SPECIAL..).map(|(token, id)| (token.to_string(), json!(id))).collect();
+    json!({"format": format, "default_system": null, "special_tokens": ids})
+}
+
+fn sentencepiece_bytes() -> String {
     let mut vocab = serde_json::Map::from_iter([
         ("<unk>".into(), json!(0)),
         ("<s>".into(), json!(1)),
@@ -71,7 +121,7 @@ pub(crate) fn chatglm3() -> ModelDir {
         "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
             "vocab": vocab, "merges": []}});
-    write(tokenizer.to_string().as_bytes(), chatglm3_chat(FIRST_SPECIAL), 512)
+    tokenizer.to_string()
 }
 
 /// A folder with the tokenizer file at `path` and ChatGLM3's real ids.
@@ -79,8 +129,22 @@ pub(crate) fn chatglm3_with(path: &Path) -> ModelDir {
     write(&std::fs::read(path).unwrap(), chatglm3_chat(64789), 65024)
 }
 
+/// As [`chatglm3_with`] in ChatGLM2's format.
+pub(crate) fn chatglm2_with(path: &Path) -> ModelDir {
+    let chat = json!({"format": "chatglm2", "default_system": null,
+        "special_tokens": {"[gMASK]": 64790, "sop": 64792}});
+    write(&std::fs::read(path).unwrap(), (chat, "sentencepiece", json!([2])), 65024)
+}
+
 /// A folder in ChatML with GPT-2's byte alphabet.
 pub(crate) fn chatml() -> ModelDir {
+    let [start, end] = chatml_ids();
+    let chat = json!({"format": "chatml", "default_system": "Be kind.",
+        "special_tokens": {"<|im_start|>": start, "<|im_end|>": end}});
+    write(byte_level().as_bytes(), (chat, "byte_level", json!([end])), 512)
+}
+
+fn byte_level() -> String {
     let mut alphabet: Vec<char> =
         tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
@@ -93,10 +157,7 @@ pub(crate) fn chatml() -> ModelDir {
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
             "vocab": vocab, "merges": []}});
-    let [start, end] = chatml_ids();
-    let chat = json!({"format": "chatml", "default_system": "Be kind.",
-        "special_tokens": {"<|im_start|>": start, "<|im_end|>": end}});
-    write(tokenizer.to_string().as_bytes(), (chat, "byte_level", json!([end])), 512)
+    tokenizer.to_string()
 }
 
 fn chatglm3_chat(first: u32) -> (Value, &'static str, Value) {
