@@ -21,7 +21,8 @@ ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
 CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
 WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
 
-.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench bench-peers quality build model clean
+.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench bench-peers bench-scale \
+  quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -134,6 +135,10 @@ gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and s
 
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
+
+bench-scale: ## a million requests in virtual time, then the price of scheduling (minutes)
+	GLMSERVE_SIM_REQUESTS=1000000 cargo test --release --locked -p glmserve-tests --test simulator scale -- --nocapture
+	cargo run --release --locked -p glmserve-tests --example bench_scheduler $(ARGS)
 
 # Builds llama.cpp and installs vLLM below .tools at the first time (7 GB). ARGS="--quick --rounds 1
 # --streams 1,4,16" is a first look; `ARGS=--help` lists the rest.

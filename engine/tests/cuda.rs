@@ -132,7 +132,7 @@ fn serve(runner: OrtRunner, vocab_size: usize, graph: &str) {
         SamplingParams { temperature: 0.8, top_p: 0.8, ..greedy },
     ];
     for (id, (sampling, length)) in params.into_iter().zip([3, 150, 20]).enumerate() {
-        let request = Request { prompt_token_ids: vec![7; length], sampling, deadline: None };
+        let request = Request { prompt_token_ids: vec![7; length], sampling, ..Request::default() };
         engine.add(RequestId(id as u64), request, Duration::ZERO);
     }
     let mut finished = 0;
