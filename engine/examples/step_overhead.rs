@@ -129,7 +129,7 @@ fn measure(options: &Options, num_sequences: usize) -> Result<Vec<Step>, Box<dyn
     let sampling = SamplingParams { max_tokens: options.num_tokens, ..options.sampling.clone() };
     let receivers = (0..num_sequences as u32).map(|first| {
         let prompt_token_ids = (first..first + NUM_PROMPT_TOKENS as u32).collect();
-        handle.submit(Request { prompt_token_ids, sampling: sampling.clone(), deadline: None })
+        handle.submit(Request { prompt_token_ids, sampling: sampling.clone(), ..Request::default() })
     });
     let receivers = receivers.collect::<Result<Vec<_>, _>>()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
