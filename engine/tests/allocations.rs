@@ -25,7 +25,7 @@ fn a_step_of_decodes_allocates_nothing() {
             ignore_eos: true,
             ..Default::default()
         };
-        let request = Request { prompt_token_ids: vec![1; 20 + id as usize], sampling, deadline: None };
+        let request = Request { prompt_token_ids: vec![1; 20 + id as usize], sampling, ..Request::default() };
         engine.add(RequestId(id), request, Duration::ZERO);
     }
     let mut num_steps = 0;
