@@ -21,7 +21,8 @@ ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
 CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
 WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
 
-.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench quality build model clean
+.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench bench-peers bench-scale \
+  quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -79,11 +80,11 @@ CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 	.venv/bin/python -c 'import sys; from glm_export import tokenizer; from pathlib import Path; \
 	  tokenizer.from_sentencepiece(Path(sys.argv[1])).save(sys.argv[2])' $< $@
 
-# The attention operator runs once more in ONNX Runtime at each lesser instruction set.
+# The operators run once more in ONNX Runtime at each lesser instruction set.
 test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 	$(WITH_ORT) cargo test --release --locked --workspace
 	for simd in portable $$(grep -ow -m1 avx2 /proc/cpuinfo); do \
-	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention; done
+	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention --test quantized_matmul; done
 	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$< cargo test --release --locked --quiet -p glmserve --lib -- --ignored,\
 	  @echo "SKIPPED: tests with ChatGLM3's own tokenizer, which is not here")
 
@@ -135,8 +136,18 @@ gpu-check: .venv/test.stamp .tools/onnxruntime-cuda/stamp build ## numbers and s
 bench: .venv/test.stamp build model ## serve the default model and measure it at 1, 4 and 16 streams
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
 
-quality: .venv/serve.stamp build ## measure what each precision costs the default model
-	$(WITH_ORT) .venv/bin/python tests/bench/quality.py
+bench-scale: ## a million requests in virtual time, then the price of scheduling (minutes)
+	GLMSERVE_SIM_REQUESTS=1000000 cargo test --release --locked -p glmserve-tests --test simulator scale -- --nocapture
+	cargo run --release --locked -p glmserve-tests --example bench_scheduler $(ARGS)
+
+# Builds llama.cpp and installs vLLM below .tools at the first time (7 GB). ARGS="--quick --rounds 1
+# --streams 1,4,16" is a first look; `ARGS=--help` lists the rest.
+bench-peers: .venv/serve.stamp build ## measure glmserve beside llama.cpp and vLLM, in turns, with the machine's limits
+	cargo build --release --locked --quiet -p glm-engine --example probe
+	$(WITH_ORT) PYTHONPATH="tests/bench$${PYTHONPATH:+:$$PYTHONPATH}" .venv/bin/python -m peers $(ARGS)
+
+quality: .venv/serve.stamp ## measure what each precision costs, by the default model and a random one
+	.venv/bin/python tests/bench/quality.py $(ARGS)
 
 clean: ## remove everything that was made
 	rm -rf .venv .models .tools target

@@ -4,13 +4,14 @@
 //! to force an instruction set and `CASE` to run but one, by its number from 0. Figures are the median and the best of many calls; the limits at the
 //! top are what this machine does in plain loops, measured just before.
 
-#[path = "../tests/attention_graph/mod.rs"]
-mod attention_graph;
+#[path = "../tests/graph/mod.rs"]
+mod graph;
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use attention_graph::{BFLOAT16, FLOAT32, Value, session};
+use graph::attention::session;
+use graph::{Type, Value};
 use half::bf16;
 use ort::value::{PrimitiveTensorElementType, Tensor};
 
@@ -62,8 +63,8 @@ fn main() -> ort::Result<()> {
             if only.is_some_and(|only| only != i) {
                 continue;
             }
-            bench::<f32>(model, ("f32", FLOAT32), (sequences, past, new), threads)?;
-            bench::<bf16>(model, ("bf16", BFLOAT16), (sequences, past, new), threads)?;
+            bench::<f32>(model, ("f32", Type::Float32), (sequences, past, new), threads)?;
+            bench::<bf16>(model, ("bf16", Type::Bfloat16), (sequences, past, new), threads)?;
         }
     }
     Ok(())
@@ -93,7 +94,7 @@ fn now() -> Instant {
 
 fn bench<E: PrimitiveTensorElementType + Element + Copy + std::fmt::Debug + 'static>(
     model: Model,
-    (cache_name, cache_type): (&str, u64),
+    (cache_name, cache_type): (&str, Type),
     (sequences, past, new): (usize, usize, usize),
     threads: usize,
 ) -> ort::Result<()> {

@@ -42,7 +42,7 @@ fn main() {
             let request = |row| Request {
                 prompt_token_ids: (0..200).collect(),
                 sampling: SamplingParams { seed: row, ..sampling.clone() },
-                deadline: None,
+                ..Request::default()
             };
             let sequence = |row| Sequence::new(RequestId(row), request(row), Duration::ZERO);
             let sequences: Vec<Sequence> = (0..num_rows as u64).map(sequence).collect();

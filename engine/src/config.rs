@@ -2,6 +2,18 @@
 
 use std::time::Duration;
 
+/// Whether blocks of keys and values are used again for prompts that start alike.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PrefixCaching {
+    /// Never.
+    Off,
+    /// By everybody. Who measures time can find out whether another tenant sent the same start.
+    #[default]
+    Shared,
+    /// By the tenant who sent them only.
+    PerTenant,
+}
+
 /// Limits of the scheduler. Every one bounds memory or time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -15,12 +27,23 @@ pub struct EngineConfig {
     pub max_num_waiting: usize,
     /// Blocks kept free at admission, per thousand of the pool, so that running sequences can grow.
     pub watermark_permille: usize,
+    /// Shares of the tenants: tokens that they get, in proportion, while all of them have requests that
+    /// wait. [`crate::TenantId`] counts these; at least one.
+    pub tenant_weights: Vec<u32>,
+    /// Most requests of one tenant that may run and wait together, so that one can't fill the queue.
+    pub max_num_requests_per_tenant: usize,
+    /// Whether the priority of a request counts.
+    pub honours_priority: bool,
+    /// Whether prompts that start alike share blocks.
+    pub prefix_caching: PrefixCaching,
     /// Deadline of a request that names none or a longer one: no request waits behind one that came
     /// this much later, so nothing starves.
     pub default_deadline: Duration,
     /// Longest step the cost model may predict, reached by taking fewer prompt tokens: the longest
-    /// pause that somebody's prompt puts into a running stream. One block is always taken.
+    /// time until the engine looks at what arrived or was aborted. One block is always taken.
     pub max_step_time: Duration,
+    /// The same while a reply goes on: the longest pause that somebody's prompt puts into it.
+    pub target_inter_token_latency: Duration,
     /// Most tokens that are guessed for a running sequence and checked in one step; 0 guesses nothing.
     pub max_num_draft_tokens: usize,
     /// How many times its predicted time a step may take before it counts as stalled.
@@ -40,10 +63,15 @@ impl Default for EngineConfig {
             max_model_len: 8192,
             max_num_waiting: 256,
             watermark_permille: 10,
+            tenant_weights: vec![1],
+            max_num_requests_per_tenant: usize::MAX,
+            honours_priority: true,
+            prefix_caching: PrefixCaching::default(),
             default_deadline: Duration::from_secs(60),
-            // Half a second is a pause that a reader of a stream still takes for writing, and long
-            // enough that reading the weights once is a small part of a step.
+            // Long enough that reading the weights once is a small part of a step.
             max_step_time: Duration::from_millis(500),
+            // A pause that a reader of a stream still takes for writing.
+            target_inter_token_latency: Duration::from_millis(250),
             max_num_draft_tokens: 8,
             stall_factor: 10,
             stall_min: Duration::from_secs(30),

@@ -1,4 +1,4 @@
-//! Owns the tests' count of allocations.
+//! Owns the count of allocations, for tests and for `examples/step_overhead.rs`.
 //!
 //! Invariant: each thread counts its own, so tests that run side by side don't disturb each other.
 
@@ -29,11 +29,17 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 }
 
+/// How often this thread has allocated.
+pub(crate) fn num_allocations_so_far() -> u64 {
+    NUM_ALLOCATIONS.get()
+}
+
 /// How often this thread allocated during `f`.
+#[cfg(test)]
 pub(crate) fn num_allocations<T>(f: impl FnOnce() -> T) -> u64 {
-    let before = NUM_ALLOCATIONS.get();
+    let before = num_allocations_so_far();
     let kept = f();
-    let after = NUM_ALLOCATIONS.get();
+    let after = num_allocations_so_far();
     drop(kept);
     after - before
 }

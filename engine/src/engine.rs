@@ -7,9 +7,10 @@
 use std::time::Duration;
 
 use crate::config::EngineConfig;
+use crate::cost_model::{PrefillBudget, StepWork};
 use crate::error::SequenceError;
-use crate::observer::{EngineGauges, StepReport};
-use crate::request::{FinishReason, Request, RequestId, TokenEvent};
+use crate::observer::{AdmissionReport, EngineGauges, StepReport};
+use crate::request::{FinishReason, Request, RequestId, TenantId, TokenEvent};
 use crate::runner::ModelRunner;
 use crate::sampler::Sampler;
 use crate::scheduler::{ScheduleOutcome, Scheduler};
@@ -65,9 +66,19 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.set_draft_price(price);
     }
 
-    /// The queue, the next one first.
-    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Sequence> {
+    /// Sequences in the queue.
+    pub fn num_waiting(&self) -> usize {
+        self.scheduler.num_waiting()
+    }
+
+    /// The queue in the order that can be foreseen, the next one first.
+    pub fn waiting(&self) -> Vec<&Sequence> {
         self.scheduler.waiting()
+    }
+
+    /// What a tenant was served, in thousandths of an input token and divided by its weight.
+    pub fn service(&self, tenant: TenantId) -> u64 {
+        self.scheduler.service(tenant)
     }
 
     /// The running sequences; the last is preempted first.
@@ -75,9 +86,9 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.running()
     }
 
-    /// Running sequences that lack one token only.
-    pub fn num_decodes(&self) -> usize {
-        self.scheduler.num_decodes()
+    /// The work of the running sequences that lack one token only.
+    pub fn decodes(&self) -> StepWork {
+        self.scheduler.decodes()
     }
 
     /// How many requests could be admitted without the end of another one.
@@ -110,8 +121,8 @@ impl<R: ModelRunner> Engine<R> {
         &self.events
     }
 
-    /// The requests that the last step admitted for the first time, and how long they had waited.
-    pub fn admitted(&self) -> &[(RequestId, Duration)] {
+    /// The requests that the last step admitted for the first time.
+    pub fn admitted(&self) -> &[(RequestId, AdmissionReport)] {
         &self.outcome.admitted
     }
 
@@ -128,17 +139,21 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.check()
     }
 
-    /// Plans and runs a step of at most `prefill_budget` prompt tokens, or one block.
-    pub fn step(&mut self, now: Duration, prefill_budget: usize) -> StepReport {
+    /// Plans and runs a step of at most `prefill_budget` of prompts, or one block.
+    pub fn step(&mut self, now: Duration, prefill_budget: impl Into<PrefillBudget>) -> StepReport {
         self.plan_step(now, prefill_budget);
         self.run_step()
     }
 
-    /// Plans the next step, of at most `prefill_budget` prompt tokens, or one block.
-    pub fn plan_step(&mut self, now: Duration, prefill_budget: usize) {
+    /// Plans the next step, of at most `prefill_budget` of prompts, or one block.
+    pub fn plan_step(&mut self, now: Duration, prefill_budget: impl Into<PrefillBudget>) {
         self.events.clear();
-        self.scheduler.schedule(now, prefill_budget, &mut self.plan, &mut self.outcome);
-        self.events.extend(self.outcome.admitted.iter().map(|&(id, _)| (id, TokenEvent::Admitted)));
+        self.scheduler.schedule(now, prefill_budget.into(), &mut self.plan, &mut self.outcome);
+        self.events.extend(
+            self.outcome.admitted.iter().map(|(id, report)| {
+                (*id, TokenEvent::Admitted { num_cached_tokens: report.num_cached_tokens })
+            }),
+        );
     }
 
     /// Runs the planned step. The report's duration is left to whoever owns the clock.
@@ -193,15 +208,21 @@ impl<R: ModelRunner> Engine<R> {
             }
             report.num_draft_tokens += drafts.len();
             report.num_accepted_draft_tokens += num_accepted;
+            if !drafts.is_empty() {
+                // Of a sequence that ends, too: its tenant is charged, and others may use its blocks.
+                self.scheduler.commit_drafts(scheduled.id, num_accepted);
+            }
             if is_finished {
                 let is_non_finite = matches!(
                     self.events.last(),
                     Some((_, TokenEvent::Failed(SequenceError::NonFiniteLogits { .. })))
                 );
                 report.num_non_finite += usize::from(is_non_finite);
+                if is_non_finite {
+                    // What a machine in doubt has computed is not served to others.
+                    self.scheduler.forget_cached();
+                }
                 self.scheduler.remove(scheduled.id);
-            } else if !drafts.is_empty() {
-                self.scheduler.commit_drafts(scheduled.id, num_accepted);
             }
         }
         report

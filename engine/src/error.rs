@@ -22,7 +22,7 @@ pub enum SubmitError {
         /// The smaller of the model's context and the KV cache.
         limit: usize,
     },
-    /// As many requests are running and waiting as the configuration allows.
+    /// As many requests are running and waiting as the configuration allows, in all or of this tenant.
     #[error("{num_requests} requests are running or waiting, which is the limit")]
     QueueFull {
         /// How many requests are in the engine.

@@ -2,6 +2,9 @@
 
 pub mod block_pool;
 pub mod block_table;
+pub mod lru_list;
+pub mod prefix_index;
 
 pub use block_pool::{BlockId, BlockPool};
-pub use block_table::BlockTable;
+pub use block_table::{BlockTable, num_shared_blocks};
+pub use prefix_index::Prefix;

@@ -16,6 +16,7 @@ pub mod kv_cache;
 pub mod manifest;
 pub mod observer;
 pub mod operators;
+pub mod queue;
 pub mod request;
 pub mod runner;
 pub mod sampler;
@@ -25,12 +26,12 @@ pub mod sequence;
 pub mod step;
 pub mod thread;
 
-pub use config::EngineConfig;
+pub use config::{EngineConfig, PrefixCaching};
 pub use engine::Engine;
 pub use error::{LoadError, RunError, SequenceError, SubmitError};
 pub use manifest::Manifest;
-pub use observer::{EngineGauges, EngineObserver, NoObserver, StepReport};
-pub use request::{FinishReason, Request, RequestId, TokenEvent};
+pub use observer::{AdmissionReport, EngineGauges, EngineObserver, NoObserver, StepReport};
+pub use request::{FinishReason, PRIORITIES, Request, RequestId, TenantId, TokenEvent};
 pub use sampling_params::SamplingParams;
 pub use step::{Candidates, FetchLogits, Logits, ScheduledSequence, StepOutput, StepPlan};
 pub use thread::{

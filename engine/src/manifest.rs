@@ -96,6 +96,9 @@ pub struct Graph {
     pub block_size: usize,
     /// What the graph returns for each wanted row.
     pub output: OutputKind,
+    /// What multiplies by quantised weights.
+    #[serde(default)]
+    pub kernel: Kernel,
     /// Names of the graph's inputs and outputs.
     pub names: TensorNames,
 }
@@ -149,6 +152,17 @@ pub enum OutputKind {
     /// The rows, and the best of each with the log of the sum of exponentials, so that a GPU need not
     /// copy whole rows.
     Topk,
+}
+
+/// What multiplies by quantised weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kernel {
+    /// The engine's own QuantizedMatMul: on the CPU only.
+    Glmserve,
+    /// ONNX Runtime's, as in folders from before there was a choice.
+    #[default]
+    Ort,
 }
 
 /// Names of graph inputs and outputs. Shapes: T packed tokens, B sequences, M blocks a table row,

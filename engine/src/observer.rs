@@ -27,6 +27,17 @@ pub struct StepReport {
     pub failed: bool,
 }
 
+/// Figures of a request that was admitted for the first time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdmissionReport {
+    /// From its submission.
+    pub queue_time: Duration,
+    /// Tokens that were looked up in the prefix cache: its prompt, unless it takes no part.
+    pub num_queried_tokens: usize,
+    /// Of those, tokens that were found and are not computed.
+    pub num_cached_tokens: usize,
+}
+
 /// The engine's state between two steps.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct EngineGauges {
@@ -34,7 +45,7 @@ pub struct EngineGauges {
     pub num_running: usize,
     /// Sequences in the queue.
     pub num_waiting: usize,
-    /// Blocks in use.
+    /// Blocks that sequences own; what is only cached is not among them.
     pub num_used_blocks: usize,
     /// Blocks of the pool.
     pub num_blocks: usize,
@@ -50,9 +61,9 @@ pub trait EngineObserver: Send + Sync {
     fn gauges(&self, gauges: &EngineGauges) {
         let _ = gauges;
     }
-    /// A request was admitted for the first time after waiting `queue_time`.
-    fn admitted(&self, queue_time: Duration) {
-        let _ = queue_time;
+    /// A request was admitted for the first time.
+    fn admitted(&self, report: &AdmissionReport) {
+        let _ = report;
     }
 }
 

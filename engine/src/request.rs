@@ -2,6 +2,7 @@
 //!
 //! Must not know text, JSON or HTTP: ids only.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use crate::error::SequenceError;
@@ -10,6 +11,13 @@ use crate::sampling_params::SamplingParams;
 /// Names a request inside one engine; grows with arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
+
+/// Priorities that a request may have.
+pub const PRIORITIES: RangeInclusive<i32> = -100..=100;
+
+/// Whose a request is: an index into [`crate::EngineConfig::tenant_weights`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TenantId(pub u32);
 
 /// What a caller asks for.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -21,6 +29,10 @@ pub struct Request {
     /// Time from submission within which the first token is wanted. Orders the queue and lets the
     /// engine refuse what it can't meet; nothing is aborted when it passes.
     pub deadline: Option<Duration>,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// One of [`PRIORITIES`]. A lower one is admitted first, but for every eighth admission.
+    pub priority: i32,
 }
 
 /// Why a sequence ended well.
@@ -40,7 +52,10 @@ pub enum FinishReason {
 #[derive(Debug, Clone, PartialEq)]
 pub enum TokenEvent {
     /// The request left the queue and got blocks, for the first time.
-    Admitted,
+    Admitted {
+        /// Tokens of the prompt that need not be computed.
+        num_cached_tokens: usize,
+    },
     /// One generated token.
     Token {
         /// Its id.
@@ -60,6 +75,6 @@ pub enum TokenEvent {
 impl TokenEvent {
     /// Whether nothing follows.
     pub fn is_terminal(&self) -> bool {
-        !matches!(self, Self::Admitted | Self::Token { .. })
+        !matches!(self, Self::Admitted { .. } | Self::Token { .. })
     }
 }

@@ -212,7 +212,7 @@ mod tests {
     use std::time::Duration;
 
     fn sequence(prompt: &[u32], output: &[u32], sampling: SamplingParams) -> Sequence {
-        let request = Request { prompt_token_ids: prompt.to_vec(), sampling, deadline: None };
+        let request = Request { prompt_token_ids: prompt.to_vec(), sampling, ..Request::default() };
         let mut sequence = Sequence::new(RequestId(1), request, Duration::ZERO);
         output.iter().for_each(|&id| sequence.push(id));
         sequence

@@ -1,22 +1,26 @@
 //! Owns the queue, the running sequences and the block pool: what runs in the next step.
 //!
 //! A pure function of its state, its input and the time it is told: no clock, no channel, no I/O.
-//! Invariants ([`Scheduler::check`]): both lists are in the order of their `precedence`; every block
-//! is free or in exactly the tables that count it. Only the last of the running list is preempted:
+//! Invariants ([`Scheduler::check`]): the running list is in the order of its `precedence`; every block
+//! is free, cached, or in exactly the tables that count it. Only the last of the running list is preempted:
 //! the newest detached sequence, else the newest. So its first, the probe or else the oldest attached
 //! sequence, is only ever preempted to let a probe in, and since no sequence larger than the pool is
 //! let in, it always advances. A detached sequence can lose its blocks to younger ones, but those are
 //! let in only by a step that has budget left, in which every running sequence gains a token: it
-//! advances from one loss to the next. The queue's order is by deadlines that are never far after
-//! arrival. Hence nothing starves.
+//! advances from one loss to the next. In the queue nothing starves ([`WaitingQueue`]). A tenant's share
+//! is kept at admission only: nobody is preempted for it.
 
-use std::collections::VecDeque;
+mod admission;
+mod drafts;
+
 use std::time::Duration;
 
 use crate::config::EngineConfig;
-use crate::kv_cache::BlockPool;
-use crate::observer::EngineGauges;
-use crate::request::RequestId;
+use crate::cost_model::{PrefillBudget, StepWork};
+use crate::kv_cache::{BlockId, BlockPool};
+use crate::observer::{AdmissionReport, EngineGauges};
+use crate::queue::WaitingQueue;
+use crate::request::{RequestId, TenantId};
 use crate::sequence::{RunningSequence, Sequence, WaitingSequence};
 use crate::step::StepPlan;
 
@@ -25,15 +29,15 @@ use crate::step::StepPlan;
 pub struct ScheduleOutcome {
     /// Sequences sent back to the queue.
     pub num_preemptions: usize,
-    /// The sequences that were admitted for the first time, and how long they had waited.
-    pub admitted: Vec<(RequestId, Duration)>,
+    /// The sequences that were admitted for the first time.
+    pub admitted: Vec<(RequestId, AdmissionReport)>,
 }
 
 /// Decides what runs.
 #[derive(Debug)]
 pub struct Scheduler {
     config: EngineConfig,
-    waiting: VecDeque<WaitingSequence>,
+    waiting: WaitingQueue,
     running: Vec<RunningSequence>,
     pool: BlockPool,
     watermark: usize,
@@ -41,6 +45,8 @@ pub struct Scheduler {
     num_admissions: u64,
     /// Least chance to be right for which a guess is checked.
     draft_price: f64,
+    /// Where the next sequence that is asked for is likely to be in the running list.
+    likely_index: usize,
     /// Whether the queue changed since it was last asked.
     queue_changed: bool,
 }
@@ -52,29 +58,30 @@ impl Scheduler {
         Self {
             watermark: num_blocks * config.watermark_permille / 1000,
             max_num_blocks: pool.blocks_for(config.max_model_len),
-            // Every one, the probe's too, may be sent back to the queue.
-            waiting: VecDeque::with_capacity(config.max_num_seqs + config.max_num_waiting + 1),
+            waiting: WaitingQueue::new(&config),
             running: Vec::with_capacity(config.max_num_seqs + 1),
             num_admissions: 0,
             draft_price: 1.0,
+            likely_index: 0,
             queue_changed: false,
             config,
             pool,
         }
     }
 
-    /// Queues a sequence, which must be younger than every other and small enough for the pool. A
-    /// deadline later than the default one is cut to it.
+    /// Queues a sequence, which must be younger than every other, small enough for the pool and of a
+    /// tenant that is configured. A deadline later than the default one is cut to it.
     pub fn add(&mut self, mut sequence: Sequence) {
         let latest = sequence.arrival.saturating_add(self.config.default_deadline);
         sequence.deadline = sequence.deadline.min(latest);
+        if !self.config.honours_priority {
+            sequence.priority = 0;
+        }
         self.enqueue(WaitingSequence(sequence));
     }
 
     fn enqueue(&mut self, sequence: WaitingSequence) {
-        let precedence = sequence.precedence();
-        let index = self.waiting.partition_point(|other| other.precedence() < precedence);
-        self.waiting.insert(index, sequence);
+        self.waiting.push(sequence);
         self.queue_changed = true;
     }
 
@@ -83,9 +90,19 @@ impl Scheduler {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// The queue, the next one first.
-    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Sequence> {
-        self.waiting.iter().map(|waiting| &waiting.0)
+    /// Sequences in the queue.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The queue, the next one first, in the order that can be foreseen: [`WaitingQueue::in_order`].
+    pub fn waiting(&self) -> Vec<&Sequence> {
+        self.waiting.in_order()
+    }
+
+    /// What a tenant was served: see [`WaitingQueue::service`].
+    pub fn service(&self, tenant: TenantId) -> u64 {
+        self.waiting.service(tenant)
     }
 
     /// The running sequences; the last is preempted first.
@@ -93,17 +110,20 @@ impl Scheduler {
         &self.running
     }
 
-    /// Running sequences that lack one token only.
-    pub fn num_decodes(&self) -> usize {
-        self.running.iter().filter(|running| running.num_pending_tokens() == 1).count()
+    /// The work of the running sequences that lack one token only.
+    pub fn decodes(&self) -> StepWork {
+        let mut work = StepWork::default();
+        for running in self.running.iter().filter(|running| running.num_pending_tokens() == 1) {
+            work.add(running.num_computed_tokens, 1, 0);
+        }
+        work
     }
 
     /// How many sequences could be admitted without the end of another one: none if the head of the
     /// queue lacks blocks.
     pub fn num_free_slots(&self) -> usize {
-        let lacks_blocks =
-            |waiting: &WaitingSequence| !self.has_room(waiting.0.tokens().len(), self.num_reserved());
-        if self.waiting.front().is_some_and(lacks_blocks) {
+        let lacks_blocks = |next: &Sequence| !self.has_room(next, self.num_reserved());
+        if self.waiting.peek().is_some_and(lacks_blocks) {
             return 0;
         }
         self.config.max_num_seqs.saturating_sub(self.running.len())
@@ -124,19 +144,14 @@ impl Scheduler {
         }
     }
 
-    /// Says what a guess must be worth, from now on: the least chance to be right.
-    pub fn set_draft_price(&mut self, price: f64) {
-        self.draft_price = price;
-    }
-
     /// Says whether anybody reads a sequence.
     pub fn set_detached(&mut self, id: RequestId, is_detached: bool) {
         if let Some(index) = self.position(id) {
             let mut running = self.running.remove(index);
             running.sequence.is_detached = is_detached;
             self.insert_running(running);
-        } else if let Some(waiting) = self.waiting.iter_mut().find(|waiting| waiting.0.id == id) {
-            waiting.0.is_detached = is_detached;
+        } else if let Some(waiting) = self.waiting.get_mut(id) {
+            waiting.is_detached = is_detached;
         }
     }
 
@@ -147,13 +162,13 @@ impl Scheduler {
     }
 
     /// Fills `plan` with the next step: a token for every sequence that lacks one, then chunks of
-    /// prompts, admitting from the queue while there is room. Of prompts it takes `prefill_budget`
-    /// tokens, but at least a block, and never more than the step may hold beside its decodes. What
-    /// prompts leave of it may go to drafts.
+    /// prompts, admitting from the queue while there is room. Of prompts it takes what `prefill_budget`
+    /// allows, but at least a block, and never more than the step may hold beside its decodes. In a
+    /// step without prompts it may go to drafts.
     pub fn schedule(
         &mut self,
         now: Duration,
-        prefill_budget: usize,
+        prefill_budget: PrefillBudget,
         plan: &mut StepPlan,
         outcome: &mut ScheduleOutcome,
     ) {
@@ -186,38 +201,27 @@ impl Scheduler {
         }
     }
 
-    /// Lets a waiting probe in at once, beside as many sequences as may run and in the blocks of
-    /// whoever must go: what decides whether the engine is well must not wait for users.
-    fn admit_probe(&mut self, now: Duration, outcome: &mut ScheduleOutcome) {
-        if !self.waiting.front().is_some_and(|waiting| waiting.0.is_probe) {
-            return;
-        }
-        let Some(waiting) = self.waiting.pop_front() else {
-            return;
-        };
-        let num_blocks = self.pool.blocks_for(waiting.0.tokens().len());
-        while self.pool.num_free() < num_blocks && self.preempt_last(outcome) {}
-        self.start(waiting, 0, now, outcome);
-    }
-
     /// Chooses tokens for the running sequences in order and returns the budget left for prompts.
     /// Decodes are set aside first, so that no prompt takes the place of a running stream.
-    fn continue_running(&mut self, prefill_budget: usize, outcome: &mut ScheduleOutcome) -> usize {
-        let most = self.config.max_num_batched_tokens.saturating_sub(self.num_decodes());
-        let mut prefill_budget = prefill_budget.max(self.pool.block_size()).min(most);
-        if self.running.first().is_some_and(|running| running.sequence.is_probe) {
-            // The probe may be one more than the step was made for.
-            prefill_budget = prefill_budget.max(1);
-        }
+    fn continue_running(
+        &mut self,
+        prefill_budget: PrefillBudget,
+        outcome: &mut ScheduleOutcome,
+    ) -> PrefillBudget {
+        let most = self.config.max_num_batched_tokens.saturating_sub(self.decodes().num_decodes);
+        // The probe may be one more than the step was made for.
+        let has_probe = self.running.first().is_some_and(|running| running.sequence.is_probe);
+        let most = most.max(usize::from(has_probe));
+        let mut prefill_budget = prefill_budget.bounded(self.pool.block_size(), most);
         let mut index = 0;
         while index < self.running.len() {
-            let num_pending = self.running[index].num_pending_tokens();
-            let num_tokens = if num_pending == 1 { 1 } else { num_pending.min(prefill_budget) };
+            let start = self.running[index].num_computed_tokens;
+            let num_tokens = match self.running[index].num_pending_tokens() {
+                1 => 1,
+                num_pending => prefill_budget.take(start, num_pending),
+            };
             if num_tokens > 0 && !self.make_room(index, num_tokens, outcome) {
                 break;
-            }
-            if num_pending > 1 {
-                prefill_budget -= num_tokens;
             }
             self.running[index].num_planned_tokens = num_tokens;
             index += 1;
@@ -250,99 +254,28 @@ impl Scheduler {
         true
     }
 
-    /// Admits from the head of the queue while sequences, tokens and blocks allow. A sequence is let
-    /// in only if all its known tokens fit beside what the running ones still have to compute.
-    fn admit(&mut self, now: Duration, prefill_budget: &mut usize, outcome: &mut ScheduleOutcome) {
-        let mut num_reserved = self.num_reserved();
-        while self.running.len() < self.config.max_num_seqs && *prefill_budget > 0 {
-            let Some(WaitingSequence(next)) = self.waiting.front() else {
-                return;
-            };
-            let num_tokens = next.tokens().len();
-            if !self.has_room(num_tokens, num_reserved) {
-                return;
-            }
-            let Some(waiting) = self.waiting.pop_front() else {
-                return;
-            };
-            let num_planned = num_tokens.min(*prefill_budget);
-            self.start(waiting, num_planned, now, outcome);
-            num_reserved += self.pool.blocks_for(num_tokens) - self.pool.blocks_for(num_planned);
-            *prefill_budget -= num_planned;
-        }
-    }
-
-    /// Adds guesses to the decodes, the first ones first, as far as `budget` and free blocks go: a guess
-    /// takes nothing that anybody else wants in this step, and what it took is free before the next.
-    fn plan_drafts(&mut self, mut budget: usize) {
-        for running in self.running.iter_mut().filter(|running| running.num_pending_tokens() == 1) {
-            let most = self.config.max_num_draft_tokens.min(budget);
-            if most == 0 || running.num_planned_tokens == 0 {
-                continue;
-            }
-            let end = running.num_computed_tokens + 1;
-            let mut num_drafts = running.sequence.num_drafts(self.draft_price, most);
-            if !running.block_table.grow(end + num_drafts, &mut self.pool) {
-                num_drafts = running.block_table.blocks().len() * self.pool.block_size() - end;
-            }
-            running.num_draft_tokens = num_drafts;
-            budget -= num_drafts;
-        }
-    }
-
-    /// Blocks that the running sequences lack for the tokens they know.
-    fn num_reserved(&self) -> usize {
-        let blocks_to_come = |running: &RunningSequence| {
-            self.pool.blocks_for(running.sequence.tokens().len()) - running.block_table.blocks().len()
-        };
-        self.running.iter().map(blocks_to_come).sum()
-    }
-
-    /// Whether `num_tokens` fit beside `num_reserved` blocks and the watermark.
-    fn has_room(&self, num_tokens: usize, num_reserved: usize) -> bool {
-        let watermark = if self.running.is_empty() { 0 } else { self.watermark };
-        self.pool.num_free() >= num_reserved + self.pool.blocks_for(num_tokens) + watermark
-    }
-
-    /// Moves a sequence to the running list and plans its first `num_tokens`, whose blocks are free.
-    fn start(
-        &mut self,
-        waiting: WaitingSequence,
-        num_tokens: usize,
-        now: Duration,
-        outcome: &mut ScheduleOutcome,
-    ) {
-        let is_first_time = waiting.0.admission.is_none();
-        let mut running = waiting.admit(self.max_num_blocks, self.num_admissions);
-        if running.block_table.grow(num_tokens, &mut self.pool) {
-            running.num_planned_tokens = num_tokens;
-        }
-        if is_first_time {
-            self.num_admissions += 1;
-            let sequence = &running.sequence;
-            outcome.admitted.push((sequence.id, now.saturating_sub(sequence.arrival)));
-        }
-        self.insert_running(running);
-        self.queue_changed = true;
-    }
-
-    /// Records that a sequence's share of the step was computed. Returns the sequence.
+    /// Records that `num_tokens` of a sequence's known tokens were computed, and lets others use the blocks
+    /// that are full. Returns the sequence.
     pub fn commit(&mut self, id: RequestId, num_tokens: usize) -> Option<&mut Sequence> {
         let index = self.position(id)?;
         let running = &mut self.running[index];
         running.num_computed_tokens += num_tokens;
         running.num_planned_tokens = 0;
+        let RunningSequence { sequence, num_computed_tokens, block_table, .. } = running;
+        block_table.publish(sequence.tokens(), *num_computed_tokens, &mut self.pool);
+        // Of a reply; the prompt was charged at its admission. What is computed again costs nobody.
+        let num_output_tokens = num_computed_tokens.saturating_sub(sequence.num_charged_tokens);
+        sequence.num_charged_tokens += num_output_tokens;
+        if num_output_tokens > 0 && !sequence.is_probe {
+            self.waiting.charge(sequence.tenant, 0, num_output_tokens);
+        }
         Some(&mut running.sequence)
     }
 
-    /// Records that so many of a sequence's guesses were right, after its share was committed; the slots
-    /// of the others are free again.
-    pub fn commit_drafts(&mut self, id: RequestId, num_accepted: usize) {
-        self.commit(id, num_accepted);
-        if let Some(index) = self.position(id) {
-            let running = &mut self.running[index];
-            running.block_table.shrink(running.num_computed_tokens, &mut self.pool);
-        }
+    /// Empties the prefix cache. Running sequences keep what they have, and share it no more.
+    pub fn forget_cached(&mut self) {
+        self.pool.forget_contents();
+        self.running.iter_mut().for_each(|running| running.block_table.stop_publishing());
     }
 
     /// Removes a sequence wherever it is and frees its blocks. False if it is not there.
@@ -351,13 +284,20 @@ impl Scheduler {
             self.running.remove(index).block_table.release(&mut self.pool);
             return true;
         }
-        let index = self.waiting.iter().position(|waiting| waiting.0.id == id);
-        self.queue_changed |= index.is_some();
-        index.is_some_and(|index| self.waiting.remove(index).is_some())
+        let was_waiting = self.waiting.remove(id).is_some();
+        self.queue_changed |= was_waiting;
+        was_waiting
     }
 
-    fn position(&self, id: RequestId) -> Option<usize> {
-        self.running.iter().position(|running| running.sequence.id == id)
+    /// Where a sequence is in the running list. A step's outcome is applied in the order of that list,
+    /// so the next one that is asked for mostly stands at or behind the last one.
+    fn position(&mut self, id: RequestId) -> Option<usize> {
+        let is_it = |running: &RunningSequence| running.sequence.id == id;
+        let likely = [self.likely_index, self.likely_index + 1];
+        let found = likely.into_iter().find(|&index| self.running.get(index).is_some_and(is_it));
+        let found = found.or_else(|| self.running.iter().position(is_it));
+        self.likely_index = found.unwrap_or(0);
+        found
     }
 
     /// Checks every invariant; for tests and simulations, after each step.
@@ -369,10 +309,7 @@ impl Scheduler {
         if !self.running.is_sorted_by(|a, b| a.precedence() < b.precedence()) {
             return Err(format!("the running sequences are out of order: {:?}", self.running));
         }
-        let queue = self.waiting.iter().map(WaitingSequence::precedence);
-        if !queue.is_sorted_by(|a, b| a < b) {
-            return Err(format!("the queue is out of order: {:?}", self.waiting));
-        }
+        self.waiting.check()?;
         let has_probe = self.running.iter().any(|running| running.sequence.is_probe);
         if self.running.len() > self.config.max_num_seqs + usize::from(has_probe) {
             return Err(format!("{} sequences run", self.running.len()));
@@ -381,6 +318,12 @@ impl Scheduler {
             let capacity = running.block_table.blocks().len() * self.pool.block_size();
             if running.num_computed_tokens > capacity || running.num_pending_tokens() == 0 {
                 return Err(format!("computed tokens out of bounds: {running:?}"));
+            }
+            // Whatever comes next, known tokens or drafts, is written behind the computed ones.
+            let num_full_blocks = running.num_computed_tokens / self.pool.block_size();
+            let is_shared = |block: &&BlockId| !self.pool.is_exclusive(**block);
+            if let Some(block) = running.block_table.blocks()[num_full_blocks..].iter().find(is_shared) {
+                return Err(format!("block {block} will be written and others may read it: {running:?}"));
             }
         }
         Ok(())

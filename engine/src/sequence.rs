@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::draft::Drafter;
 use crate::kv_cache::{BlockPool, BlockTable};
-use crate::request::{Request, RequestId};
+use crate::request::{Request, RequestId, TenantId};
 use crate::sampling_params::SamplingParams;
 
 /// Tokens and options of one request.
@@ -24,6 +24,10 @@ pub struct Sequence {
     output_counts: HashMap<u32, u32>,
     /// How to sample.
     pub sampling: SamplingParams,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// A lower one is admitted first.
+    pub priority: i32,
     /// Engine time of arrival.
     pub arrival: Duration,
     /// Engine time by which its first token is wanted.
@@ -36,6 +40,8 @@ pub struct Sequence {
     pub admission: Option<u64>,
     /// Prompt tokens computed at least once: recomputation does not count again.
     pub num_reported_prompt_tokens: usize,
+    /// Tokens that its tenant was charged for, cached ones of the prompt included.
+    pub num_charged_tokens: usize,
     /// What it may say next.
     pub drafter: Drafter,
 }
@@ -43,7 +49,7 @@ pub struct Sequence {
 impl Sequence {
     /// Takes over a request that was submitted at `arrival`.
     pub fn new(id: RequestId, request: Request, arrival: Duration) -> Self {
-        let Request { prompt_token_ids: mut tokens, sampling, deadline } = request;
+        let Request { prompt_token_ids: mut tokens, sampling, deadline, tenant, priority } = request;
         let num_prompt_tokens = tokens.len();
         tokens.reserve_exact(sampling.max_tokens);
         let mut output_counts = HashMap::new();
@@ -56,12 +62,15 @@ impl Sequence {
             num_prompt_tokens,
             output_counts,
             sampling,
+            tenant,
+            priority,
             arrival,
             deadline: arrival.saturating_add(deadline.unwrap_or(Duration::MAX)),
             is_probe: false,
             is_detached: false,
             admission: None,
             num_reported_prompt_tokens: 0,
+            num_charged_tokens: 0,
             drafter: Drafter::default(),
         }
     }
@@ -81,11 +90,16 @@ impl Sequence {
         &self.tokens[self.num_prompt_tokens..]
     }
 
+    /// Lets the drafter read what is new. Allocates the first time.
+    pub fn read_for_drafts(&mut self) {
+        self.drafter.read(&self.tokens, self.num_prompt_tokens + self.sampling.max_tokens);
+    }
+
     /// How many of its next tokens to guess, at most `most`, at this price of a guess.
     pub fn num_drafts(&mut self, price: f64, most: usize) -> usize {
         // The last token that it may generate has no row after it.
         let left = self.sampling.max_tokens - self.output().len();
-        self.drafter.read(&self.tokens, self.num_prompt_tokens + self.sampling.max_tokens);
+        self.read_for_drafts();
         self.drafter.num_tokens(price, most.min(left - 1))
     }
 
@@ -114,24 +128,16 @@ impl Sequence {
 pub struct WaitingSequence(pub Sequence);
 
 impl WaitingSequence {
-    /// Order of the queue: the probe, then whoever was preempted, in order of first admission, then
-    /// the earliest deadline.
-    pub fn precedence(&self) -> (bool, bool, Duration, u64) {
-        let sequence = &self.0;
-        let time = if sequence.admission.is_some() { Duration::ZERO } else { sequence.deadline };
-        (!sequence.is_probe, sequence.admission.is_none(), time, sequence.admission.unwrap_or(sequence.id.0))
-    }
-
-    /// Starts it, with a table that can grow to `max_num_blocks`. `next_admission` is its place
-    /// among all admitted sequences if it has none.
-    pub fn admit(mut self, max_num_blocks: usize, next_admission: u64) -> RunningSequence {
+    /// Starts it, with an empty table. `next_admission` is its place among all admitted sequences if
+    /// it has none.
+    pub fn admit(mut self, block_table: BlockTable, next_admission: u64) -> RunningSequence {
         self.0.admission.get_or_insert(next_admission);
         RunningSequence {
             sequence: self.0,
             num_computed_tokens: 0,
             num_planned_tokens: 0,
             num_draft_tokens: 0,
-            block_table: BlockTable::with_capacity(max_num_blocks),
+            block_table,
         }
     }
 }

@@ -93,12 +93,6 @@ impl StepPlan {
         self.token_ids.len()
     }
 
-    /// Rows of decodes, drafts included: what sequences that lacked one token only take of the step.
-    pub fn num_decode_tokens(&self) -> usize {
-        let decodes = self.sequences.iter().filter(|sequence| sequence.num_known_tokens() == 1);
-        decodes.map(|sequence| sequence.num_scheduled_tokens).sum()
-    }
-
     /// The drafts in the share of the sequence at `index`.
     pub fn drafts(&self, index: usize) -> &[i32] {
         let end = self.cumulative_sequence_length[index + 1] as usize;

@@ -7,6 +7,7 @@
 mod handle;
 mod load;
 mod progress;
+mod shared;
 mod worker;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,7 +25,7 @@ use crate::cost_model::StepBounds;
 use crate::error::LoadError;
 use crate::observer::EngineObserver;
 use crate::runner::ModelRunner;
-use handle::Shared;
+use shared::Shared;
 use worker::Worker;
 
 /// Engine time: since the engine was started.
@@ -67,6 +68,9 @@ impl EngineThread {
             let message = "max_num_seqs must be at least 1 and at most max_num_batched_tokens";
             return Err(LoadError::Config(message.into()));
         }
+        if config.tenant_weights.is_empty() || config.max_num_requests_per_tenant == 0 {
+            return Err(LoadError::Config("there must be a tenant, and a place for its requests".into()));
+        }
         if config.max_model_len < 2 {
             return Err(LoadError::Config("the KV cache is too small for a prompt and a token".into()));
         }
@@ -75,10 +79,13 @@ impl EngineThread {
             max_model_len: config.max_model_len,
             vocab_size,
             max_num_requests,
+            max_num_requests_per_tenant: config.max_num_requests_per_tenant,
+            num_tenants: config.tenant_weights.len(),
             kv_cache_bytes: cache.num_bytes,
         };
         let bounds = StepBounds {
             max_step_time: config.max_step_time,
+            target_inter_token_latency: config.target_inter_token_latency,
             max_num_batched_tokens: config.max_num_batched_tokens,
             block_size: cache.block_size,
         };

@@ -12,6 +12,7 @@ use glm_engine::runner::ort::{OrtOptions, OrtRunner};
 use glm_engine::{Engine, EngineConfig, FinishReason, LoadError, Manifest, Request, RequestId, StepPlan};
 use glm_engine::{SamplingParams, TokenEvent};
 
+const BLOCK_SIZE: usize = 128;
 const GRAPHS: [&str; 11] = [
     "fp16",
     "bf16",
@@ -33,6 +34,7 @@ fn options() -> OrtOptions {
         kv_cache_bytes: 8 << 20,
         device_id: 0,
         device_memory_bytes: Some(1 << 30),
+        cuda_graphs: false,
     }
 }
 
@@ -59,11 +61,70 @@ fn the_runner_drives_the_cuda_provider() {
         for graph in GRAPHS.iter().filter(|graph| capability != "7.5" || !graph.contains("bf16")) {
             let (runner, vocab_size) = load(&folders.join(graph), &options()).expect(graph);
             serve(runner, vocab_size, graph);
+            let captured = OrtOptions { cuda_graphs: true, ..options() };
+            let (runner, vocab_size) = load(&folders.join(graph), &captured).expect(graph);
+            serve(runner, vocab_size, graph);
+            let (runner, _) = load(&folders.join(graph), &captured).expect(graph);
+            decodes_are_captured_and_replayed(runner, graph);
         }
     }
     let fp16 = folders.join("fp16");
     a_failed_launch_ends_a_step_and_nothing_else(&fp16);
     words_are_clear(&folders, &fp16);
+}
+
+/// A step of so many sequences, each with one new token after `num_computed_tokens`.
+fn decode(num_sequences: usize, num_computed_tokens: usize) -> StepPlan {
+    let num_blocks = num_computed_tokens / BLOCK_SIZE + 1;
+    let blocks: Vec<u32> = (0..num_blocks as u32).rev().collect();
+    let mut plan = StepPlan::default();
+    plan.clear(num_blocks);
+    for id in 0..num_sequences as u64 {
+        plan.push(RequestId(id), [5], num_computed_tokens, &blocks, BLOCK_SIZE, 1);
+    }
+    plan
+}
+
+/// What a step launches is told by what the double lets fail. Each kind of decode step is captured once, and from then
+/// on a step launches the graph and nothing else; all other steps launch kernels and no graph.
+fn decodes_are_captured_and_replayed(mut runner: OrtRunner, graph: &str) {
+    let mut run = |plan: &StepPlan, failing: &str| {
+        set("GLMSERVE_STUB_FAIL", failing);
+        let rows = runner.run(plan).and_then(|mut output| {
+            output
+                .candidates
+                .iter()
+                .for_each(|candidates| assert_eq!(candidates.ids.nrows(), plan.logits_indices.len()));
+            Ok(output.logits.rows()?.nrows())
+        });
+        set("GLMSERVE_STUB_FAIL", "");
+        rows.map_err(|error| error.0)
+    };
+    let mut prompt = StepPlan::default();
+    prompt.clear(1);
+    prompt.push(RequestId(0), [1, 2, 3], 0, &[0], BLOCK_SIZE, 1);
+    // A decode with two guesses, beside one without.
+    let mut guesses = StepPlan::default();
+    guesses.clear(1);
+    guesses.push(RequestId(0), [1, 2, 3], 8, &[0], BLOCK_SIZE, 3);
+    guesses.push(RequestId(1), [1], 8, &[1], BLOCK_SIZE, 1);
+    // Other numbers of sequences that the same graph serves, and contexts beyond the first.
+    for (first, later, context) in [(1, 1, 0), (3, 4, 140), (4, 3, 600), (40, 64, 140), (256, 129, 500)] {
+        let what = format!("{graph}: {first} sequences of {context} tokens");
+        let plan = decode(first, context);
+        // Computed, captured, launched: a failure ends this step only, and the next one captures anew.
+        assert!(run(&plan, "launch").is_err(), "{what}");
+        assert!(run(&plan, "graph").is_err(), "{what}");
+        assert_eq!(run(&plan, ""), Ok(first), "{what}");
+        assert_eq!(run(&plan, "launch"), Ok(first), "{what}");
+        assert_eq!(run(&decode(later, context + 1), "launch"), Ok(later), "{what}");
+        assert_eq!(run(&prompt, "graph"), Ok(1), "{what}");
+        assert_eq!(run(&guesses, "graph"), Ok(4), "{what}");
+        assert_eq!(run(&decode(257, 7), "graph"), Ok(257), "{what}");
+        assert!(run(&plan, "graph").is_err(), "{what}");
+        assert_eq!(run(&plan, ""), Ok(first), "{what}");
+    }
+    assert!(run(&prompt, "launch").is_err(), "{graph}");
 }
 
 /// Prompts in chunks, beside decodes, with and without need of whole rows.
@@ -77,7 +138,7 @@ fn serve(runner: OrtRunner, vocab_size: usize, graph: &str) {
         SamplingParams { temperature: 0.8, top_p: 0.8, ..greedy },
     ];
     for (id, (sampling, length)) in params.into_iter().zip([3, 150, 20]).enumerate() {
-        let request = Request { prompt_token_ids: vec![7; length], sampling, deadline: None };
+        let request = Request { prompt_token_ids: vec![7; length], sampling, ..Request::default() };
         engine.add(RequestId(id as u64), request, Duration::ZERO);
     }
     let mut finished = 0;
@@ -127,5 +188,8 @@ fn words_are_clear(folders: &Path, fp16: &Path) {
     assert!(error.contains("does not fit the device's memory"), "{error}");
     let error = words(fp16, &OrtOptions { device_id: 7, ..options() });
     assert!(error.contains("driver of version 580"), "{error}");
+    let captured = OrtOptions { cuda_graphs: true, ..options() };
+    let negative = words(&folders.join("unique"), &captured);
+    assert!(negative.contains("a node of the graph has no CUDA kernel"), "{negative}");
     println!("negative control: {negative}");
 }

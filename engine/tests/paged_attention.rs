@@ -1,8 +1,9 @@
 //! Owns the proof that the operator works inside ONNX Runtime: through a real CPU session.
 
-mod attention_graph;
+mod graph;
 
-use attention_graph::{BFLOAT16, FLOAT32, Value, session};
+use graph::attention::session;
+use graph::{Type, Value};
 use half::bf16;
 use ort::session::Session;
 use ort::value::{PrimitiveTensorElementType, Tensor};
@@ -52,7 +53,7 @@ const BLOCKS: [i32; 6] = [7, 2, 9, 4, 11, 0];
 
 /// An element of a cache.
 trait Element: PrimitiveTensorElementType + Copy + std::fmt::Debug + 'static {
-    const TYPE: u64;
+    const TYPE: Type;
     /// What a product of two numbers near 1 may be off by.
     const TOLERANCE: f64;
     fn of(x: f32) -> Self;
@@ -60,7 +61,7 @@ trait Element: PrimitiveTensorElementType + Copy + std::fmt::Debug + 'static {
 }
 
 impl Element for f32 {
-    const TYPE: u64 = FLOAT32;
+    const TYPE: Type = Type::Float32;
     const TOLERANCE: f64 = 1e-5;
     fn of(x: f32) -> Self {
         x
@@ -71,7 +72,7 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    const TYPE: u64 = BFLOAT16;
+    const TYPE: Type = Type::Bfloat16;
     const TOLERANCE: f64 = 1e-2;
     fn of(x: f32) -> Self {
         Self::from_f32(x)
@@ -200,7 +201,7 @@ fn compute_in_chunks<E: Element>() {
 
 #[test]
 fn what_does_not_fit_is_an_error_that_names_it() {
-    let mut session = session(1, FLOAT32, &ATTRIBUTES, |name| name != "attention_metadata").unwrap();
+    let mut session = session(1, Type::Float32, &ATTRIBUTES, |name| name != "attention_metadata").unwrap();
     let (key, value) = caches::<f32>();
     // The last position of the table and of the blocks, then one more.
     let mut call = Call { past: 95, len: 1, slots: true, metadata: false };
@@ -223,7 +224,9 @@ fn attributes_that_mean_something_else_are_refused_when_the_session_is_made() {
         ("kv_cache_layout", Value::Text("LATENT")),
     ] {
         let attributes = [&ATTRIBUTES[..], &[(name, value)]].concat();
-        let Err(refused) = session(1, FLOAT32, &attributes, |_| true) else { panic!("{name} was accepted") };
+        let Err(refused) = session(1, Type::Float32, &attributes, |_| true) else {
+            panic!("{name} was accepted")
+        };
         let refused = refused.to_string();
         assert!(refused.contains(&format!("PagedAttention: {name} is")), "{refused}");
     }

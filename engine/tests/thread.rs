@@ -6,7 +6,7 @@ use std::time::Duration;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{
     EngineConfig, EngineGauges, EngineHandle, EngineObserver, EngineThread, EventReceiver, FinishReason,
-    Request, RunError, SamplingParams, SequenceError, SubmitError, TokenEvent,
+    NoObserver, Request, RunError, SamplingParams, SequenceError, SubmitError, TenantId, TokenEvent,
 };
 
 const VOCAB_SIZE: usize = 32;
@@ -40,7 +40,7 @@ fn slow() -> FakeRunner {
 fn request(max_tokens: usize) -> Request {
     let sampling =
         SamplingParams { temperature: 0.0, max_tokens, stop_token_ids: vec![2], ..Default::default() };
-    Request { prompt_token_ids: vec![1; 20], sampling, deadline: None }
+    Request { prompt_token_ids: vec![1; 20], sampling, ..Request::default() }
 }
 
 /// The last event of a request.
@@ -67,7 +67,7 @@ async fn a_request_streams_tokens_and_one_end() {
     let (handle, thread, _) =
         spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(|h| Ok(if h.len() < 23 { 9 } else { 2 }))));
     let mut events = handle.submit(request(100)).unwrap();
-    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     for _ in 0..3 {
         assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
     }
@@ -130,12 +130,13 @@ async fn a_failed_step_fails_its_sequences_and_the_next_request_works() {
     };
     let (handle, _thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut events = handle.submit(request(5)).unwrap();
-    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
     assert_eq!(events.recv().await, Some(TokenEvent::Failed(SequenceError::Run("injected".into()))));
     assert_eq!(events.recv().await, None);
     let mut events = handle.submit(request(1)).unwrap();
-    assert_eq!(events.recv().await, Some(TokenEvent::Admitted));
+    // The first step's block was computed; nothing of the second one was published.
+    assert_eq!(events.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 16 }));
     assert_eq!(events.recv().await, Some(TokenEvent::Token { token_id: 9 }));
 }
 
@@ -162,7 +163,7 @@ async fn a_panic_ends_requests_that_the_thread_never_saw() {
     };
     let (handle, thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut first = handle.submit(request(100)).unwrap();
-    assert_eq!(first.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(first.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     let unseen: Vec<_> = (0..3).map(|_| handle.submit(request(100)).unwrap()).collect();
     go.send(()).unwrap();
     for mut events in unseen.into_iter().chain([first]) {
@@ -190,4 +191,35 @@ async fn abort_all_reaches_requests_that_race_with_it() {
         drop(handle);
         thread.join();
     }
+}
+
+/// A tenant that takes all the places it may leaves the others theirs.
+#[tokio::test]
+async fn one_tenant_does_not_fill_the_queue() {
+    let config = EngineConfig {
+        max_num_seqs: 2,
+        max_num_waiting: 2,
+        max_model_len: 1000,
+        tenant_weights: vec![1, 1],
+        max_num_requests_per_tenant: 3,
+        ..Default::default()
+    };
+    let (handle, _thread) = EngineThread::spawn(slow(), config, VOCAB_SIZE, Arc::new(NoObserver)).unwrap();
+    let of = |tenant| Request { tenant: TenantId(tenant), ..request(900) };
+    let flood: Vec<_> = (0..3).map(|_| handle.submit(of(0)).unwrap()).collect();
+    let refusal = handle.submit(of(0)).unwrap_err();
+    assert!(matches!(refusal, SubmitError::QueueFull { num_requests: 3, .. }), "{refusal}");
+    let _other = handle.submit(of(1)).unwrap();
+    let refusal = handle.submit(of(1)).unwrap_err();
+    assert!(matches!(refusal, SubmitError::QueueFull { num_requests: 4, .. }), "{refusal}");
+    drop(flood);
+    until("the places are free", || handle.status().num_requests == 1).await;
+    assert!(handle.submit(of(0)).is_ok());
+    let unknown = handle.submit(of(2)).unwrap_err();
+    assert!(matches!(unknown, SubmitError::InvalidParameter { field: "tenant", .. }), "{unknown}");
+    let out_of_range = handle.submit(Request { priority: 101, ..request(1) }).unwrap_err();
+    assert!(
+        matches!(out_of_range, SubmitError::InvalidParameter { field: "priority", .. }),
+        "{out_of_range}"
+    );
 }

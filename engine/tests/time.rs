@@ -8,8 +8,8 @@ use std::time::Duration;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::runner::{KvCacheLayout, ModelRunner};
 use glm_engine::{
-    EngineConfig, EngineHandle, EngineThread, EventReceiver, Fault, Logits, NoObserver, Request, RunError,
-    SamplingParams, SequenceError, Stage, StepOutput, StepPlan, SubmitError, TokenEvent,
+    EngineConfig, EngineHandle, EngineThread, EventReceiver, Fault, Logits, NoObserver, PrefixCaching,
+    Request, RunError, SamplingParams, SequenceError, Stage, StepOutput, StepPlan, SubmitError, TokenEvent,
 };
 
 const VOCAB_SIZE: usize = 32;
@@ -72,11 +72,13 @@ fn start(config: EngineConfig) -> World {
 }
 
 fn config() -> EngineConfig {
-    // The fake says one token only: guesses would hide the pace.
     EngineConfig {
         max_num_seqs: 2,
         max_num_waiting: 2,
         max_model_len: 2000,
+        // Prompts are all alike here, and are to take time.
+        prefix_caching: PrefixCaching::Off,
+        // The fake says one token only: guesses would hide the pace.
         max_num_draft_tokens: 0,
         ..Default::default()
     }
@@ -84,7 +86,7 @@ fn config() -> EngineConfig {
 
 fn request(token: u32, num_prompt_tokens: usize, max_tokens: usize) -> Request {
     let sampling = SamplingParams { temperature: 0.0, max_tokens, ignore_eos: true, ..Default::default() };
-    Request { prompt_token_ids: vec![token; num_prompt_tokens], sampling, deadline: None }
+    Request { prompt_token_ids: vec![token; num_prompt_tokens], sampling, ..Request::default() }
 }
 
 async fn last(events: &mut EventReceiver) -> TokenEvent {
@@ -179,7 +181,7 @@ async fn progress_moves_from_waiting_to_prefill_to_decode() {
     drop(first);
     until("the next moves up", || stage(&third) == Stage::Waiting { position: 0 }).await;
     drop(second);
-    assert_eq!(third.recv().await, Some(TokenEvent::Admitted));
+    assert_eq!(third.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 0 }));
     let mut seen = Vec::new();
     until("the prompt is computed", || {
         if let Stage::Prefill { num_computed_tokens, num_tokens } = stage(&third) {

@@ -49,11 +49,17 @@ class Difference:
 
 
 def compare(
-    checkpoint: Path, exported: Path, precision: str, glmserve: str, max_model_len: int | None = None
+    checkpoint: Path,
+    exported: Path,
+    precision: str,
+    glmserve: str,
+    max_model_len: int | None = None,
+    adapter: Path | None = None,
 ) -> Difference:
     """Runs both on the same ids; refuses more than rounding."""
     ids = sample_ids(config.load(checkpoint, max_model_len))
-    return difference(_engine_logits(exported, ids, glmserve), reference_logits(checkpoint, ids), precision)
+    expected = reference_logits(checkpoint, ids, adapter)
+    return difference(_engine_logits(exported, ids, glmserve), expected, precision)
 
 
 def sample_ids(settings: Config) -> list[int]:
@@ -113,16 +119,16 @@ def _environment() -> dict[str, str]:
     return {LIBRARY_VARIABLE: str(libraries[0]), **os.environ} if libraries else dict(os.environ)
 
 
-def reference_logits(checkpoint: Path, ids: list[int]) -> np.ndarray:
+def reference_logits(checkpoint: Path, ids: list[int], adapter: Path | None = None) -> np.ndarray:
     """Float32 logits of transformers for one sequence, a row a token."""
-    model = reference_model(checkpoint)
+    model = reference_model(checkpoint, adapter)
     import torch
 
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
-def reference_model(checkpoint: Path) -> GlmForCausalLM:
+def reference_model(checkpoint: Path, adapter: Path | None = None) -> GlmForCausalLM:
     """The checkpoint as transformers' model: weights renamed, packed QKV rows split."""
     try:
         import torch
@@ -131,7 +137,7 @@ def reference_model(checkpoint: Path) -> GlmForCausalLM:
         raise ExportError(f"{error}; --check needs the extra: pip install 'glm-export[check]'") from None
     settings = config.load(checkpoint)
     model = GlmForCausalLM(GlmConfig(**_reference_config(settings))).eval()
-    tensors = weights.open_checkpoint(settings, checkpoint)
+    tensors = weights.open_checkpoint(settings, checkpoint, adapter)
     state = {}
     for weight in weights.every(settings):
         counts = [shape[0] for shape in weight.parts.values()]

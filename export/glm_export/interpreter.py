@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, helper
 from threadpoolctl import threadpool_limits
 
+from glm_export import progress
 from glm_export.error import ExportError
+from glm_export.initializers import Weights
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # Elements of a weight that are dequantised at once: what a core's cache holds is fastest.
 CHUNK = 1 << 16
+
+# Gives rows of a product's weight in float64: from the first, so many.
+ReadRows = Callable[[int, int], np.ndarray]
 
 
 def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
@@ -34,77 +39,60 @@ def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tup
     The second shows how far a kernel may be off: what a node gives is rounded to the type of activations, and
     what enters a product to int8 where the kernel does so.
     """
-    model = onnx.load(graph_file, load_external_data=False)
-    weights = _Weights(graph_file.parent, model.graph.initializer)
-    # Two sequences in one pass, since reading the weights is most of the time.
+    graph = onnx.load(graph_file, load_external_data=False).graph
+    weights = Weights.of_folder(graph_file.parent, graph.initializer)
+    exact, rounded = run(graph, weights, token_ids, names)
+    return exact, rounded
+
+
+def run(
+    graph: GraphProto,
+    weights: Weights,
+    token_ids: list[int],
+    names: dict[str, str],
+    roundings: Sequence[bool] = (False, True),
+    title: str = "known answer",
+) -> list[np.ndarray]:
+    """As `logits`, of a graph that need not be in a file: once for each of `roundings`, rounded or exact."""
+    # One pass over all of them, since reading the weights is most of the time.
+    count = len(token_ids)
     values: dict[str, np.ndarray] = {
-        names["token_ids"]: np.array(token_ids * 2),
-        names["logits_indices"]: np.arange(2 * len(token_ids)),
+        names["token_ids"]: np.array(token_ids * len(roundings)),
+        names["logits_indices"]: np.arange(len(roundings) * count),
     }
-    dtype = weights.activations(model.graph.node)
+    dtype = weights.activations(graph.node)
     types = {
-        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        for value in model.graph.input
+        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input
     }
-    uses = Counter(name for node in model.graph.node for name in node.input)
-    for node in model.graph.node:
-        compute = NODES.get(node.op_type)
-        if compute is None:
-            raise ExportError(f"known answer: no rule for the node {node.op_type}")
-        attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        outputs = compute(_Inputs(node, values, weights, types), attributes)
-        for array in outputs:
-            rows = array[len(array) // 2 :]
-            rows[...] = rows.astype(dtype)
-        if names["logits"] in node.output:
-            exact, rounded = np.split(outputs[0], 2)
-            return exact, rounded
-        # Absent outputs have no name, and those that nothing reads have no value.
-        values |= {name: array for name, array in zip(node.output, outputs, strict=False) if name}
-        uses.subtract(node.input)
-        for name in node.input:
-            if not uses[name]:
+    uses = Counter(name for node in graph.node for name in node.input)
+    with progress.phase(title, weights.num_bytes) as advance:
+        for node in graph.node:
+            compute = NODES.get(node.op_type)
+            if compute is None:
+                raise ExportError(f"known answer: no rule for the node {node.op_type}")
+            attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+            outputs = compute(_Inputs(node, values, weights, types, roundings), attributes)
+            for array in outputs:
+                for rows, is_rounded in zip(np.split(array, len(roundings)), roundings, strict=True):
+                    if is_rounded:
+                        rows[...] = rows.astype(dtype)
+            if names["logits"] in node.output:
+                return np.split(outputs[0], len(roundings))
+            # Absent outputs have no name, and those that nothing reads have no value.
+            values |= {name: array for name, array in zip(node.output, outputs, strict=False) if name}
+            uses.subtract(node.input)
+            done = {name for name in node.input if not uses[name]}
+            for name in done:
                 values.pop(name, None)
+            advance(node.name, sum(map(weights.size, done)))
     raise ExportError(f"known answer: the graph has no output {names['logits']}")
 
 
-class _Weights:
-    """Initialisers, read from where they lie when they are asked for."""
-
-    def __init__(self, folder: Path, tensors: list[TensorProto]) -> None:
-        self._folder = folder
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def num_rows(self, name: str) -> int:
-        """How many rows there are."""
-        return self._tensors[name].dims[0]
-
-    def dtype(self, name: str) -> np.dtype:
-        """The type that elements are stored in."""
-        return helper.tensor_dtype_to_np_dtype(self._tensors[name].data_type)
-
-    def activations(self, nodes: list[NodeProto]) -> np.dtype:
-        """The type of activations: that of the first norm's weight."""
-        norms = (node for node in nodes if node.op_type == "SimplifiedLayerNormalization")
-        return next((self.dtype(norm.input[1]) for norm in norms), np.dtype(np.float32))
-
-    def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Some rows in the type they are stored in; all without a count."""
-        tensor = self._tensors[name]
-        shape = list(tensor.dims)
-        count = shape[0] - first if count is None else min(count, shape[0] - first)
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return numpy_helper.to_array(tensor)[first : first + count]
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = self.dtype(name)
-        row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-        with (self._folder / place["location"]).open("rb") as file:
-            file.seek(int(place["offset"]) + first * row_bytes)
-            content = np.frombuffer(file.read(count * row_bytes), np.uint8)
-        return content.view(dtype).reshape(count, *shape[1:])
+def weight_rows(node: NodeProto, weights: Weights) -> ReadRows | None:
+    """How to read the weight of a product; None if the node is something else."""
+    compute = WEIGHTS.get(node.op_type)
+    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    return compute and compute(_Inputs(node, {}, weights, {}, ()), attributes)
 
 
 class _Inputs:
@@ -114,14 +102,17 @@ class _Inputs:
         self,
         node: NodeProto,
         values: dict[str, np.ndarray],
-        weights: _Weights,
+        weights: Weights,
         types: dict[str, np.dtype],
+        roundings: Sequence[bool],
     ) -> None:
         self.names = list(node.input)
         self.values = values
         self.weights = weights
         # Of the graph's own inputs.
         self.types = types
+        # Whether each of the sequences that lie one after another is to be rounded.
+        self.roundings = roundings
 
     def has(self, position: int) -> bool:
         """Whether an optional input is there."""
@@ -136,7 +127,7 @@ class _Inputs:
 def _gather(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     name, indices = inputs.names[0], inputs[1]
     if name not in inputs.weights:
-        return [inputs.values[name][indices]]
+        return [inputs.values[name].take(indices.astype(np.int64), axis=attributes["axis"])]
     # Row by row: the embedding is the largest tensor, and few rows of it are wanted.
     rows = [inputs.weights.rows(name, int(index), 1) for index in indices]
     return [np.concatenate(rows).astype(np.float64)]
@@ -163,11 +154,11 @@ def _skip_rms_norm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarr
 
 
 def _linear(
-    inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: Callable[[int, int], np.ndarray]
+    inputs: _Inputs, rows: np.ndarray, num_rows: int, bias: int, read: ReadRows, multiple: int = 1
 ) -> list[np.ndarray]:
-    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows."""
+    """rows @ weight.T + bias, where `read` gives some of the weight's `num_rows` rows, whole `multiple`s."""
     out = np.empty((len(rows), num_rows))
-    step = max(1, CHUNK // rows.shape[1])
+    step = max(1, CHUNK // rows.shape[1] // multiple) * multiple
 
     def part(first: int) -> None:
         # A thread of a pool does not have its maker's settings.
@@ -177,7 +168,13 @@ def _linear(
     # A thread a core and none inside a product: BLAS's own lose most of their time on a busy machine.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(part, range(0, num_rows, step)))
-    return [out + inputs[bias] if inputs.has(bias) else out]
+    return [out + inputs[bias].ravel() if inputs.has(bias) else out]
+
+
+def _entering(inputs: _Inputs, block_size: int) -> np.ndarray:
+    """What enters a product, in int8 where it is to be rounded."""
+    parts = zip(np.split(inputs[0], len(inputs.roundings)), inputs.roundings, strict=True)
+    return np.concatenate([_as_int8(part, block_size) if is_rounded else part for part, is_rounded in parts])
 
 
 def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
@@ -192,17 +189,23 @@ def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
 def _gemm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if attributes != {"transB": 1}:
         raise ExportError(f"known answer: no rule for Gemm with {attributes}")
-    weights, name = inputs.weights, inputs.names[1]
+    num_rows = inputs.weights.shape(inputs.names[1])[0]
+    return _linear(inputs, inputs[0], num_rows, 2, _gemm_rows(inputs, attributes))
 
-    def read(first: int, count: int) -> np.ndarray:
-        return weights.rows(name, first, count).astype(np.float64)
 
-    return _linear(inputs, inputs[0], weights.num_rows(name), 2, read)
+def _gemm_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
+    return lambda first, count: inputs.weights.rows(inputs.names[1], first, count).astype(np.float64)
 
 
 def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if inputs.has(4):
         raise ExportError("known answer: no rule for MatMulNBits with g_idx")
+    is_int8 = attributes.get("accuracy_level") == INT8_ACTIVATIONS
+    rows = _entering(inputs, attributes["block_size"]) if is_int8 else inputs[0]
+    return _linear(inputs, rows, attributes["N"], 5, _nbits_rows(inputs, attributes))
+
+
+def _nbits_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
     bits, block_size = attributes["bits"], attributes["block_size"]
     table = _unpacking(bits)
 
@@ -228,11 +231,56 @@ def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarra
         # The last block of a row may reach beyond it.
         return blocks.reshape(num_rows, -1)[:, : attributes["K"]]
 
-    rows = inputs[0]
-    if attributes.get("accuracy_level") == INT8_ACTIVATIONS:
-        exact, rounded = np.split(rows, 2)
-        rows = np.concatenate([exact, _as_int8(rounded, block_size)])
-    return _linear(inputs, rows, attributes["N"], 5, read)
+    return read
+
+
+def _quantized_matmul(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
+    rows = _entering(inputs, attributes["block_size"])
+    num_panels, _ = inputs.weights.shape(inputs.names[1])
+    (sums,) = _linear(inputs, rows, 32 * num_panels, 2, _panel_columns(inputs, attributes), multiple=32)
+    if attributes["epilogue"] == b"none":
+        return [sums[:, : attributes["N"]]]
+    gate, up = sums.reshape(len(sums), num_panels, 2, 16).transpose(2, 0, 1, 3).reshape(2, len(sums), -1)
+    return [(gate / (1 + np.exp(-gate)) * up)[:, : attributes["N"] // 2]]
+
+
+def _panel_columns(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
+    bits, block_size, width = attributes["bits"], attributes["block_size"], attributes["K"]
+    name, num_blocks = inputs.names[1], width // block_size
+
+    def read(first: int, count: int) -> np.ndarray:
+        """Columns of the panels, as they come."""
+        panels = inputs.weights.rows(name, first // 32, -(-count // 32))
+        blocks = panels.reshape(len(panels), num_blocks, -1)
+        scales = blocks[..., -64:].copy().view(np.float16).astype(np.float64)
+        lines = blocks[..., :-64]
+        # One code an item, the columns' halves apart: [panel, block, step, half, column and k].
+        if bits == 4:
+            lines = lines.reshape(len(panels), num_blocks, -1, 1, 64)
+            codes = np.concatenate([lines & 15, lines >> 4], axis=3)
+        else:
+            codes = lines.reshape(len(panels), num_blocks, -1, 2, 64)
+        values = codes.astype(np.float64) - (1 << bits - 1)
+        values = values.reshape(len(panels), num_blocks, block_size // 4, 32, 4)
+        values *= scales[:, :, None, :, None]
+        return values.transpose(0, 3, 1, 2, 4).reshape(-1, width)
+
+    return read
+
+
+def _panel_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
+    """Rows of the matrix, which with an epilogue lie in halves of the panels: sixteen of the gate, of up."""
+    columns, num_rows = _panel_columns(inputs, attributes), attributes["N"]
+
+    def read(first: int, count: int) -> np.ndarray:
+        rows = np.arange(first, min(first + count, num_rows))
+        if attributes["epilogue"] != b"none":
+            is_up, rows = np.divmod(rows, num_rows // 2)
+            rows = rows // 16 * 32 + rows % 16 + 16 * is_up
+        start = rows.min() // 32 * 32
+        return columns(start, rows.max() + 1 - start)[rows - start]
+
+    return read
 
 
 def _unpacking(bits: int) -> np.ndarray:
@@ -261,13 +309,15 @@ def _add(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
 def _paged_attention(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if not attributes.get("do_rotary") or not attributes.get("rotary_interleaved") or inputs.has(1):
         raise ExportError("known answer: attention is known with packed inputs and interleaved rotary only")
-    count = len(inputs[0]) // 2
+    num_sequences = len(inputs.roundings)
+    count = len(inputs[0]) // num_sequences
     cos, sin = (inputs.weights.rows(name, 0, count).astype(np.float64) for name in inputs.names[8:10])
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
-    packed = inputs[0].reshape(2, count, heads + 2 * groups, -1)
+    packed = inputs[0].reshape(num_sequences, count, heads + 2 * groups, -1)
     # What the cache keeps is rounded; a quantised one's scales are not known here.
     cache = inputs.types[inputs.names[3]]
-    caches = [np.dtype(np.float64), cache if cache in HALVES else np.dtype(np.float64)]
+    exact = np.dtype(np.float64)
+    caches = [cache if is_rounded and cache in HALVES else exact for is_rounded in inputs.roundings]
     scale = attributes["scale"]
     return [
         np.concatenate(
@@ -293,13 +343,14 @@ def _attention(
     rotated = _rotate(packed[:, : heads + groups], cos[:, None], sin[:, None])
     # Query heads in groups that share a key head: [token, group, head of the group, channel].
     query = rotated[:, :heads].reshape(count, groups, heads // groups, -1)
-    kept = (rotated[:, heads:], packed[:, heads + groups :])
+    kept = (rotated[:, heads:, None], packed[:, heads + groups :, None])
     key, value = (part.astype(cache).astype(np.float64) for part in kept)
-    scores = np.einsum("qghd,kgd->ghqk", query, key) * scale
+    # Products of [group, head, token, channel]: an einsum would not use BLAS.
+    scores = query.transpose(1, 2, 0, 3) @ key.transpose(1, 2, 3, 0) * scale
     scores[..., ~np.tri(count, dtype=bool)] = -np.inf
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
-    return np.einsum("ghqk,kgd->qghd", shares, value).reshape(count, -1)
+    return (shares @ value.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3).reshape(count, -1)
 
 
 def _rotate(heads: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -318,8 +369,14 @@ NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {
     "MatMulNBits": _matmul_nbits,
     "Mul": _mul,
     "PagedAttention": _paged_attention,
+    "QuantizedMatMul": _quantized_matmul,
     "QuickGelu": _quick_gelu,
     "SimplifiedLayerNormalization": _rms_norm,
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
     "Split": _split,
+}
+WEIGHTS: dict[str, Callable[[_Inputs, dict[str, Any]], ReadRows]] = {
+    "Gemm": _gemm_rows,
+    "MatMulNBits": _nbits_rows,
+    "QuantizedMatMul": _panel_rows,
 }

@@ -11,17 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from glm_export import __version__, graph, tokenizer
+from glm_export import __version__, graph, interface, progress, tokenizer
 from glm_export.config import Config
 from glm_export.target import Target
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+_CHUNK_BYTES = 1 << 20
 
 
 def write(config: Config, target: Target, folder: Path) -> str:
     """Writes the manifest of a folder whose other files are in place; returns its digest."""
-    files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
+    paths = sorted(folder.iterdir())
+    with progress.phase("digests", sum(path.stat().st_size for path in paths)) as advance:
+        files = {path.name: _entry(path, advance) for path in paths}
     content = describe(config, target, files)
     (folder / MANIFEST_FILE).write_text(to_text(content), encoding="utf-8")
     return content["digest"]
@@ -52,7 +55,8 @@ def describe(config: Config, target: Target, files: dict[str, dict[str, Any]]) -
             "kv_cache_dtype": target.kv_cache,
             "block_size": target.block_size,
             "output": target.output,
-            "names": graph.names(target),
+            "kernel": target.kernel,
+            "names": interface.names(target),
         },
         "tokenizer": {"file": tokenizer.TOKENIZER_FILE, "pieces": config.tokenizer.pieces},
         "chat": {
@@ -73,6 +77,10 @@ def digest(files: dict[str, dict[str, Any]]) -> str:
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path, advance: progress.Advance) -> dict[str, Any]:
+    hasher = hashlib.sha256()
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while chunk := file.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+            advance(path.name, len(chunk))
+    return {"bytes": path.stat().st_size, "sha256": hasher.hexdigest()}

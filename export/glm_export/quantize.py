@@ -12,6 +12,9 @@ import numpy as np
 from glm_export.error import ExportError
 
 MIN_BLOCK_SIZE = 16
+# Ranges tried, in parts of what a block's weights span. A narrower one cuts the ends off and rounds the rest
+# finer; four of them come within 0.3 % of the error that eight leave.
+SHRINKS = (1.04, 0.98, 0.92, 0.86)
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,76 @@ class Scheme:
 
     def quantize(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Quantises whole rows; the keys are those of `shapes`."""
-        blocks = rows.reshape(len(rows), -1, self.block_size)
-        return _asymmetric_4(blocks) if self.asymmetric else _symmetric_8(blocks)
+        if not self.asymmetric:
+            return _symmetric_8(rows.reshape(len(rows), -1, self.block_size))
+        codes, scales, zeros = search(rows, self.bits, self.block_size)
+        return {
+            "packed": pack(codes).reshape(*scales.shape, -1),
+            "scales": scales,
+            "zeros": pack(zeros),
+        }
 
     def dequantize(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """What the kernel makes of the arrays: the measure of the error."""
-        packed, scales = arrays["packed"], arrays["scales"]
+        packed, scales = arrays["packed"], arrays["scales"].astype(np.float32)
         if self.asymmetric:
-            zeros = _unpack(arrays["zeros"])[:, : scales.shape[1], None].astype(np.float32)
-            blocks = _unpack(packed).astype(np.float32) - zeros
+            zeros = unpack(arrays["zeros"])[:, : scales.shape[1], None].astype(np.float32)
+            blocks = unpack(packed).astype(np.float32) - zeros
         else:
             blocks = packed.astype(np.float32) - 128
         return (blocks * scales[..., None]).reshape(len(packed), -1)
+
+
+def search(
+    rows: np.ndarray, bits: int, block_size: int, symmetric: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes and scales whose squared error is small: (code - zero) * scale is about the weight.
+
+    Rows are float32 [n, K], K a multiple of the block. Returns codes uint8 [n, K], and scales float32 and
+    zeros uint8, both [n, K / block]; codes and zeros are below 2**bits. Symmetric: every zero is
+    2**(bits - 1), and a scale may be negative, so that a block's largest weight takes the longer side.
+    """
+    levels = (1 << bits) - 1
+    # Blocks along the second axis: every operation then runs over all of them at once.
+    blocks = np.ascontiguousarray(rows.reshape(-1, block_size).T)
+    # The range includes 0, so that zero is exact and the zero point is one of the codes.
+    low, high = np.minimum(blocks.min(axis=0), 0), np.maximum(blocks.max(axis=0), 0)
+    if symmetric:
+        inverse = _reciprocal(np.where(high > -low, high, low) / np.float32(-(1 << bits - 1)))
+        zeros = np.full_like(inverse, 1 << bits - 1)
+    else:
+        inverse = _reciprocal((high - low) / np.float32(levels))
+        zeros = np.rint(-low * inverse)
+
+    def offsets(inverse: np.ndarray) -> np.ndarray:
+        """Codes less zeros at these steps, into the one buffer."""
+        np.add(np.multiply(blocks, inverse, out=codes), zeros, out=codes)
+        np.clip(np.rint(codes, out=codes), 0, levels, out=codes)
+        return np.subtract(codes, zeros, out=codes)
+
+    codes = np.empty_like(blocks)
+    best_gain, best_inverse = np.full_like(inverse, -1), inverse
+    for shrink in SHRINKS:
+        candidate = inverse / np.float32(shrink)
+        along, length = _products(blocks, offsets(candidate))
+        # What the best scale takes off the squared error: the codes' share of the weights' length.
+        gain = along * along * _reciprocal(length)
+        is_better = gain > best_gain
+        best_gain = np.where(is_better, gain, best_gain)
+        best_inverse = np.where(is_better, candidate, best_inverse)
+    along, length = _products(blocks, offsets(best_inverse))
+    scales = along * _reciprocal(length)
+    codes += zeros
+    per_row = (len(rows), -1)
+    return (
+        codes.T.astype(np.uint8).reshape(rows.shape),
+        scales.reshape(per_row),
+        zeros.astype(np.uint8).reshape(per_row),
+    )
+
+
+def _products(blocks: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.einsum("kb,kb->b", blocks, codes), np.einsum("kb,kb->b", codes, codes)
 
 
 def _symmetric_8(blocks: np.ndarray) -> dict[str, np.ndarray]:
@@ -69,28 +130,18 @@ def _symmetric_8(blocks: np.ndarray) -> dict[str, np.ndarray]:
     return {"packed": packed.astype(np.uint8), "scales": scales}
 
 
-def _asymmetric_4(blocks: np.ndarray) -> dict[str, np.ndarray]:
-    # The range includes 0, so that zero is exact and the zero point fits in 4 bits.
-    low = np.minimum(blocks.min(axis=-1), 0)
-    high = np.maximum(blocks.max(axis=-1), 0)
-    scales = (high - low) / np.float32(15)
-    inverse = _reciprocal(scales)
-    zeros = np.rint(-low * inverse)
-    values = np.clip(np.rint(blocks * inverse[..., None]) + zeros[..., None], 0, 15)
-    return {"packed": _pack(values), "scales": scales, "zeros": _pack(zeros)}
+def _reciprocal(values: np.ndarray) -> np.ndarray:
+    return np.divide(1, values, out=np.zeros_like(values), where=values != 0)
 
 
-def _reciprocal(scales: np.ndarray) -> np.ndarray:
-    return np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-
-
-def _pack(values: np.ndarray) -> np.ndarray:
+def pack(values: np.ndarray) -> np.ndarray:
     """Two 4-bit values a byte along the last axis, the first in the low half."""
-    values = values.astype(np.uint8)
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    return values[..., 0::2] | values[..., 1::2] << 4
+    pairs = np.ascontiguousarray(values).view("<u2")
+    return (pairs | pairs >> 4).astype(np.uint8)
 
 
-def _unpack(packed: np.ndarray) -> np.ndarray:
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """What `pack` packed."""
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -1,4 +1,5 @@
-"""Owns what a graph is made for: provider, precision, types of activations and cache, block size, output.
+"""Owns what a graph is made for: provider, precision, types of activations and cache, block size, output,
+kernel.
 
 Invariant: a Target that exists can be run by its provider; what cannot was refused by name.
 """
@@ -20,6 +21,8 @@ from glm_export.error import ExportError
 PRECISIONS = {"fp32": None, "fp16": None, "bf16": None, "int8": 8, "int4": 4}
 PROVIDERS = ("cpu", "cuda")
 OUTPUTS = ("logits", "topk")
+# What multiplies by quantised weights: the engine's own operator, or ONNX Runtime's MatMulNBits.
+KERNELS = ("glmserve", "ort")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # What an element is stored as; two of int4 share a byte.
 KV_CACHES = DTYPES | {"float8e4m3fn": ml_dtypes.float8_e4m3fn, "int8": np.int8, "int4": np.uint8}
@@ -40,6 +43,7 @@ class Target:
     kv_cache: str = "float32"
     block_size: int = BLOCK_SIZES["cpu"]
     output: str = "logits"
+    kernel: str = "ort"
     # One factor a layer for keys and one for values; none where the cache is not quantised.
     key_scales: tuple[float, ...] = ()
     value_scales: tuple[float, ...] = ()
@@ -63,6 +67,7 @@ def choose(
     kv_cache: str | None = None,
     block_size: int | None = None,
     output: str | None = None,
+    kernel: str | None = None,
 ) -> Target:
     """Fills in what was not chosen, and refuses what the provider cannot run."""
     block_size = BLOCK_SIZES[provider] if block_size is None else block_size
@@ -85,7 +90,11 @@ def choose(
     if kv_cache != activations:
         _refuse_kv_cache(provider, kv_cache, activations)
     output = output or ("logits" if provider == "cpu" else "topk")
-    return Target(precision, provider, activations, kv_cache, block_size, output)
+    can_choose = provider == "cpu" and PRECISIONS[precision] is not None
+    if kernel == "glmserve" and not can_choose:
+        raise ExportError("--kernel glmserve multiplies by weights of int8 or int4 on the CPU, and no others")
+    kernel = kernel or ("glmserve" if can_choose else "ort")
+    return Target(precision, provider, activations, kv_cache, block_size, output, kernel)
 
 
 def check_geometry(target: Target, geometry: Geometry) -> None:

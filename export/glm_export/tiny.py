@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from glm_export import checkpoint_writer, config, family, tiny_tokenizer, weights
-from glm_export.cli import output_folder
 from glm_export.config import OVERRIDES_FILE
 from glm_export.error import ExportError
+from glm_export.output_folder import output_folder
 
 NAME = "tiny-random"
 NUM_PIECES = tiny_tokenizer.NUM_PIECES
@@ -86,7 +86,7 @@ def write(
     about = {"name": NAME, "license": "Apache-2.0", "origin": f"random weights, seed {seed}"}
     with output_folder(out, force, OVERRIDES_FILE) as folder:
         is_native = member not in family.MEMBERS
-        (_write_native if is_native else _write_chatglm)(folder, shape, member, about)
+        (_write_native if is_native else write_chatglm)(folder, shape, member, about)
         # Names and shapes of the weights follow from the config just written.
         settings = config.load(folder)
         tensors = _random_weights(settings, np.random.default_rng(seed))
@@ -95,7 +95,8 @@ def write(
         checkpoint_writer.write_weights(folder, tensors)
 
 
-def _write_chatglm(folder: Path, shape: Shape, member: str, about: dict[str, Any]) -> None:
+def write_chatglm(folder: Path, shape: Shape, member: str, about: dict[str, Any]) -> None:
+    """Writes all but the weights of a member in ChatGLM's layout."""
     real = family.MEMBERS[member]
     is_tiktoken = real.tokenizer == family.TIKTOKEN
     pieces = tiny_tokenizer.train_tiktoken() if is_tiktoken else tiny_tokenizer.train_sentencepiece()

@@ -6,14 +6,16 @@ the rows of queries, keys and values apart, they are read one after another, a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from glm_export.checkpoint import Checkpoint, Tensor
+from glm_export import lora, prequantised
+from glm_export.checkpoint import Checkpoint, Source, require
 from glm_export.config import Config
+from glm_export.error import ExportError
 
 # Recomputed from the config, so that a half-precision copy in the file does no harm.
 IGNORED = frozenset({"transformer.rotary_pos_emb.inv_freq", "model.rotary_emb.inv_freq"})
@@ -44,12 +46,17 @@ class Stacked:
     """The rows of several tensors as one tensor."""
 
     name: str
-    parts: tuple[Tensor, ...]
+    parts: tuple[Source, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """All rows, of one width."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        """As `Tensor.num_bytes`."""
+        return sum(part.num_bytes for part in self.parts)
 
     def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """As `Tensor.rows`."""
@@ -62,31 +69,35 @@ class Stacked:
             first += part.shape[0]
         return np.concatenate(found)
 
-    def chunks(self, max_bytes: int = 1 << 26) -> Iterator[tuple[int, np.ndarray]]:
-        """As `Tensor.chunks`."""
-        return Tensor.chunks(self, max_bytes)
 
+def open_checkpoint(config: Config, folder: Path, adapter: Path | None = None) -> Mapping[str, Source]:
+    """The weights of a folder by their names in ChatGLM's layout, once it is found to have exactly those.
 
-def open_checkpoint(config: Config, folder: Path) -> Mapping[str, Tensor | Stacked]:
-    """The weights of a folder by their names in ChatGLM's layout, once it is found to have exactly those."""
-    checkpoint = Checkpoint(folder)
+    An adapter is a LoRA folder that is added to them.
+    """
+    wanted = {name for weight in every(config) for name in (weight.source, *weight.reference)}
+    checkpoint = prequantised.opened(Checkpoint(folder), folder, wanted)
+    if adapter is not None:
+        checkpoint = lora.merged(checkpoint, adapter)
     if not config.is_native:
-        checkpoint.require(shapes(config), IGNORED)
+        require(checkpoint, shapes(config), IGNORED)
         return checkpoint
     parts = {name: shape for weight in every(config) for name, shape in weight.parts.items()}
     if config.is_tied:
         # A file that has the copy as well is no other network.
         parts.pop(HEAD)
-        checkpoint.require(parts, IGNORED | {HEAD})
+        require(checkpoint, parts, IGNORED | {HEAD})
     else:
-        checkpoint.require(parts, IGNORED)
+        require(checkpoint, parts, IGNORED)
 
-    def stored(name: str) -> Tensor:
+    def stored(name: str) -> Source:
         return checkpoint["model.embed_tokens.weight" if config.is_tied and name == HEAD else name]
 
-    opened: dict[str, Tensor | Stacked] = {}
+    opened: dict[str, Source] = {}
     for weight in every(config):
         found = tuple(map(stored, weight.reference))
+        if len(found) > 1 and any(isinstance(part, prequantised.Matrix) for part in found):
+            raise ExportError(f"{found[0].name} is quantised: that is supported in ChatGLM's own layout only")
         opened[weight.source] = found[0] if len(found) == 1 else Stacked(weight.source, found)
     return opened
 

@@ -35,8 +35,8 @@ NEGATIVE_CONTROL = "unique"
 
 def write(out):
     """Writes a folder for each graph, and one with a node that has no CUDA kernel."""
-    # Heads as wide as ChatGLM3's: the choice of kernels depends on it.
-    shape = tiny.Shape(head_dim=128)
+    # Heads as wide as ChatGLM3's, contexts that attention splits: the choice of kernels depends on both.
+    shape = tiny.Shape(head_dim=128, seq_length=1024)
     tiny.write(out / "checkpoint", shape)
     tiny.write(out / WHOLE_HEADS, shape, member=WHOLE_HEADS)
     (out / SCALES).write_text(json.dumps({"key": [0.1, 0.1], "value": [0.1, 0.1]}))

@@ -16,10 +16,10 @@ OPTIONS = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "use_t
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
-def open_session(model, options=OPTIONS, profile=None):
+def open_session(model, options=OPTIONS, profile=None, fallback=False):
     """A session of a file or of bytes; `profile` is where its events go."""
     settings = onnxruntime.SessionOptions()
-    settings.add_session_config_entry(NO_FALLBACK, "1")
+    settings.add_session_config_entry(NO_FALLBACK, "0" if fallback else "1")
     settings.log_severity_level = 4
     if profile is not None:
         settings.enable_profiling = True

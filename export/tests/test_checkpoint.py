@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from glm_export.checkpoint import Checkpoint
+from glm_export.checkpoint import Checkpoint, require
 from glm_export.error import ExportError
 
 GENERATOR = np.random.default_rng(0)
@@ -29,13 +29,6 @@ def test_safetensors(tmp_path):
     for name, array in TENSORS.items():
         np.testing.assert_array_equal(found[name], array.astype(np.float32))
         assert found[name].dtype == np.float32
-
-
-def test_chunks_cover_all_rows(tmp_path):
-    save_file(TENSORS, tmp_path / "model.safetensors")
-    chunks = list(Checkpoint(tmp_path)["a.weight"].chunks(max_bytes=2 * 3 * 4))
-    assert [first for first, _ in chunks] == [0, 2, 4]
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in chunks]), TENSORS["a.weight"])
 
 
 def test_torch_and_safetensors_agree(tmp_path):
@@ -175,6 +168,9 @@ def test_integer_weights_are_refused(tmp_path):
     save_file({"w": np.zeros(4, np.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ExportError, match="tensor w has type I8"):
         Checkpoint(tmp_path)
+    save_file({"w": np.zeros(4, np.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match="tensor w has type I32"):
+        read(tmp_path)
 
 
 def test_index_promises_are_kept(tmp_path):
@@ -207,7 +203,7 @@ def test_folder_without_weights(tmp_path):
 def test_require_is_strict(tmp_path, shapes, message):
     save_file(TENSORS, tmp_path / "model.safetensors")
     with pytest.raises(ExportError, match=message):
-        Checkpoint(tmp_path).require(shapes, frozenset())
+        require(Checkpoint(tmp_path), shapes, frozenset())
 
 
 def test_inv_freq_is_ignored(tmp_path, tiny_checkpoint):
@@ -219,7 +215,7 @@ def test_inv_freq_is_ignored(tmp_path, tiny_checkpoint):
         tensors | {"transformer.rotary_pos_emb.inv_freq": np.zeros(4, np.float32)},
         tmp_path / "model.safetensors",
     )
-    Checkpoint(tmp_path).require(weights.shapes(settings), weights.IGNORED)
+    require(Checkpoint(tmp_path), weights.shapes(settings), weights.IGNORED)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -101,7 +101,7 @@ def test_generation_config_is_checked(tmp_path):
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"add_bias_linear": True}, "add_bias_linear is True"),
         ({"quantization_bit": 4}, "quantization_bit"),
-        ({"pre_seq_len": 128}, "prefix tuning"),
+        ({"pre_seq_len": 128}, "P-Tuning v2 prefix"),
         ({"position_encoding_2d": True}, "the first one"),
         ({"hidden_size": "4096"}, "hidden_size is '4096', expected a positive whole number"),
         ({"num_layers": ...}, "num_layers is None"),

@@ -4,7 +4,9 @@ Runs where the variable CUDA_STUB is set, on the GPU wheel over the test double 
 test-cuda`). Numbers mean nothing there; placement, kernel choice and input checks are the real library's.
 """
 
+import ctypes
 import os
+from pathlib import Path
 
 import onnx
 import pytest
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 BLOCK_SIZE = 128
+CAPTURING = OPTIONS | {"enable_cuda_graph": "1"}
 CAPABILITIES = ["7.5", "8.0", "8.9", "9.0"]
 
 
@@ -91,13 +94,36 @@ def test_a_node_without_a_cuda_kernel_is_refused(folders):
 
 
 def test_a_decode_can_be_captured(folders, monkeypatch):
-    """All that a CUDA graph asks of the graph; the engine does not use one yet."""
-    session = CudaSession(folders / "fp16", 8, OPTIONS | {"enable_cuda_graph": "1"})
+    """What CUDA graphs ask of a graph; engine/tests/cuda.rs proves what the engine makes of it."""
+    session = CudaSession(folders / "fp16", 8, CAPTURING)
     session.run_at_fixed_addresses(steps()["decode of 40"], 3)
     # From here on a step is one launch of what was captured.
     monkeypatch.setenv("GLMSERVE_STUB_FAIL", "graph")
     with pytest.raises(RuntimeError, match=r"cudaGraphLaunch|CUDA"):
         session.run_at_fixed_addresses(steps()["decode of 40"], 1)
+
+
+def test_a_capture_forbids_what_cuda_forbids():
+    """The double itself: were it lenient, a step that waits or takes memory would be captured."""
+    runtime = ctypes.CDLL(str(Path(os.environ["CUDA_STUB"]) / "libcudart.so.13"))
+    graph = ctypes.c_void_p()
+    for forbidden in (
+        lambda: runtime.cudaStreamSynchronize(None),
+        lambda: runtime.cudaMalloc(ctypes.byref(ctypes.c_void_p()), 16),
+        lambda: runtime.cudaMemcpy(bytes(4), bytes(4), 4, 1),
+    ):
+        assert forbidden() == 0
+        assert runtime.cudaStreamBeginCapture(None, 0) == 0
+        assert forbidden() == 900
+        assert runtime.cudaStreamEndCapture(None, ctypes.byref(graph)) == 901
+    assert runtime.cudaStreamBeginCapture(None, 0) == 0
+    assert runtime.cudaStreamEndCapture(None, ctypes.byref(graph)) == 0
+
+
+def test_a_graph_with_a_node_on_the_cpu_is_not_captured(folders):
+    """The negative control, with the fallback that the engine forbids."""
+    with pytest.raises(Exception, match="nodes have not been partitioned to the CUDAExecutionProvider"):
+        open_session(folders / cuda_folders.NEGATIVE_CONTROL / "model.onnx", CAPTURING, fallback=True)
 
 
 @pytest.mark.parametrize(("fault", "words"), [("launch", "CUDA"), ("memory", "memory|allocate")])

@@ -131,7 +131,7 @@ def test_same_logits_as_the_llama_it_was(source, checkpoint, tmp_path):
 
 
 def test_exported_folder_says_what_it_is(checkpoint, tmp_path):
-    cli.export(checkpoint, tmp_path / "out", "int8")
+    cli.export(checkpoint, tmp_path / "out", "int8", kernel="ort")
     found = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert found["model"]["name"] == "smollm2-135m-instruct"
     assert found["model"]["license"] == "Apache-2.0"

@@ -23,7 +23,8 @@ GEOMETRY = [
     *("padded_vocab_size", "vocab_size", "max_model_len"),
 ]
 GRAPH = [
-    *("file", "precision", "provider", "activation_dtype", "kv_cache_dtype", "block_size", "output", "names"),
+    *("file", "precision", "provider", "activation_dtype", "kv_cache_dtype", "block_size", "output"),
+    *("kernel", "names"),
 ]
 
 
@@ -64,7 +65,7 @@ def test_golden_manifest(tmp_path):
         name: {"bytes": len(name), "sha256": hashlib.sha256(name.encode()).hexdigest()}
         for name in ("model.onnx", "model.onnx.data", "tokenizer.json")
     }
-    found = manifest.describe(settings, Target("int4"), files)
+    found = manifest.describe(settings, Target("int4", kernel="glmserve"), files)
     golden = Path(__file__).parent / "golden" / "manifest.json"
     if os.environ.get("GLM_WRITE_GOLDEN"):
         golden.write_text(manifest.to_text(found), encoding="utf-8")

@@ -87,7 +87,7 @@ def test_mixed_batch_over_shuffled_blocks(model):
 def test_quantised_graph_computes_with_the_rounded_weights(model, tmp_path, precision):
     folder, _ = model
     source = folder.parent / "checkpoint"
-    export(source, tmp_path / "out", precision, block_size=BLOCK_SIZE)
+    export(source, tmp_path / "out", precision, kernel="ort", block_size=BLOCK_SIZE)
     tokens = ids(20, 6)
     found = PagedSession(tmp_path / "out", 2).run(Batch(BLOCK_SIZE).add(tokens, 0, [1, 0], "all"))
     # What is left when both have the same weights is the kernel's rounding of activations to 8 bits.
@@ -110,7 +110,8 @@ def rounded(source, out, bits):
 def test_quantised_graph_takes_no_wanted_row(model, tmp_path):
     folder, _ = model
     for precision in ("int8", "int4"):
-        export(folder.parent / "checkpoint", tmp_path / precision, precision, block_size=BLOCK_SIZE)
+        out = tmp_path / precision
+        export(folder.parent / "checkpoint", out, precision, kernel="ort", block_size=BLOCK_SIZE)
         found = PagedSession(tmp_path / precision, 2).run(Batch(BLOCK_SIZE).add([5, 6], 0, [1], "none"))
         assert found.shape[0] == 0
 
@@ -169,9 +170,8 @@ def test_rows_of_native_weights_come_in_any_chunks(tmp_path):
     assert qkv.shape == expected.shape
     # 128 rows, of which 64 are queries: chunks that end inside a part, at its end and beyond the last row.
     for rows in (1, 7, 32, 64, 100, 1000):
-        chunks = list(qkv.chunks(max_bytes=rows * 4 * 64))
-        assert [first for first, _ in chunks] == list(range(0, 128, rows))
-        np.testing.assert_array_equal(np.concatenate([chunk for _, chunk in chunks]), expected)
+        chunks = [qkv.rows(first, first + rows) for first in range(0, 128, rows)]
+        np.testing.assert_array_equal(np.concatenate(chunks), expected)
 
 
 def test_native_tensors_are_named_where_they_are_wrong(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from glm_export.error import ExportError
-from glm_export.quantize import Scheme
+from glm_export.quantize import Scheme, search
 
 SCHEMES = [Scheme(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128)]
 
@@ -14,13 +14,13 @@ def matrix(seed=0, shape=(24, 256)):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_error_is_at_most_half_a_step(scheme):
+def test_error_is_bounded_by_the_step(scheme):
     rows = matrix()
     arrays = scheme.quantize(rows)
     assert {part: array.shape for part, array in arrays.items()} == scheme.shapes(*rows.shape)
     error = np.abs(scheme.dequantize(arrays) - rows).reshape(*arrays["scales"].shape, -1)
-    # Rounding the zero point may push the end of a 4-bit range out by another half step.
-    steps = 1.0 if scheme.asymmetric else 0.5
+    # The search cuts up to 0.14 of a 4-bit range of 15 steps off, and the zero point is rounded.
+    steps = 0.5 + 15 * 0.14 + 0.5 if scheme.asymmetric else 0.5
     assert (error <= arrays["scales"][..., None] * steps * 1.0001).all()
 
 
@@ -41,11 +41,41 @@ def test_zeros_and_constants_are_exact(scheme):
     np.testing.assert_allclose(found, rows, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.007), (4, 0.085)])
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.007), (4, 0.079)])
 def test_relative_error_of_normal_weights(bits, bound):
     rows, scheme = matrix(1), Scheme(bits, 32)
     error = np.linalg.norm(scheme.dequantize(scheme.quantize(rows)) - rows) / np.linalg.norm(rows)
     assert error < bound
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_search_beats_the_plain_range(block_size, symmetric):
+    rows = matrix(3)
+    codes, scales, zeros = search(rows, 4, block_size, symmetric)
+    assert codes.max() <= 15
+    assert (codes.dtype, zeros.dtype) == (np.uint8, np.uint8)
+    if symmetric:
+        assert (zeros == 8).all()
+    blocks = rows.reshape(*scales.shape, block_size)
+    offsets = codes.reshape(blocks.shape) - zeros[..., None].astype(np.float32)
+    found = ((offsets * scales[..., None] - blocks) ** 2).sum()
+    low, high = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
+    if symmetric:
+        step = np.where(high > -low, high, low) / -8
+        plain = np.clip(np.rint(blocks / step), -8, 7) * step
+    else:
+        step, zero = (high - low) / 15, np.rint(-low * 15 / (high - low))
+        plain = (np.clip(np.rint(blocks / step) + zero, 0, 15) - zero) * step
+    assert found < 0.97 * ((plain - blocks) ** 2).sum()
+
+
+def test_weights_of_a_grid_are_found_again():
+    """What was quantised once, in blocks of the same size, loses nothing more."""
+    scheme = Scheme(4, 32)
+    rows = scheme.dequantize(scheme.quantize(matrix(4)))
+    again = scheme.dequantize(scheme.quantize(rows))
+    assert np.linalg.norm(again - rows) < 0.01 * np.linalg.norm(rows)
 
 
 def test_block_shrinks_until_it_divides():

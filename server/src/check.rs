@@ -189,6 +189,7 @@ mod tests {
             kv_cache_bytes,
             device_id: 0,
             device_memory_bytes: None,
+            cuda_graphs: false,
         };
         let mut out = Vec::new();
         let num_wrong = run(folder.path(), options, &mut out, &mut |_| ()).unwrap();

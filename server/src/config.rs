@@ -2,17 +2,20 @@
 //!
 //! Invariant: defaults give way to the environment, and the environment to flags.
 
+mod scheduling;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use glm_engine::LoadError;
 use glm_engine::manifest::Provider;
 use glm_engine::runner::ort::OrtOptions;
-use glm_engine::{EngineConfig, LoadError, Manifest};
 use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
+pub use self::scheduling::SchedulingArgs;
 use crate::state::HttpOptions;
 use crate::stream::event_log::LogLimits;
 use crate::stream::memory_store::StoreLimits;
@@ -80,6 +83,10 @@ pub struct RuntimeArgs {
     /// Memory of the GPU that weights, KV cache and everything else may take, in MiB [default: all]
     #[arg(long, env = "GLMSERVE_GPU_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
     pub gpu_memory: Option<usize>,
+    // Off until it was measured, and its numbers checked, on a GPU: `make gpu-check` does both.
+    /// Capture decode steps as CUDA graphs, for a graph of the CUDA provider
+    #[arg(long, env = "GLMSERVE_CUDA_GRAPHS")]
+    pub cuda_graphs: bool,
 }
 
 /// Options of `serve`.
@@ -97,25 +104,13 @@ pub struct ServeArgs {
     /// Names that requests may use besides the model's own; repeatable
     #[arg(long, env = "GLMSERVE_SERVED_MODEL_NAME", value_name = "NAME,..", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
-    /// File with one API key a line that guards /v1; # starts a comment [default: no key is needed]
+    /// File with one API key a line that guards /v1, with `weight=N` after one that gets a larger share; #
+    /// starts a comment [default: no key is needed]
     #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
-    /// Most sequences in one step
-    #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = up_to::<4096>)]
-    pub max_num_seqs: usize,
-    /// Most tokens in one step: running replies first, the rest for prompts
-    #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = up_to::<{ 1 << 20 }>)]
-    pub max_num_batched_tokens: usize,
-    /// Most tokens guessed from a sequence's own text and checked in one step, where that pays; 0 turns it
-    /// off. It changes no reply
-    #[arg(long, env = "GLMSERVE_SPECULATIVE_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_draft_tokens as u32, value_parser = clap::value_parser!(u32).range(0..=64))]
-    pub speculative_tokens: u32,
-    /// Most requests that wait; one more is answered with 429
-    #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting as u32, value_parser = clap::value_parser!(u32).range(0..=100_000))]
-    pub max_num_waiting: u32,
-    /// Longest sequence, prompt and reply, in tokens [default: what the model was made for]
-    #[arg(long, env = "GLMSERVE_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = up_to::<{ 1 << 24 }>)]
-    pub max_model_len: Option<usize>,
+    /// Who is computed when.
+    #[command(flatten)]
+    pub scheduling: SchedulingArgs,
     /// Largest request body, in bytes
     #[arg(long, env = "GLMSERVE_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * MIB, value_parser = up_to::<{ 1 << 30 }>)]
     pub max_body_bytes: usize,
@@ -213,34 +208,6 @@ pub enum LogFormat {
 }
 
 impl ServeArgs {
-    /// The engine's limits for this model.
-    ///
-    /// # Errors
-    /// [`LoadError::Config`]: longer than the model's rotary tables.
-    pub fn engine_config(&self, manifest: &Manifest) -> Result<EngineConfig, LoadError> {
-        let longest = manifest.geometry.max_model_len;
-        let max_model_len = self.max_model_len.unwrap_or(longest);
-        if self.max_num_seqs > self.max_num_batched_tokens {
-            return Err(LoadError::Config(format!(
-                "--max-num-seqs {} is more than --max-num-batched-tokens {}: each sequence needs a token a step",
-                self.max_num_seqs, self.max_num_batched_tokens
-            )));
-        }
-        if max_model_len > longest {
-            let message =
-                format!("--max-model-len {max_model_len} is more than the model's {longest} tokens");
-            return Err(LoadError::Config(message));
-        }
-        Ok(EngineConfig {
-            max_num_seqs: self.max_num_seqs,
-            max_num_batched_tokens: self.max_num_batched_tokens,
-            max_num_waiting: self.max_num_waiting as usize,
-            max_num_draft_tokens: self.speculative_tokens as usize,
-            max_model_len,
-            ..EngineConfig::default()
-        })
-    }
-
     /// The limits of the HTTP side; no reply has more than `max_model_len` tokens.
     pub fn http_options(&self, max_model_len: usize) -> HttpOptions {
         HttpOptions {
@@ -316,6 +283,7 @@ impl RuntimeArgs {
             kv_cache_bytes,
             device_id: self.device as i32,
             device_memory_bytes: self.gpu_memory.map(|mib| mib << 20),
+            cuda_graphs: self.cuda_graphs,
         }
     }
 }

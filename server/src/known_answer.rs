@@ -118,7 +118,7 @@ fn request(state: &AppState) -> Result<Request, ServeError> {
         ignore_eos: true,
         ..SamplingParams::default()
     };
-    Ok(Request { prompt_token_ids, sampling, deadline: None })
+    Ok(Request { prompt_token_ids, sampling, ..Request::default() })
 }
 
 async fn generate(mut events: EventReceiver) -> Result<Vec<u32>, SequenceError> {
@@ -127,7 +127,7 @@ async fn generate(mut events: EventReceiver) -> Result<Vec<u32>, SequenceError> 
         match event {
             TokenEvent::Token { token_id } => token_ids.push(token_id),
             TokenEvent::Failed(error) => return Err(error),
-            TokenEvent::Admitted | TokenEvent::Finished { .. } => {}
+            TokenEvent::Admitted { .. } | TokenEvent::Finished { .. } => {}
         }
     }
     Ok(token_ids)

@@ -71,7 +71,7 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
     });
     let keys = keys.transpose()?;
     let manifest = Manifest::load(&args.model.model)?;
-    let config = args.engine_config(&manifest)?;
+    let config = args.scheduling.engine_config(&manifest, keys.as_ref())?;
     let address = SocketAddr::from((args.host, args.port));
     let listener =
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
@@ -87,7 +87,7 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
             "--kv-cache-memory holds {capacity} tokens, a sequence may have {}",
             config.max_model_len
         );
-        match args.max_model_len {
+        match args.scheduling.max_model_len {
             Some(_) => return Err(message.into()),
             None => tracing::warn!("{message}: longer ones are refused"),
         }

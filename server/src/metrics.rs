@@ -5,9 +5,7 @@
 
 mod stream_record;
 
-use std::time::Duration;
-
-use glm_engine::{EngineGauges, EngineObserver, Manifest, StepReport};
+use glm_engine::{AdmissionReport, EngineGauges, EngineObserver, Manifest, StepReport};
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
@@ -78,6 +76,8 @@ pub struct Metrics {
     draft_tokens: IntCounter,
     accepted_draft_tokens: IntCounter,
     preemptions: IntCounter,
+    prefix_cache_queries: IntCounter,
+    prefix_cache_hits: IntCounter,
     first_token: Histogram,
     inter_token: Histogram,
     queue_time: Histogram,
@@ -157,6 +157,16 @@ impl Metrics {
                 "Guessed tokens that were sampled then: tokens without a step of their own.",
             )?,
             preemptions: counter(r, "glmserve_preemptions_total", "Sequences preempted.")?,
+            prefix_cache_queries: counter(
+                r,
+                "glmserve_prefix_cache_queries_total",
+                "Prompt tokens looked up in the prefix cache.",
+            )?,
+            prefix_cache_hits: counter(
+                r,
+                "glmserve_prefix_cache_hits_total",
+                "Prompt tokens found in the prefix cache, which are not computed.",
+            )?,
             first_token: histogram(
                 r,
                 "glmserve_time_to_first_token_seconds",
@@ -283,8 +293,10 @@ impl EngineObserver for Metrics {
         self.kv_cache_usage.set(gauges.num_used_blocks as f64 / gauges.num_blocks.max(1) as f64);
     }
 
-    fn admitted(&self, queue_time: Duration) {
-        self.queue_time.observe(queue_time.as_secs_f64());
+    fn admitted(&self, report: &AdmissionReport) {
+        self.queue_time.observe(report.queue_time.as_secs_f64());
+        self.prefix_cache_queries.inc_by(report.num_queried_tokens as u64);
+        self.prefix_cache_hits.inc_by(report.num_cached_tokens as u64);
     }
 }
 

@@ -45,7 +45,7 @@ fn replies_of_any_length_are_complete_and_equal_in_both_forms() {
             assert_eq!(events[events.len() - 2].document["glm"], whole["glm"]);
             assert_eq!(whole["choices"][0]["message"]["content"], content, "{command}");
             assert_eq!(whole["choices"][0]["finish_reason"], reason, "{command}");
-            assert_eq!(whole["usage"], usage, "{command}");
+            assert_eq!(counts(&whole["usage"]), counts(&usage), "{command}");
             assert_eq!(reason, "stop");
             if let Some(text) = command.strip_prefix("say ") {
                 assert_eq!(content, text);
@@ -101,7 +101,7 @@ fn the_lines_of_a_stream() {
         // 3 specials and 2 of the empty line, 9 of the text with its leading space, and the reply's role.
         let usage = |n: u32| {
             format!(
-                "\"usage\":{{\"prompt_tokens\":15,\"completion_tokens\":{n},\"total_tokens\":{}}}",
+                "\"usage\":{{\"prompt_tokens\":15,\"completion_tokens\":{n},\"total_tokens\":{},\"prompt_tokens_details\":{{\"cached_tokens\":0}}}}",
                 15 + n
             )
         };
@@ -150,7 +150,7 @@ fn stop_strings_and_length_end_a_reply_alike_in_both_forms() {
             assert_eq!((content.as_str(), reason.as_str()), (expected, Some(expected_reason)), "{options}");
             assert_eq!(whole["choices"][0]["message"]["content"], expected);
             assert_eq!(whole["choices"][0]["finish_reason"], expected_reason);
-            assert_eq!(whole["usage"], usage);
+            assert_eq!(counts(&whole["usage"]), counts(&usage));
         }
         server.until("glmserve_requests_running", 0).await;
         server.until("glmserve_streams_total{outcome=\"stop\"}", 6).await;
@@ -298,6 +298,53 @@ fn a_user_who_writes_special_tokens_writes_text() {
         let server = Server::start(Options::default()).await;
         let (_, answer) = server.post(request("say <|assistant|><|user|>")).await;
         assert_eq!(answer["choices"][0]["message"]["content"], "<|assistant|><|user|>");
+    });
+}
+
+/// A usage without what depends on who asked before.
+fn counts(usage: &Value) -> [&Value; 3] {
+    ["prompt_tokens", "completion_tokens", "total_tokens"].map(|name| &usage[name])
+}
+
+#[test]
+fn what_was_computed_before_is_counted_and_not_computed_again() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let cached = async |text: &str| {
+            let (status, reply) = server.post(request(text)).await;
+            assert_eq!(status, 200, "{reply}");
+            assert_eq!(reply["choices"][0]["message"]["content"], text.split_once(' ').unwrap().1);
+            let usage = &reply["usage"];
+            (
+                usage["prompt_tokens"].as_u64().unwrap(),
+                usage["prompt_tokens_details"]["cached_tokens"].clone(),
+            )
+        };
+        let text = format!("say {}", "long ".repeat(10).trim_end());
+        let (num_tokens, before) = cached(&text).await;
+        assert_eq!(
+            (before, cached(&text).await),
+            (json!(0), (num_tokens, json!((num_tokens - 1) / 16 * 16)))
+        );
+        assert_eq!(server.metric("glmserve_prefix_cache_queries_total") as u64, 2 * num_tokens);
+        assert_eq!(server.metric("glmserve_prefix_cache_hits_total") as u64, (num_tokens - 1) / 16 * 16);
+    });
+}
+
+#[test]
+fn a_priority_is_taken_in_its_range_only() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let with = |priority: i64| {
+            let mut body = request("say x");
+            body["priority"] = json!(priority);
+            body
+        };
+        assert_eq!(server.post(with(-100)).await.0, 200);
+        for priority in [101, i64::MAX] {
+            let (status, error) = server.post(with(priority)).await;
+            assert_eq!((status, &error["error"]["param"]), (400, &json!("priority")), "{error}");
+        }
     });
 }
 

@@ -3,6 +3,8 @@
  *
  * Invariant: device memory is zeroed host memory, copies copy, launches do nothing and say so by success. So
  * sessions are built, kernels are chosen and inputs are checked as on a GPU, and every number is meaningless.
+ * While a stream is captured, what CUDA forbids then (waiting for a stream, memory that is taken or given back,
+ * copies that wait) fails as it does on a GPU.
  * GLMSERVE_STUB_CAPABILITY (for example 8.0) is the compute capability; GLMSERVE_STUB_FAIL=launch makes
  * launches fail, =graph those of captured graphs, =memory allocations beyond GLMSERVE_STUB_MEMORY bytes.
  * Offsets and numbers are those of CUDA 13's driver_types.h. */
@@ -12,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, ERROR_MEMORY = 2, ERROR_LAUNCH = 719, ALIGNMENT = 512, SIZE_OF_PROPERTIES = 1008 };
+enum { OK = 0, ERROR_MEMORY = 2, ERROR_LAUNCH = 719, ERROR_CAPTURE = 900, ALIGNMENT = 512, SIZE_OF_PROPERTIES = 1008 };
 
 static int handle; /* What every created thing points to: nothing looks inside. */
 
@@ -99,11 +101,27 @@ int cudaDriverGetVersion(int *version) { return *version = 13000, OK; }
 const char *cudaGetErrorName(int error) { return error ? "cudaErrorOfStub" : "cudaSuccess"; }
 const char *cudaGetErrorString(int error) { return error == ERROR_MEMORY ? "out of memory" : "a failure that a test asked for"; }
 
+/* Capture: of one stream at a time, in the global mode, in which the ban holds for every thread. */
+
+static int is_capturing, is_invalidated;
+static int forbidden(void) { return is_capturing ? (is_invalidated = 1, ERROR_CAPTURE) : OK; }
+#define WAITS(name) int name(void) { return forbidden(); }
+WAITS(cudaDeviceSynchronize) WAITS(cudaStreamSynchronize) WAITS(cudaEventSynchronize)
+int cudaStreamBeginCapture(void) { return is_capturing ? ERROR_CAPTURE : (is_invalidated = 0, is_capturing = 1, OK); }
+int cudaStreamEndCapture(void *stream, void **graph) {
+    (void)stream;
+    int error = is_invalidated ? ERROR_CAPTURE + 1 : OK;             /* cudaErrorStreamCaptureInvalidated */
+    is_capturing = is_invalidated = 0;
+    return *graph = error ? NULL : &handle, error;
+}
+int cudaStreamIsCapturing(void *stream, int *status) { return (void)stream, *status = is_capturing, OK; }
+
 /* Memory: zeroed, so that what no kernel wrote is finite. The allocation's start lies before the pointer. */
 
 static size_t used;
 
 static int take(void **pointer, size_t bytes) {
+    if (forbidden()) return ERROR_CAPTURE;
     if (fails("memory") && used + bytes > memory()) return ERROR_MEMORY;
     char *start = calloc(1, bytes + 2 * ALIGNMENT);
     if (!start) return ERROR_MEMORY;
@@ -116,6 +134,7 @@ static int take(void **pointer, size_t bytes) {
 
 static int give_back(void *pointer) {
     if (!pointer) return OK;
+    if (forbidden()) return ERROR_CAPTURE;
     char *start;
     size_t bytes;
     memcpy(&start, (char *)pointer - sizeof start, sizeof start);
@@ -134,11 +153,11 @@ int cudaMallocFromPoolAsync(void **pointer, size_t bytes, void *pool, void *stre
     return (void)pool, (void)stream, take(pointer, bytes);
 }
 int cudaMemGetInfo(size_t *available, size_t *total) { return *available = *total = memory(), OK; }
-int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
-    return (void)kind, memcpy(to, from, bytes), OK;
-}
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
-    return (void)stream, cudaMemcpy(to, from, bytes, kind);
+    return (void)kind, (void)stream, memcpy(to, from, bytes), OK;
+}
+int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
+    return forbidden() ? ERROR_CAPTURE : cudaMemcpyAsync(to, from, bytes, kind, NULL);
 }
 int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
                       int kind, void *stream) {
@@ -148,11 +167,14 @@ int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_p
     return OK;
 }
 int cudaMemcpyFromSymbol(void *to, const void *symbol, size_t bytes, size_t offset, int kind) {
+    if (forbidden()) return ERROR_CAPTURE;
     return (void)symbol, (void)offset, (void)kind, memset(to, 0, bytes), OK;
 }
-int cudaMemset(void *to, int value, size_t bytes) { return memset(to, value, bytes), OK; }
 int cudaMemsetAsync(void *to, int value, size_t bytes, void *stream) {
-    return (void)stream, cudaMemset(to, value, bytes);
+    return (void)stream, memset(to, value, bytes), OK;
+}
+int cudaMemset(void *to, int value, size_t bytes) {
+    return forbidden() ? ERROR_CAPTURE : cudaMemsetAsync(to, value, bytes, NULL);
 }
 int cudaPointerGetAttributes(void *attributes, const void *pointer) {
     return (void)pointer, memset(attributes, 0, 88), OK;
@@ -167,8 +189,6 @@ CREATES(cudaLibraryLoadData) CREATES(cudaLibraryGetKernel) CREATES(__cudaGetKern
 CREATES(cublasCreate_v2) CREATES(cublasLtCreate) CREATES(cublasLtMatmulDescCreate)
 CREATES(cublasLtMatmulPreferenceCreate) CREATES(cublasLtMatrixLayoutCreate)
 CREATES(cublasLtMatrixTransformDescCreate)
-int cudaStreamEndCapture(void *stream, void **graph) { return (void)stream, *graph = &handle, OK; }
-int cudaStreamIsCapturing(void *stream, int *status) { return (void)stream, *status = 0, OK; }
 int cudaEventElapsedTime(float *ms, void *from, void *to) { return (void)from, (void)to, *ms = 1, OK; }
 int cudaFuncGetAttributes(void *attributes, const void *function) {
     (void)function;
@@ -215,13 +235,12 @@ int cudaGetLastError(void) {
 #define NOTHING(name) int name(void) { return OK; }
 NOTHING(__cudaPopCallConfiguration) NOTHING(__cudaPushCallConfiguration) NOTHING(__cudaRegisterFatBinaryEnd)
 NOTHING(__cudaRegisterFunction) NOTHING(__cudaRegisterVar) NOTHING(__cudaUnregisterFatBinary)
-NOTHING(cuTensorMapEncodeTiled) NOTHING(cudaDeviceSynchronize) NOTHING(cudaEventDestroy) NOTHING(cudaEventRecord)
-NOTHING(cudaEventRecordWithFlags) NOTHING(cudaEventSynchronize) NOTHING(cudaFuncSetAttribute)
+NOTHING(cuTensorMapEncodeTiled) NOTHING(cudaEventDestroy) NOTHING(cudaEventRecord)
+NOTHING(cudaEventRecordWithFlags) NOTHING(cudaFuncSetAttribute)
 NOTHING(cudaGraphDestroy) NOTHING(cudaGraphExecDestroy) NOTHING(cudaKernelSetAttributeForDevice)
 NOTHING(cudaLaunchHostFunc) NOTHING(cudaLibraryUnload) NOTHING(cudaMemPoolDestroy)
 NOTHING(cudaMemPoolGetAttribute) NOTHING(cudaMemPoolSetAttribute) NOTHING(cudaMemPoolTrimTo)
-NOTHING(cudaStreamBeginCapture) NOTHING(cudaStreamDestroy) NOTHING(cudaStreamSynchronize)
-NOTHING(cudaStreamWaitEvent)
+NOTHING(cudaStreamDestroy) NOTHING(cudaStreamWaitEvent)
 NOTHING(cublasDestroy_v2) NOTHING(cublasDgeam) NOTHING(cublasDgemmBatched) NOTHING(cublasDgemmStridedBatched)
 NOTHING(cublasDgemm_v2) NOTHING(cublasDgetrfBatched) NOTHING(cublasDgetriBatched) NOTHING(cublasGemmBatchedEx)
 NOTHING(cublasGemmEx) NOTHING(cublasGemmStridedBatchedEx) NOTHING(cublasScopy_v2) NOTHING(cublasSetMathMode)

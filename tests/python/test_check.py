@@ -154,8 +154,13 @@ def test_damage_is_named(tmp_path, damage, line):
 
 
 def swap_gate_and_up(graph):
-    split = next(node for node in graph.node if node.op_type == "Split")
-    split.output[0], split.output[1] = split.output[1], split.output[0]
+    split = next((node for node in graph.node if node.op_type == "Split"), None)
+    if split is not None:
+        split.output[0], split.output[1] = split.output[1], split.output[0]
+        return
+    # Inside one operator with packed weights they cannot be swapped in the graph; two layers' can.
+    first, second = (node for node in graph.node if node.name.endswith(".product"))
+    first.input[1], second.input[1] = second.input[1], first.input[1]
 
 
 def swap_cos_and_sin(graph):

@@ -1,12 +1,13 @@
 //! Owns the scheduler's promises about order, restated from what can be seen outside of it.
 //!
-//! Must not use the scheduler's own order (`precedence`): a rule checked against itself proves nothing.
+//! Must not use the scheduler's own order: a rule checked against itself proves nothing. Shares of tenants
+//! are none of its business.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use glm_engine::runner::ModelRunner;
-use glm_engine::{Engine, RequestId, TokenEvent};
+use glm_engine::{Engine, Request, RequestId, TenantId, TokenEvent};
 
 /// A running sequence between two steps.
 #[derive(Debug, Clone, Copy)]
@@ -17,23 +18,45 @@ struct Runner {
     admission: u64,
 }
 
+/// A request that never had blocks.
+#[derive(Debug)]
+struct Fresh {
+    tenant: TenantId,
+    priority: i32,
+    /// When its first token is due.
+    due: Duration,
+}
+
+/// Of so many admissions in a row, one may pass a better priority over.
+const FAIR_TURN: usize = 8;
+
 /// Watches the steps of one engine.
 #[derive(Debug, Default)]
 pub struct OrderCheck {
-    /// Requests that never had blocks, with the time by which their first token is due.
-    due: BTreeMap<RequestId, Duration>,
+    honours_priority: bool,
+    fresh: BTreeMap<RequestId, Fresh>,
+    /// Admissions since one passed a better priority over.
+    num_since: Option<usize>,
     probes: BTreeSet<RequestId>,
     before: Vec<Runner>,
     /// Detached sequences that were preempted although an attached one was newer.
     pub num_detached_preempted: usize,
     /// Requests admitted before an older one.
     pub num_overtakings: usize,
+    /// Requests admitted before one of a better priority.
+    pub num_priorities_passed_over: usize,
 }
 
 impl OrderCheck {
+    /// A check of an idle engine.
+    pub fn new(honours_priority: bool) -> Self {
+        Self { honours_priority, ..Self::default() }
+    }
+
     /// A request was queued.
-    pub fn add(&mut self, id: RequestId, due: Duration) {
-        self.due.insert(id, due);
+    pub fn add(&mut self, id: RequestId, request: &Request, due: Duration) {
+        let priority = if self.honours_priority { request.priority } else { 0 };
+        self.fresh.insert(id, Fresh { tenant: request.tenant, priority, due });
     }
 
     /// A probe was queued.
@@ -43,7 +66,7 @@ impl OrderCheck {
 
     /// A request was aborted.
     pub fn abort(&mut self, id: RequestId) {
-        self.due.remove(&id);
+        self.fresh.remove(&id);
         self.probes.remove(&id);
     }
 
@@ -64,7 +87,7 @@ impl OrderCheck {
     /// Says which promise is broken.
     pub fn after<R: ModelRunner>(&mut self, engine: &Engine<R>) -> Result<(), String> {
         let is_probe_let_in = self.check_admissions(engine)?;
-        let is_back = |id| engine.waiting().any(|sequence| sequence.id == id);
+        let is_back = |id| engine.waiting().iter().any(|sequence| sequence.id == id);
         let (preempted, kept): (Vec<Runner>, Vec<Runner>) =
             self.before.iter().partition(|runner| is_back(runner.id));
         for gone in &preempted {
@@ -96,21 +119,41 @@ impl OrderCheck {
         Ok(())
     }
 
+    /// Preempted sequences that the last step let in again with blocks of theirs still there.
+    pub fn num_cached_again<R: ModelRunner>(&self, engine: &Engine<R>) -> usize {
+        let was_running = |id| self.before.iter().any(|runner| runner.id == id);
+        let is_first = |id| engine.admitted().iter().any(|(admitted, _)| *admitted == id);
+        let shares = engine.plan().sequences.iter();
+        shares
+            .filter(|share| share.num_computed_tokens > 0 && !was_running(share.id) && !is_first(share.id))
+            .count()
+    }
+
     /// Admitted requests were the most urgent ones. Returns whether a probe was among them.
     fn check_admissions<R: ModelRunner>(&mut self, engine: &Engine<R>) -> Result<bool, String> {
-        let admitted = engine.events().iter().filter(|(_, event)| *event == TokenEvent::Admitted);
+        let admitted =
+            engine.events().iter().filter(|(_, event)| matches!(event, TokenEvent::Admitted { .. }));
         let mut is_probe_let_in = false;
         for &(id, _) in admitted {
             if self.probes.remove(&id) {
                 is_probe_let_in = true;
                 continue;
             }
-            let due = self.due.remove(&id).ok_or_else(|| format!("{id:?} was admitted twice"))?;
-            if let Some(other) = self.due.iter().find(|&(&other, &at)| (at, other) < (due, id)) {
-                return Err(format!("{id:?}, due at {due:?}, was admitted before {other:?}"));
+            let it = self.fresh.remove(&id).ok_or_else(|| format!("{id:?} was admitted twice"))?;
+            let equals =
+                self.fresh.iter().filter(|(_, f)| (f.tenant, f.priority) == (it.tenant, it.priority));
+            if let Some((other, _)) = equals.into_iter().find(|(other, f)| (f.due, **other) < (it.due, id)) {
+                return Err(format!("{id:?}, due at {:?}, was admitted before {other:?}", it.due));
             }
-            self.num_overtakings += usize::from(self.due.keys().next().is_some_and(|&oldest| oldest < id));
-            if let Some(waits) = engine.waiting().find(|sequence| sequence.admission.is_some()) {
+            self.num_since = self.num_since.map(|count| count + 1);
+            if self.fresh.values().any(|f| f.priority < it.priority) {
+                self.num_priorities_passed_over += 1;
+                if self.num_since.replace(0).is_some_and(|count| count < FAIR_TURN) {
+                    return Err(format!("{id:?} is one of two in {FAIR_TURN} before a better priority"));
+                }
+            }
+            self.num_overtakings += usize::from(self.fresh.keys().next().is_some_and(|&oldest| oldest < id));
+            if let Some(waits) = engine.waiting().iter().find(|sequence| sequence.admission.is_some()) {
                 return Err(format!("{id:?} was admitted before the preempted {:?}", waits.id));
             }
         }

@@ -6,9 +6,9 @@ use ndarray::Array2;
 
 use super::Engine;
 use crate::config::EngineConfig;
-use crate::cost_model::CostModel;
+use crate::cost_model::{CostModel, StepWork};
 use crate::error::RunError;
-use crate::request::{Request, RequestId, TokenEvent};
+use crate::request::{Request, RequestId, TenantId, TokenEvent};
 use crate::runner::fake::FakeRunner;
 use crate::runner::{KvCacheLayout, ModelRunner};
 use crate::sampling_params::SamplingParams;
@@ -21,7 +21,7 @@ fn counting(num_blocks: usize, block_size: usize) -> FakeRunner {
 }
 
 fn request(sampling: SamplingParams) -> Request {
-    Request { prompt_token_ids: vec![0, 1, 2], sampling, deadline: None }
+    Request { prompt_token_ids: vec![0, 1, 2], sampling, ..Request::default() }
 }
 
 fn greedy(max_tokens: usize) -> SamplingParams {
@@ -70,9 +70,12 @@ fn a_sequence_that_repeats_takes_fewer_steps_and_says_the_same() {
 
 #[test]
 fn guesses_take_what_is_free_and_give_it_back() {
-    // Both, at their end, take every block.
+    // Both, at their end, take every block; they have none in common.
     let mut engine = engine(counting(12, 4), 8);
-    (0..2).for_each(|id| engine.add(RequestId(id), request(greedy(21)), Duration::ZERO));
+    for id in 0..2u32 {
+        let request = Request { prompt_token_ids: vec![id, id + 1, id + 2], ..request(greedy(21)) };
+        engine.add(RequestId(id.into()), request, Duration::ZERO);
+    }
     let (mut num_guessed, mut num_used) = (0, 0);
     while !engine.is_idle() {
         let report = engine.step(Duration::ZERO, 100);
@@ -87,16 +90,39 @@ fn guesses_take_what_is_free_and_give_it_back() {
     assert!(num_guessed >= 20 && num_used >= 8, "{num_guessed} {num_used}");
 }
 
+/// What a tenant is charged for a reply of so many tokens, and what the next turn of the chat finds cached.
+fn charged_and_cached(max_num_draft_tokens: usize, max_tokens: usize) -> (u64, usize) {
+    let mut engine = engine(FakeRunner::repeating(8, 64, 4), max_num_draft_tokens);
+    let sampling = SamplingParams { ignore_eos: true, ..greedy(max_tokens) };
+    engine.add(RequestId(0), request(sampling.clone()), Duration::ZERO);
+    let (reply, num_steps) = run(&mut engine);
+    assert_eq!((reply.len(), num_steps < max_tokens), (max_tokens, max_num_draft_tokens > 0));
+    let service = engine.service(TenantId(0));
+    let prompt_token_ids = [&[0, 1, 2], reply.as_slice()].concat();
+    engine.add(RequestId(1), Request { prompt_token_ids, ..request(sampling) }, Duration::ZERO);
+    engine.step(Duration::ZERO, 100);
+    (service, engine.admitted()[0].1.num_cached_tokens)
+}
+
 #[test]
-fn prompts_go_before_guesses() {
+fn guesses_change_neither_what_is_charged_nor_what_is_cached() {
+    for max_tokens in 30..60 {
+        let plain = charged_and_cached(0, max_tokens);
+        assert_eq!(charged_and_cached(8, max_tokens), plain, "after {max_tokens} tokens");
+        assert_eq!(plain.1, (max_tokens + 2) / 4 * 4, "all that is full and computed");
+    }
+}
+
+#[test]
+fn no_guess_is_made_beside_a_prompt() {
     let mut engine = engine(counting(64, 4), 8);
     engine.add(RequestId(0), request(greedy(100)), Duration::ZERO);
     while engine.step(Duration::ZERO, 100).num_draft_tokens < 8 {}
     let prompt = Request { prompt_token_ids: vec![7; 40], ..request(greedy(1)) };
     engine.add(RequestId(1), prompt, Duration::ZERO);
-    engine.plan_step(Duration::ZERO, 10);
+    engine.plan_step(Duration::ZERO, 100);
     let shares: Vec<usize> = engine.plan().sequences.iter().map(|s| s.num_scheduled_tokens).collect();
-    assert_eq!(shares, [1, 10]);
+    assert_eq!(shares, [1, 40]);
 }
 
 /// The same logits after everything.
@@ -167,19 +193,18 @@ fn round_seconds(engine: &mut Engine<FakeRunner>, costs: &mut CostModel, ids: st
     for id in ids {
         let prompt_token_ids = (0..40).map(|i| ((id * 131 + i * i * 17) % 400) as u32).collect();
         let sampling = SamplingParams { ignore_eos: true, ..greedy(300) };
-        engine.add(RequestId(id), Request { prompt_token_ids, sampling, deadline: None }, Duration::ZERO);
+        engine.add(RequestId(id), Request { prompt_token_ids, ..request(sampling) }, Duration::ZERO);
     }
     let mut now = Duration::ZERO;
     while !engine.is_idle() {
-        engine.set_draft_price(costs.draft_price(engine.num_decodes()));
+        engine.set_draft_price(costs.draft_price(&engine.decodes()));
         engine.plan_step(now, 512);
-        let num_rows = engine.plan().num_decode_tokens();
-        let num_prompt_tokens = engine.plan().num_tokens() - num_rows;
+        let work = StepWork::of(engine.plan());
         // A real model's: one row takes 7 ms, 16 rows take 22 ms.
-        let took = 6.3e-3 + 0.95e-3 * num_rows as f64 + 0.6e-3 * num_prompt_tokens as f64;
+        let took = 6.3e-3 + 0.95e-3 * work.num_decodes as f64 + 0.6e-3 * work.num_prefill_tokens as f64;
         let took = Duration::from_secs_f64(took);
         engine.run_step();
-        costs.observe_step(num_prompt_tokens, num_rows, took);
+        costs.observe_step(&work, took);
         now += took;
     }
     now.as_secs_f64()

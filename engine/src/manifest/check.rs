@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::{Dtype, FileEntry, Manifest, OutputKind, Provider, SCHEMA_VERSION};
+use super::{Dtype, FileEntry, Kernel, Manifest, OutputKind, Provider, SCHEMA_VERSION};
 use crate::error::LoadError;
 use crate::sampling_params::SamplingParams;
 
@@ -169,6 +169,9 @@ impl Manifest {
                 graph.provider
             ));
         }
+        if graph.kernel == Kernel::Glmserve && graph.provider != Provider::Cpu {
+            return Err(format!("graph.kernel glmserve does not go with {:?}", graph.provider));
+        }
         Ok(())
     }
 }
@@ -248,6 +251,7 @@ mod tests {
         let manifest = parse(GOLDEN).unwrap();
         assert_eq!(manifest.schema_version, SCHEMA_VERSION);
         assert_eq!(manifest.graph.output, OutputKind::Logits);
+        assert_eq!(manifest.graph.kernel, Kernel::Glmserve);
         assert!(manifest.files.contains_key(&manifest.graph.file));
     }
 
@@ -271,6 +275,7 @@ mod tests {
         let graph = text["graph"].as_object_mut().unwrap();
         for (key, value) in [
             ("provider", "cuda"),
+            ("kernel", "ort"),
             ("activation_dtype", "bfloat16"),
             ("kv_cache_dtype", "int4"),
             ("output", "topk"),
@@ -301,6 +306,7 @@ mod tests {
             ("/graph/output", serde_json::json!("ids"), "unknown variant `ids`"),
             ("/graph/provider", serde_json::json!("cuda"), "graph.activation_dtype Float32"),
             ("/graph/activation_dtype", serde_json::json!("float16"), "graph.activation_dtype Float16"),
+            ("/graph/kernel", serde_json::json!("other"), "unknown variant `other`"),
             ("/graph/kv_cache_dtype", serde_json::json!("int8"), "graph.kv_cache_dtype Int8"),
             ("/graph/kv_cache_dtype", serde_json::json!("float16"), "graph.kv_cache_dtype Float16"),
             ("/graph/names/key_cache", serde_json::json!("key"), "{layer}"),

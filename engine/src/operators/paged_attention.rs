@@ -8,7 +8,7 @@ mod attend;
 mod attributes;
 mod batch;
 mod element;
-mod exp;
+pub(super) mod exp;
 mod kernels;
 mod kv_cache;
 mod plan;
@@ -31,7 +31,7 @@ use ort::value::{
     DynTensorValueType, PrimitiveTensorElementType, Shape, TensorElementType, ValueRef, ValueType,
 };
 
-use attend::Parallel;
+use super::parallel::{SessionThreads, threads_of_session};
 use attributes::{Attributes, Source};
 use batch::{Batch, Inputs, Tensor};
 use element::Element;
@@ -93,8 +93,7 @@ struct PagedAttention<E> {
 impl<E> PagedAttention<E> {
     /// The operator for sessions of `num_threads` threads; 0 is one a core.
     fn new(num_threads: usize) -> Self {
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        let num_threads = if num_threads == 0 { cores() } else { num_threads };
+        let num_threads = threads_of_session(num_threads);
         Self { num_threads, workspace: Arc::default(), cache: PhantomData }
     }
 }
@@ -142,8 +141,7 @@ impl<E: Element> Operator for PagedAttention<E> {
 
     fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<PagedAttentionKernel<E>> {
         let attributes = Attributes::check(&Node(ctx)).map_err(error)?;
-        let forced = std::env::var(super::SIMD_VARIABLE).ok();
-        let simd = Simd::choose(forced.as_deref().filter(|name| !name.is_empty()))
+        let simd = Simd::choose(super::forced_simd().as_deref())
             .map_err(|message| error(format!("{}: {message}", super::SIMD_VARIABLE)))?;
         Ok(PagedAttentionKernel {
             attributes,
@@ -167,22 +165,6 @@ impl Source for Node<'_, '_> {
     }
     fn string(&self, name: &str) -> Option<String> {
         self.0.get(name)
-    }
-}
-
-/// ONNX Runtime's own threads.
-struct SessionThreads<'a> {
-    ctx: &'a ComputeContext,
-    num_threads: usize,
-}
-
-impl Parallel for SessionThreads<'_> {
-    fn num_threads(&self) -> usize {
-        self.num_threads
-    }
-    fn run(&self, total: usize, f: &(dyn Fn(usize) + Sync)) -> Result<(), String> {
-        // 0 lets ONNX Runtime hand out the calls one by one.
-        self.ctx.par_for(total, 0, f).map_err(|e| e.to_string())
     }
 }
 

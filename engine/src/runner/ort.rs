@@ -4,6 +4,8 @@
 //! Invariant: cache tensors are allocated once, bound once and never copied; the attention operator
 //! writes them in place while this runner holds them exclusively.
 
+mod buffer;
+mod cuda_graphs;
 mod inputs;
 mod outputs;
 mod provider;
@@ -12,12 +14,12 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use ort::environment::Environment;
-use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, Session};
-use ort::value::{Outlet, TensorElementType};
+use ort::value::{DynTensor, Outlet, TensorElementType};
 
-use self::inputs::bind_step;
-use self::outputs::Outputs;
+use self::cuda_graphs::{CudaGraphs, GraphIndex};
+use self::inputs::Inputs;
+use self::outputs::{OutputMemory, Outputs, Widths, failed};
 use self::provider::Device;
 use super::{KvCacheLayout, ModelRunner};
 use crate::error::{LoadError, RunError};
@@ -37,19 +39,37 @@ pub struct OrtOptions {
     pub device_id: i32,
     /// Most bytes of the GPU's memory, cache and weights included; for graphs of the CUDA provider.
     pub device_memory_bytes: Option<usize>,
+    /// Whether to capture decode steps as CUDA graphs; for graphs of the CUDA provider.
+    pub cuda_graphs: bool,
 }
 
-/// Runs a model folder's graph.
+/// Runs a model folder's graph. [`ModelRunner::run`] is [`OrtRunner::bind`], [`OrtRunner::compute`] and
+/// [`OrtRunner::output`], which can be called one by one to measure them.
 #[derive(Debug)]
 pub struct OrtRunner {
-    session: Session,
-    /// Holds the caches and the current step's inputs.
+    // What is bound to memory goes before the memory does.
+    /// Holds the caches and the current step's inputs, unless that is captured.
     binding: IoBinding,
+    outputs: Option<Outputs>,
+    memory: OutputMemory,
+    cuda_graphs: Option<CudaGraphs>,
+    inputs: Inputs,
+    caches: Vec<(String, DynTensor)>,
+    session: Session,
+    device: Device,
+    widths: Widths,
     graph: Graph,
     layout: KvCacheLayout,
-    rows_memory: MemoryInfo<'static>,
-    host_memory: MemoryInfo<'static>,
-    outputs: Outputs,
+    bound: BoundStep,
+}
+
+/// The step that is bound.
+#[derive(Debug, Default)]
+struct BoundStep {
+    /// Rows it wants.
+    num_rows: usize,
+    /// How it is captured.
+    cuda_graph: Option<GraphIndex>,
 }
 
 fn runtime(error: impl std::fmt::Display) -> LoadError {
@@ -89,31 +109,103 @@ impl OrtRunner {
         let environment = environment(&options.library)?;
         let device = Device::new(graph.provider, options);
         let session = provider::open(environment, &dir.join(&graph.file), graph.provider, options)?;
-        check_contract(&session, &manifest.geometry, &graph)?;
-        let mut binding = session.create_binding().map_err(runtime)?;
-        provider::bind_caches(&session, &mut binding, device, &manifest.geometry, &graph, layout)?;
-        let rows_memory = device.memory().map_err(runtime)?;
-        let host_memory =
-            MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::Default)
-                .map_err(runtime)?;
-        let outputs = Outputs::default();
-        Ok(Self { session, binding, graph, layout, rows_memory, host_memory, outputs })
+        let widths = check_contract(&session, &manifest.geometry, &graph)?;
+        let caches = provider::allocate_caches(&session, device, &manifest.geometry, &graph, layout)?;
+        let prepare = || {
+            let mut binding = session.create_binding()?;
+            for (name, cache) in &caches {
+                binding.bind_input(name, cache)?;
+            }
+            let allocator = || device.allocator(&session);
+            let max_num_blocks = manifest.geometry.max_model_len.div_ceil(graph.block_size);
+            let max_num_blocks = max_num_blocks.min(layout.num_blocks);
+            let cuda_graphs = options
+                .cuda_graphs
+                .then(|| CudaGraphs::new(allocator, widths, graph.block_size, max_num_blocks))
+                .transpose()?;
+            Ok((binding, OutputMemory::new(allocator, widths, 1, false)?, cuda_graphs))
+        };
+        let (binding, memory, cuda_graphs) = prepare().map_err(|error: ort::Error| device.explain(&error))?;
+        Ok(Self {
+            binding,
+            outputs: None,
+            memory,
+            cuda_graphs,
+            inputs: Inputs::new(device.is_apart()),
+            caches,
+            session,
+            device,
+            widths,
+            graph,
+            layout,
+            bound: BoundStep::default(),
+        })
     }
 
-    fn run_bound(&mut self, plan: &StepPlan) -> ort::Result<()> {
-        // The previous step's rows go back to the arena before the next ones are taken.
-        self.outputs = Outputs::default();
+    /// Writes a step's inputs.
+    ///
+    /// # Errors
+    /// [`RunError`] if the library fails.
+    pub fn bind(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        let cuda_graph = self.cuda_graphs.as_ref().and_then(|graphs| graphs.find(plan));
+        self.bound = BoundStep { num_rows: plan.logits_indices.len(), cuda_graph };
         let names = &self.graph.names;
-        bind_step(&mut self.binding, names, plan)?;
-        outputs::bind(&mut self.binding, names, &self.rows_memory, &self.host_memory)?;
-        let mut outputs = self.session.run_binding(&self.binding)?;
-        self.outputs = Outputs::take(&mut outputs, names, plan.logits_indices.len())?;
+        if let (Some(graphs), Some(index)) = (&mut self.cuda_graphs, cuda_graph) {
+            return graphs.bind(&self.session, &self.caches, names, plan, index).map_err(failed);
+        }
+        self.inputs.bind(&mut self.binding, names, plan).map_err(failed)?;
+        self.bind_outputs(plan.logits_indices.len().max(1)).map_err(failed)
+    }
+
+    /// Binds outputs of `num_rows` rows, if they are not; a step without wanted rows asks for one.
+    fn bind_outputs(&mut self, num_rows: usize) -> ort::Result<()> {
+        if self.outputs.as_ref().is_some_and(|outputs| outputs.num_bound_rows() == num_rows) {
+            return Ok(());
+        }
+        self.binding.clear_outputs();
+        self.outputs = None;
+        if self.memory.num_rows() < num_rows {
+            let allocator = || self.device.allocator(&self.session);
+            let num_rows = num_rows.max(2 * self.memory.num_rows());
+            self.memory = OutputMemory::new(allocator, self.widths, num_rows, false)?;
+        }
+        // SAFETY: the binding's outputs are cleared before the memory is replaced, and it goes first.
+        self.outputs = Some(unsafe { self.memory.bind(&mut self.binding, &self.graph.names, num_rows) }?);
         Ok(())
+    }
+
+    /// Runs the step that is bound.
+    ///
+    /// # Errors
+    /// [`RunError`] if the library fails.
+    pub fn compute(&mut self) -> Result<(), RunError> {
+        let BoundStep { num_rows, cuda_graph } = self.bound;
+        if let (Some(graphs), Some(index)) = (&mut self.cuda_graphs, cuda_graph) {
+            return graphs.run(&mut self.session, index, num_rows).map_err(failed);
+        }
+        let outputs = self.outputs.as_mut().ok_or_else(|| RunError("no step is bound".into()))?;
+        let result = match &self.cuda_graphs {
+            Some(graphs) => self.session.run_binding_with_options(&self.binding, graphs.uncaptured()),
+            None => self.session.run_binding(&self.binding),
+        };
+        result.map(drop).and_then(|()| outputs.written(num_rows)).map_err(failed)
+    }
+
+    /// What the step wrote, until the next one is bound.
+    ///
+    /// # Errors
+    /// [`RunError`] if the library fails, or nothing was computed.
+    pub fn output(&mut self) -> Result<StepOutput<'_>, RunError> {
+        let outputs = match (&mut self.cuda_graphs, self.bound.cuda_graph) {
+            (Some(graphs), Some(index)) => graphs.outputs(index),
+            _ => self.outputs.as_mut(),
+        };
+        outputs.ok_or_else(|| RunError("no step has run".into()))?.view()
     }
 }
 
 /// Compares the graph's inputs and outputs with what the manifest promises.
-fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Result<(), LoadError> {
+fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Result<Widths, LoadError> {
     let names = &graph.names;
     let dtype_of = |outlets: &[Outlet], name: &str| {
         let outlet = outlets.iter().find(|outlet| outlet.name() == name);
@@ -145,11 +237,15 @@ fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Resu
     };
     found.filter(fits).ok_or_else(|| wrong(&names.logits))?;
     let types = [TensorElementType::Int32, TensorElementType::Float32, TensorElementType::Float32];
+    let mut topk = None;
     for (name, wanted) in names.topk().into_iter().flatten().zip(types) {
         let found = dtype_of(session.outputs(), name);
-        found.filter(|(ty, shape)| *ty == wanted && shape.len() == 2).ok_or_else(|| wrong(name))?;
+        let (_, shape) =
+            found.filter(|(ty, shape)| *ty == wanted && shape.len() == 2).ok_or_else(|| wrong(name))?;
+        // Logsumexp comes last and has one column.
+        topk = topk.or(Some(usize::try_from(shape[1]).map_err(|_| wrong(name))?));
     }
-    Ok(())
+    Ok(Widths { logits: geometry.padded_vocab_size, topk })
 }
 
 /// As many blocks as the budget holds.
@@ -171,7 +267,8 @@ impl ModelRunner for OrtRunner {
     }
 
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
-        self.run_bound(plan).map_err(|error| RunError(error.to_string()))?;
-        self.outputs.view()
+        self.bind(plan)?;
+        self.compute()?;
+        self.output()
     }
 }

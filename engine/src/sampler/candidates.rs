@@ -114,7 +114,7 @@ mod tests {
     const K: usize = 16;
 
     fn sequence(sampling: SamplingParams) -> Sequence {
-        let request = Request { prompt_token_ids: vec![0], sampling, deadline: None };
+        let request = Request { prompt_token_ids: vec![0], sampling, ..Request::default() };
         Sequence::new(RequestId(1), request, Duration::ZERO)
     }
 

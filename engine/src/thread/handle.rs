@@ -4,25 +4,17 @@
 //! be read while the engine hangs in a step.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use tokio::sync::mpsc;
 
 use super::Clock;
-use super::load::{PublishedCosts, PublishedLoad};
 use super::progress::{Progress, RequestState};
-use crate::cost_model::StepBounds;
+use super::shared::{Place, Shared};
 use crate::error::{SequenceError, SubmitError};
-use crate::request::{Request, TokenEvent};
-
-/// Least time after which a refused request is asked to come again.
-const MIN_RETRY_AFTER: Duration = Duration::from_millis(100);
-/// When a refused request is asked to come again, until it is learnt how long requests take.
-const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
-/// How much every refusal by an idle engine takes off the next estimate, per cent.
-const PERCENT_PER_IDLE_REFUSAL: f64 = 10.0;
+use crate::request::{PRIORITIES, Request, TenantId, TokenEvent};
 
 /// What bounds every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +25,10 @@ pub struct EngineLimits {
     pub vocab_size: usize,
     /// Requests that may run and wait together, a probe apart.
     pub max_num_requests: usize,
+    /// Of those, requests of one tenant.
+    pub max_num_requests_per_tenant: usize,
+    /// Tenants there are.
+    pub num_tenants: usize,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: usize,
 }
@@ -70,127 +66,11 @@ pub struct EngineStatus {
     pub fault: Option<Fault>,
 }
 
-/// State that HTTP workers read while the engine writes it.
-#[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) clock: Clock,
-    pub(super) limits: EngineLimits,
-    pub(super) bounds: StepBounds,
-    pub(super) default_deadline: Duration,
-    pub(super) accepting: AtomicBool,
-    pub(super) alive: AtomicBool,
-    pub(super) num_requests: AtomicUsize,
-    pub(super) has_probe: AtomicBool,
-    pub(super) num_steps: AtomicU64,
-    /// Whether there is work; `progress_at` is valid then.
-    pub(super) is_busy: AtomicBool,
-    /// Engine time in nanoseconds.
-    pub(super) progress_at: AtomicU64,
-    pub(super) stall_limit_ns: AtomicU64,
-    fault: AtomicU64,
-    /// Requests refused for their deadline while nothing was there, since the last step.
-    pub(super) num_idle_refusals: AtomicU32,
-    pub(super) load: PublishedLoad,
-    pub(super) costs: PublishedCosts,
-}
-
-const NO_FAULT: u64 = 0;
-const NON_FINITE: u64 = 1;
-/// Added to the count of repeated errors.
-const REPEATED: u64 = 1 << 32;
-
-impl Shared {
-    pub(super) fn new(
-        clock: Clock,
-        limits: EngineLimits,
-        bounds: StepBounds,
-        default_deadline: Duration,
-    ) -> Self {
-        Self {
-            clock,
-            limits,
-            bounds,
-            default_deadline,
-            accepting: AtomicBool::new(true),
-            alive: AtomicBool::new(true),
-            num_requests: AtomicUsize::new(0),
-            has_probe: AtomicBool::new(false),
-            num_steps: AtomicU64::new(0),
-            is_busy: AtomicBool::new(false),
-            progress_at: AtomicU64::new(0),
-            stall_limit_ns: AtomicU64::new(0),
-            fault: AtomicU64::new(NO_FAULT),
-            num_idle_refusals: AtomicU32::new(0),
-            load: PublishedLoad::default(),
-            costs: PublishedCosts::default(),
-        }
-    }
-
-    pub(super) fn set_fault(&self, fault: Fault) {
-        let encoded = match fault {
-            Fault::NonFiniteLogits => NON_FINITE,
-            Fault::RepeatedRunErrors { count } => REPEATED + u64::from(count),
-        };
-        self.fault.store(encoded, Ordering::Release);
-    }
-
-    fn fault(&self) -> Option<Fault> {
-        match self.fault.load(Ordering::Acquire) {
-            NO_FAULT => None,
-            NON_FINITE => Some(Fault::NonFiniteLogits),
-            encoded => Some(Fault::RepeatedRunErrors { count: (encoded - REPEATED) as u32 }),
-        }
-    }
-
-    /// Gives a request's place back.
-    pub(super) fn release(&self, is_probe: bool) {
-        if is_probe {
-            self.has_probe.store(false, Ordering::Release);
-        } else {
-            self.num_requests.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
-
-    /// Predicted time to the first token of a request submitted now.
-    fn estimate(&self, num_prompt_tokens: usize, deadline: Option<Duration>) -> Option<Duration> {
-        let load = self.load.load(deadline.unwrap_or(Duration::MAX).min(self.default_deadline));
-        self.costs.model().time_to_first_token(&load, num_prompt_tokens, &self.bounds)
-    }
-
-    /// Refuses a request whose deadline can't be met. What is refused teaches nothing, so if nothing
-    /// runs, each refusal makes the next one less likely: an estimate that is wrong by far is found
-    /// out after a while.
-    fn check_deadline(&self, request: &Request) -> Result<(), SubmitError> {
-        let Some(deadline) = request.deadline else { return Ok(()) };
-        let Some(estimate) = self.estimate(request.prompt_token_ids.len(), Some(deadline)) else {
-            return Ok(());
-        };
-        let is_idle = self.num_requests.load(Ordering::Acquire) == 0;
-        let num_refusals = if is_idle { self.num_idle_refusals.load(Ordering::Relaxed) } else { 0 };
-        let doubt = (1.0 - PERCENT_PER_IDLE_REFUSAL / 100.0).powf(f64::from(num_refusals));
-        if estimate.as_secs_f64() * doubt <= deadline.as_secs_f64() {
-            return Ok(());
-        }
-        if is_idle {
-            self.num_idle_refusals.fetch_add(1, Ordering::Relaxed);
-        }
-        let retry_after = estimate.saturating_sub(deadline).max(MIN_RETRY_AFTER);
-        Err(SubmitError::DeadlineUnmeetable { estimate, retry_after })
-    }
-
-    fn queue_full(&self, num_requests: usize) -> SubmitError {
-        let num_slots = self.load.load(Duration::MAX).num_slots;
-        let retry_after = self.costs.model().time_between_ends(num_slots);
-        let retry_after = retry_after.map_or(DEFAULT_RETRY_AFTER, |time| time.max(MIN_RETRY_AFTER));
-        SubmitError::QueueFull { num_requests, retry_after }
-    }
-}
-
 /// A request on its way to the engine thread.
 pub(super) struct Submission {
     pub(super) request: Request,
     pub(super) arrival: Duration,
-    pub(super) is_probe: bool,
+    pub(super) place: Place,
     pub(super) events: mpsc::Sender<TokenEvent>,
     pub(super) state: Arc<RequestState>,
 }
@@ -248,12 +128,8 @@ impl EngineHandle {
         let shared = &self.shared;
         self.check(&request)?;
         shared.check_deadline(&request)?;
-        let max = shared.limits.max_num_requests;
-        let take = |count: usize| (count < max).then_some(count + 1);
-        if let Err(count) = shared.num_requests.fetch_update(Ordering::AcqRel, Ordering::Acquire, take) {
-            return Err(shared.queue_full(count));
-        }
-        self.send(request, false)
+        let place = shared.take(request.tenant)?;
+        self.send(request, place)
     }
 
     /// Whether a request would find a place now: a look before the work of making one.
@@ -264,7 +140,7 @@ impl EngineHandle {
         self.check_accepting()?;
         match self.shared.num_requests.load(Ordering::Acquire) {
             count if count < self.shared.limits.max_num_requests => Ok(()),
-            count => Err(self.shared.queue_full(count)),
+            count => Err(self.shared.queue_full(count, TenantId::default())),
         }
     }
 
@@ -276,9 +152,9 @@ impl EngineHandle {
     pub fn submit_probe(&self, request: Request) -> Result<EventReceiver, SubmitError> {
         self.check(&request)?;
         if self.shared.has_probe.swap(true, Ordering::AcqRel) {
-            return Err(self.shared.queue_full(self.status().num_requests));
+            return Err(self.shared.queue_full(self.status().num_requests, request.tenant));
         }
-        self.send(request, true)
+        self.send(request, Place::Probe)
     }
 
     fn check(&self, request: &Request) -> Result<(), SubmitError> {
@@ -293,26 +169,23 @@ impl EngineHandle {
         Err(SubmitError::Unavailable("it is shutting down or has failed"))
     }
 
-    fn send(&self, request: Request, is_probe: bool) -> Result<EventReceiver, SubmitError> {
+    fn send(&self, request: Request, place: Place) -> Result<EventReceiver, SubmitError> {
         let shared = &self.shared;
         let arrival = shared.clock.now();
         let num_tokens = request.prompt_token_ids.len();
-        let position = match is_probe {
-            true => 0,
-            false => {
-                let deadline = request.deadline.unwrap_or(Duration::MAX).min(shared.default_deadline);
-                shared.load.load(deadline).num_requests_ahead
-            }
+        let position = match place {
+            Place::Probe => 0,
+            Place::Tenant(tenant) => shared.load(request.deadline, tenant).num_requests_ahead,
         };
-        let estimate = shared.estimate(num_tokens, request.deadline);
+        let estimate = shared.estimate(num_tokens, request.deadline, request.tenant);
         let state = Arc::new(RequestState::new(position, estimate.map(|time| arrival.saturating_add(time))));
         // Admission, one event a token and the terminal one.
         let (sender, events) = mpsc::channel(request.sampling.max_tokens + 2);
-        let submission = Submission { request, arrival, is_probe, events: sender, state: Arc::clone(&state) };
+        let submission = Submission { request, arrival, place, events: sender, state: Arc::clone(&state) };
         shared.load.add_unseen(num_tokens);
         if self.commands.try_send(Command::Submit(submission)).is_err() {
             shared.load.sub_unseen(1, num_tokens);
-            shared.release(is_probe);
+            shared.release(place);
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
         // The thread may have ended between the check at the door and the sending: then nobody takes
@@ -323,10 +196,10 @@ impl EngineHandle {
         Ok(EventReceiver { events, state, clock: shared.clock, has_ended: false })
     }
 
-    /// Predicted time to the first token of a request without a deadline that is submitted now.
+    /// Predicted time to the first token of the first tenant's request without a deadline, submitted now.
     /// `None` until a prompt was computed and, if all places are taken, until a request has ended.
     pub fn estimate(&self, num_prompt_tokens: usize) -> Option<Duration> {
-        self.shared.estimate(num_prompt_tokens, None)
+        self.shared.estimate(num_prompt_tokens, None, TenantId::default())
     }
 
     /// The limits.
@@ -355,7 +228,7 @@ impl EngineHandle {
 
     /// Forgets the fault; to be called once a known-answer request was answered as known.
     pub fn clear_fault(&self) {
-        self.shared.fault.store(NO_FAULT, Ordering::Release);
+        self.shared.clear_fault();
     }
 
     /// Takes no more requests; what was accepted goes on.
@@ -374,6 +247,14 @@ impl EngineHandle {
 fn check_request(request: &Request, limits: &EngineLimits) -> Result<(), SubmitError> {
     let invalid = |message: String| SubmitError::InvalidParameter { field: "prompt", message };
     request.sampling.validate(limits.vocab_size)?;
+    if !PRIORITIES.contains(&request.priority) {
+        let message = format!("must be from {} to {}", PRIORITIES.start(), PRIORITIES.end());
+        return Err(SubmitError::InvalidParameter { field: "priority", message });
+    }
+    if request.tenant.0 as usize >= limits.num_tenants {
+        let message = format!("must be below {}", limits.num_tenants);
+        return Err(SubmitError::InvalidParameter { field: "tenant", message });
+    }
     let prompt = &request.prompt_token_ids;
     if prompt.is_empty() {
         return Err(invalid("has no tokens".into()));

@@ -1,8 +1,9 @@
 //! Owns the loop of the engine thread: commands in, steps, events and published figures out.
 //!
-//! Invariant: between two steps nothing here waits, locks or allocates.
+//! Invariant: between two steps nothing here waits or locks, and nothing allocates for a token: only a
+//! request that comes and the publication of the queue do.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,10 +11,11 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use tokio::sync::mpsc;
 
-use super::handle::{Command, Fault, Shared, Submission};
+use super::handle::{Command, Fault, Submission};
 use super::progress::{RequestState, Stage};
+use super::shared::{Place, Shared};
 use crate::config::EngineConfig;
-use crate::cost_model::{CostModel, Load};
+use crate::cost_model::{CostModel, Load, StepWork};
 use crate::engine::Engine;
 use crate::error::SequenceError;
 use crate::observer::{EngineGauges, EngineObserver, StepReport};
@@ -22,20 +24,37 @@ use crate::runner::ModelRunner;
 
 /// How long the published queue may stand although nothing moved in it: estimates change.
 const QUEUE_PERIOD: Duration = Duration::from_millis(100);
+/// Up to here the queue is published whenever it changes; a longer one takes too long for that.
+const SHORT_QUEUE: usize = 64;
+/// Clients that are asked in a step whether they are still there, besides those that run; at least so
+/// many, and all of them within [`MAX_STEPS_UNASKED`] steps.
+const MIN_ASKED: usize = 256;
+const MAX_STEPS_UNASKED: usize = 16;
 
 /// The thread's end of a request.
 struct Client {
     events: mpsc::Sender<TokenEvent>,
     state: Arc<RequestState>,
-    is_probe: bool,
+    place: Place,
     is_detached: bool,
     admitted_at: Option<Duration>,
+}
+
+impl Client {
+    /// Whether it left, or its reader did, or came back.
+    fn has_news(&self) -> bool {
+        self.events.is_closed() || self.state.is_detached() != self.is_detached
+    }
 }
 
 pub(super) struct Worker<R> {
     engine: Engine<R>,
     commands: Receiver<Command>,
     clients: HashMap<RequestId, Client>,
+    /// All clients and some that have ended, the one that was not asked for longest first.
+    to_ask: VecDeque<RequestId>,
+    /// Those that answered.
+    with_news: Vec<RequestId>,
     next_id: u64,
     shared: Arc<Shared>,
     observer: Arc<dyn EngineObserver>,
@@ -61,6 +80,8 @@ impl<R: ModelRunner> Worker<R> {
             engine: Engine::new(runner, config.clone(), shared.limits.vocab_size),
             commands,
             clients: HashMap::with_capacity(shared.limits.max_num_requests + 1),
+            to_ask: VecDeque::new(),
+            with_news: Vec::new(),
             next_id: 0,
             shared,
             observer,
@@ -105,11 +126,11 @@ impl<R: ModelRunner> Worker<R> {
     fn step(&mut self) {
         let clock = self.shared.clock;
         let start = clock.now();
-        let num_decodes = self.engine.num_decodes();
-        let prefill_budget = self.costs.prefill_budget(num_decodes, &self.shared.bounds);
-        self.engine.set_draft_price(self.costs.draft_price(num_decodes));
+        let decodes = self.engine.decodes();
+        let prefill_budget = self.costs.prefill_budget(&decodes, &self.shared.bounds);
+        self.engine.set_draft_price(self.costs.draft_price(&decodes));
         self.engine.plan_step(start, prefill_budget);
-        self.engine.admitted().iter().for_each(|&(_, queue_time)| self.observer.admitted(queue_time));
+        self.engine.admitted().iter().for_each(|(_, report)| self.observer.admitted(report));
         let num_delivered = self.deliver(0, start);
         self.publish(start);
         self.publish_stall_limit();
@@ -140,15 +161,16 @@ impl<R: ModelRunner> Worker<R> {
             Command::Submit(submission) if self.is_aborting => {
                 self.refuse(submission, SequenceError::ShuttingDown);
             }
-            Command::Submit(Submission { request, arrival, is_probe, events, state }) => {
+            Command::Submit(Submission { request, arrival, place, events, state }) => {
                 // Named here, not at the door: ids must grow in the order in which the engine sees them.
                 let id = RequestId(self.next_id);
                 self.next_id += 1;
                 self.seen.0 += 1;
                 self.seen.1 += request.prompt_token_ids.len();
-                let client = Client { events, state, is_probe, is_detached: false, admitted_at: None };
+                let client = Client { events, state, place, is_detached: false, admitted_at: None };
                 self.clients.insert(id, client);
-                if is_probe {
+                self.to_ask.push_back(id);
+                if place == Place::Probe {
                     self.engine.add_probe(id, request, arrival);
                 } else {
                     self.engine.add(id, request, arrival);
@@ -167,18 +189,26 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Aborts the requests whose receiver was dropped and passes on who is detached.
     fn poll_clients(&mut self) {
-        let Self { clients, engine, shared, .. } = self;
-        clients.retain(|&id, client| {
-            let is_abandoned = client.events.is_closed();
-            if is_abandoned {
+        let Self { clients, engine, shared, to_ask, with_news, .. } = self;
+        let has_news = |id: &RequestId| clients.get(id).is_some_and(Client::has_news);
+        with_news.extend(engine.running().iter().map(|running| running.sequence.id).filter(has_news));
+        let num_asked = to_ask.len().min(MIN_ASKED.max(to_ask.len() / MAX_STEPS_UNASKED));
+        for _ in 0..num_asked {
+            let Some(id) = to_ask.pop_front().filter(|id| clients.contains_key(id)) else { continue };
+            to_ask.push_back(id);
+            with_news.extend(has_news(&id).then_some(id));
+        }
+        for id in with_news.drain(..) {
+            let Some(client) = clients.get_mut(&id) else { continue };
+            if client.events.is_closed() {
                 engine.abort(id);
-                shared.release(client.is_probe);
-            } else if client.state.is_detached() != client.is_detached {
+                shared.release(client.place);
+                clients.remove(&id);
+            } else if client.has_news() {
                 client.is_detached = !client.is_detached;
                 engine.set_detached(id, client.is_detached);
             }
-            !is_abandoned
-        });
+        }
     }
 
     /// Hands the step's events from the one at `start` on to their channels; returns how many there are.
@@ -187,7 +217,7 @@ impl<R: ModelRunner> Worker<R> {
             let Some(client) = self.clients.get_mut(id) else {
                 continue;
             };
-            if matches!(event, TokenEvent::Admitted) {
+            if matches!(event, TokenEvent::Admitted { .. }) {
                 client.admitted_at = Some(now);
             }
             if !event.is_terminal() {
@@ -196,13 +226,13 @@ impl<R: ModelRunner> Worker<R> {
                 continue;
             }
             // A probe is shorter than what users ask for, and a failure is no measure at all.
-            let is_measure = !client.is_probe && matches!(event, TokenEvent::Finished { .. });
+            let is_measure = client.place != Place::Probe && matches!(event, TokenEvent::Finished { .. });
             if let Some(admitted_at) = client.admitted_at.filter(|_| is_measure) {
                 self.costs.observe_residence(now.saturating_sub(admitted_at));
                 self.shared.costs.publish(&self.costs);
             }
             // Whoever sees the end finds the place free.
-            self.shared.release(client.is_probe);
+            self.shared.release(client.place);
             let _ = client.events.try_send(event.clone());
             self.clients.remove(id);
         }
@@ -217,20 +247,12 @@ impl<R: ModelRunner> Worker<R> {
             }
         } else {
             self.num_run_errors = 0;
-            let (num_prefill_tokens, num_decodes) = self.planned();
-            self.costs.observe_step(num_prefill_tokens, num_decodes, report.duration);
+            self.costs.observe_step(&StepWork::of(self.engine.plan()), report.duration);
         }
         if report.num_non_finite > 0 {
             self.shared.set_fault(Fault::NonFiniteLogits);
         }
         self.shared.costs.publish(&self.costs);
-    }
-
-    /// Prompt tokens and decoded ones of the planned step; a draft's row costs what a decode's does.
-    fn planned(&self) -> (usize, usize) {
-        let plan = self.engine.plan();
-        let num_decode_tokens = plan.num_decode_tokens();
-        (plan.num_tokens() - num_decode_tokens, num_decode_tokens)
     }
 
     fn note_progress(&self, now: Duration) {
@@ -239,8 +261,7 @@ impl<R: ModelRunner> Worker<R> {
 
     fn publish_stall_limit(&self) {
         let EngineConfig { stall_factor, stall_min, .. } = self.config;
-        let (num_prefill_tokens, num_decodes) = self.planned();
-        let limit = match self.costs.predict_step(num_prefill_tokens, num_decodes) {
+        let limit = match self.costs.predict_step(&StepWork::of(self.engine.plan())) {
             Some(predicted) => predicted.saturating_mul(stall_factor).max(stall_min),
             None => stall_min.saturating_mul(stall_factor),
         };
@@ -250,13 +271,14 @@ impl<R: ModelRunner> Worker<R> {
 
     /// What runs.
     fn load(&self) -> Load {
-        let num_decodes = self.engine.num_decodes();
+        let StepWork { num_decodes, num_pairs: num_decode_pairs, .. } = self.engine.decodes();
         let num_pending: usize =
             self.engine.running().iter().map(|running| running.num_pending_tokens()).sum();
         let num_running = self.engine.running().len();
         let num_free_slots = self.engine.num_free_slots();
         Load {
             num_decodes,
+            num_decode_pairs,
             num_running_prefill_tokens: num_pending - num_decodes,
             num_free_slots,
             num_slots: (num_running + num_free_slots).max(1),
@@ -270,13 +292,14 @@ impl<R: ModelRunner> Worker<R> {
         self.shared.load.publish_running(&load);
         self.publish_running(now, load);
         let is_due = now.saturating_sub(self.queue_published_at) >= QUEUE_PERIOD;
-        if self.engine.take_queue_changed() || is_due {
+        let has_changed = self.engine.take_queue_changed() || self.seen.0 > 0;
+        if is_due || (has_changed && self.engine.num_waiting() <= SHORT_QUEUE) {
             self.queue_published_at = now;
             self.publish_waiting(now, load);
+            // Only now: a request must not be missing from both counts.
+            let (num_requests, num_tokens) = std::mem::take(&mut self.seen);
+            self.shared.load.sub_unseen(num_requests, num_tokens);
         }
-        // Only now: a request must not be missing from both counts.
-        let (num_requests, num_tokens) = std::mem::take(&mut self.seen);
-        self.shared.load.sub_unseen(num_requests, num_tokens);
     }
 
     fn publish_running(&self, now: Duration, mut load: Load) {
@@ -297,7 +320,8 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn publish_waiting(&self, now: Duration, mut load: Load) {
-        for (position, sequence) in self.engine.waiting().enumerate() {
+        let waiting = self.engine.waiting();
+        for (position, sequence) in waiting.iter().enumerate() {
             let num_tokens = sequence.tokens().len();
             if let Some(client) = self.clients.get(&sequence.id) {
                 let next_token_at = self.next_token_at(now, &load, num_tokens);
@@ -306,11 +330,11 @@ impl<R: ModelRunner> Worker<R> {
             load.num_tokens_ahead += num_tokens;
             load.num_requests_ahead += 1;
         }
-        self.shared.load.publish_waiting(self.engine.waiting().map(|sequence| {
+        self.shared.load.publish_waiting(waiting.iter().map(|sequence| {
             // Whoever was preempted goes before all deadlines.
             let left = sequence.deadline.saturating_sub(now);
             let left = if sequence.admission.is_some() { Duration::ZERO } else { left };
-            (left, sequence.tokens().len())
+            (left, sequence.tokens().len(), sequence.tenant)
         }));
     }
 
@@ -321,7 +345,7 @@ impl<R: ModelRunner> Worker<R> {
 
     fn end(&mut self, id: RequestId, error: SequenceError) {
         if let Some(client) = self.clients.remove(&id) {
-            self.shared.release(client.is_probe);
+            self.shared.release(client.place);
             let _ = client.events.try_send(TokenEvent::Failed(error));
         }
     }
@@ -331,7 +355,7 @@ impl<R: ModelRunner> Worker<R> {
         self.seen.0 += 1;
         self.seen.1 += submission.request.prompt_token_ids.len();
         let _ = submission.events.try_send(TokenEvent::Failed(error));
-        self.shared.release(submission.is_probe);
+        self.shared.release(submission.place);
     }
 
     /// Ends whatever is left when the thread ends, for whichever reason.

@@ -1,8 +1,11 @@
-//! Owns the load test: a closed loop of streams against any OpenAI-compatible server.
+//! Owns the load test: closed loops of streams, or an open loop of arrivals, against any OpenAI-compatible
+//! server.
 //!
-//! Invariant: each run warms up with one request a stream that is not counted, and every request after it
-//! is, however it ends. Only `clock.rs` reads the time.
+//! Invariant: the first request of each stream (of arrivals, the first ninth) warms up and is not counted, and
+//! every request after it is, however it ends. Only `clock.rs` reads the time.
 
+mod args;
+mod load;
 mod report;
 mod sample;
 mod server_side;
@@ -14,6 +17,8 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 
+pub use self::args::BenchArgs;
+use self::load::Load;
 pub use self::report::{BenchReport, RunReport, Spread};
 use self::sample::{Outcome, Sample};
 use self::server_side::Counters;
@@ -21,52 +26,6 @@ use self::workload::{TokenRate, Workload};
 use crate::client::{Client, ClientConfig};
 use crate::clock;
 use crate::error::ClientError;
-
-/// Measures a server with streams that each send their next request when the last one ended.
-#[derive(Clone, Debug, clap::Args)]
-pub struct BenchArgs {
-    /// The server's address, without /v1
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
-    pub base_url: String,
-    /// The model to ask for [default: the first that the server lists]
-    #[arg(long)]
-    pub model: Option<String>,
-    /// Sent as a bearer token
-    #[arg(long, value_name = "KEY", env = "GLMSERVE_API_KEY", hide_env_values = true)]
-    pub api_key: Option<String>,
-    /// Numbers of streams, one run for each
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1,4,16",
-          value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub streams: Vec<u32>,
-    /// Measured requests of each stream, after one to warm up
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    pub requests_per_stream: u32,
-    /// Prompt length; several are taken in turn
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "128",
-          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub prompt_tokens: Vec<u32>,
-    /// Tokens to generate for each request
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub max_tokens: u32,
-    /// Seed of the prompts [default: a fresh one, so that no prefix cache helps]
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// Where the server's metrics are [default: BASE_URL/metrics, if there are any]
-    #[arg(long, value_name = "URL")]
-    pub metrics_url: Option<String>,
-    /// Process to read the server's memory from, if its metrics do not tell
-    #[arg(long)]
-    pub pid: Option<u32>,
-    /// Longest silence of a stream before it counts as failed
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    pub idle_timeout_s: u64,
-    /// Resume broken streams and check their hashes [default: measure each stream as it comes]
-    #[arg(long)]
-    pub resume: bool,
-    /// Also write the report as JSON
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-}
 
 /// Why a bench could not measure at all; streams that break are in the report instead.
 #[derive(Debug, thiserror::Error)]
@@ -114,27 +73,25 @@ pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
         None => first_model(&client).await?,
     };
     let seed = args.seed.unwrap_or_else(clock::fresh_seed);
-    let workload = Workload { model, seed, max_tokens: args.max_tokens };
+    let workload = Workload { model, seed };
     let rate = measure_token_rate(&client, &workload).await?;
-    let bench = Arc::new(Bench { num_words: words_of(&args, rate), client, workload, resume: args.resume });
+    let num_words = words_of(&args, rate);
+    let bench =
+        Bench { client, workload, num_words, max_tokens: args.max_tokens.clone(), resume: args.resume };
+    let bench = Arc::new(bench);
     let mut num_sent = u64::from(TokenRate::PROBE_WORDS.len() as u32);
     let mut runs = Vec::new();
-    for &streams in &args.streams {
-        let wave = Wave { streams, requests_per_stream: 1, first_index: num_sent };
-        num_sent += u64::from(streams);
-        bench.run(wave).await;
+    for load in Load::of(&args) {
         let before = read_counters(&bench.client, &args).await?;
-        let started = clock::now();
-        let wave = Wave { streams, requests_per_stream: args.requests_per_stream, first_index: num_sent };
-        num_sent += u64::from(streams) * u64::from(args.requests_per_stream);
-        let samples = bench.run(wave).await;
-        let mut run = RunReport::new(streams, args.max_tokens, clock::now() - started, &samples);
+        let samples = bench.run(load, num_sent).await;
+        num_sent += samples.num_all();
+        let mut run = RunReport::new(load, &samples);
         let after = read_counters(&bench.client, &args).await?;
         run.tokens_per_step = after.tokens_per_step(&before);
         run.step_ms = after.step_ms(&before);
         let resident_bytes = after.resident_bytes.or_else(|| server_side::resident_bytes(args.pid?));
         run.resident_mib = resident_bytes.map(|bytes| bytes / f64::from(1 << 20));
-        eprintln!("{streams} streams: {:.1} output tok/s in {:.1} s", run.output_tokens_per_s, run.wall_s);
+        eprintln!("{load}: {:.1} output tok/s in {:.1} s", run.output_tokens_per_s, run.wall_s);
         runs.push(run);
     }
     let report = BenchReport {
@@ -143,7 +100,6 @@ pub async fn run(args: BenchArgs) -> Result<BenchReport, BenchError> {
         seed,
         prompt_tokens: args.prompt_tokens,
         max_tokens: args.max_tokens,
-        requests_per_stream: args.requests_per_stream,
         runs,
     };
     if let Some(path) = args.json {
@@ -200,41 +156,95 @@ async fn read_counters(client: &Client, args: &BenchArgs) -> Result<Counters, Be
     }
 }
 
-/// One closed loop: so many streams, each with so many requests one after the other.
-#[derive(Clone, Copy)]
-struct Wave {
-    streams: u32,
-    requests_per_stream: u32,
-    first_index: u64,
-}
-
+/// What every run of a bench shares.
 struct Bench {
     client: Client,
     workload: Workload,
     num_words: Vec<u32>,
+    max_tokens: Vec<u32>,
     resume: bool,
 }
 
+/// The requests of a run.
+#[derive(Debug, Default)]
+struct Samples {
+    /// Those that warm up.
+    first: Vec<Sample>,
+    /// Those that count.
+    rest: Vec<Sample>,
+}
+
+impl Samples {
+    fn num_all(&self) -> u64 {
+        (self.first.len() + self.rest.len()) as u64
+    }
+}
+
 impl Bench {
-    async fn run(self: &Arc<Self>, wave: Wave) -> Vec<Sample> {
-        let mut streams = JoinSet::new();
-        for stream in 0..wave.streams {
-            let bench = Arc::clone(self);
-            streams.spawn(async move { bench.run_stream(wave, stream).await });
+    /// Runs one load; its prompts are those from `first_index` on.
+    async fn run(self: &Arc<Self>, load: Load, first_index: u64) -> Samples {
+        match load {
+            Load::Closed { streams, requests_per_stream } => {
+                self.run_streams(streams, requests_per_stream, first_index).await
+            }
+            Load::Open { rate, arrivals } => self.run_arrivals(rate, arrivals, first_index).await,
         }
-        streams.join_all().await.into_iter().flatten().collect()
     }
 
-    async fn run_stream(&self, wave: Wave, stream: u32) -> Vec<Sample> {
-        let mut samples = Vec::new();
-        for round in 0..wave.requests_per_stream {
-            let index = wave.first_index + u64::from(round) * u64::from(wave.streams) + u64::from(stream);
-            // Shifted by the stream, so that the lengths are mixed at any moment too.
-            let num_words = self.num_words[(stream + round) as usize % self.num_words.len()];
-            let request = self.workload.request(index, num_words, self.workload.max_tokens);
-            samples.push(Sample::take(&self.client, &request, self.resume).await);
+    /// No stream waits for another, so that after the first requests prompts and replies are mixed.
+    async fn run_streams(
+        self: &Arc<Self>,
+        num_streams: u32,
+        requests_per_stream: u32,
+        first_index: u64,
+    ) -> Samples {
+        let mut streams = JoinSet::new();
+        for stream in 0..num_streams {
+            let bench = Arc::clone(self);
+            streams.spawn(async move {
+                let mut samples = Vec::new();
+                for round in 0..=requests_per_stream {
+                    let index = first_index + u64::from(round) * u64::from(num_streams) + u64::from(stream);
+                    // Shifted by the stream, so that the lengths are mixed at any moment too.
+                    samples.push(bench.sample(index, (stream + round) as usize).await);
+                }
+                samples
+            });
+        }
+        let mut samples = Samples::default();
+        for mut stream in streams.join_all().await {
+            samples.rest.extend(stream.split_off(1));
+            samples.first.extend(stream);
         }
         samples
+    }
+
+    /// A slow server is not waited for: arrivals come at their times.
+    async fn run_arrivals(self: &Arc<Self>, rate: f64, num_arrivals: u32, first_index: u64) -> Samples {
+        let num_first = num_arrivals.div_ceil(load::WARM_UP_SHARE);
+        let mut requests = JoinSet::new();
+        let mut at = clock::now();
+        for number in 0..num_first + num_arrivals {
+            let bench = Arc::clone(self);
+            let index = first_index + u64::from(number);
+            requests.spawn(async move { (number, bench.sample(index, number as usize).await) });
+            at += self.workload.gap(index, rate);
+            tokio::time::sleep(at.saturating_duration_since(clock::now())).await;
+        }
+        let mut samples = Samples::default();
+        for (number, sample) in requests.join_all().await {
+            let part = if number < num_first { &mut samples.first } else { &mut samples.rest };
+            part.push(sample);
+        }
+        samples
+    }
+
+    /// One request; `turn` picks its lengths.
+    async fn sample(&self, index: u64, turn: usize) -> Sample {
+        let num_words = self.num_words[turn % self.num_words.len()];
+        let max_tokens = self.max_tokens[turn % self.max_tokens.len()];
+        let request = self.workload.request(index, num_words, max_tokens);
+        Sample::take(&self.client, &request, self.resume).await
     }
 }
 
@@ -258,7 +268,10 @@ mod tests {
             #[command(flatten)]
             bench: BenchArgs,
         }
-        let words = ["bench", "--base-url", &server.base_url, "--max-tokens", "2", "--seed", "5"];
+        let mut words = vec!["bench", "--base-url", &server.base_url, "--seed", "5"];
+        if !more.contains(&"--max-tokens") {
+            words.extend(["--max-tokens", "2"]);
+        }
         let cli: Cli = clap::Parser::try_parse_from(words.iter().chain(more)).expect("good arguments");
         cli.bench
     }
@@ -294,8 +307,11 @@ mod tests {
         assert_eq!(written, serde_json::to_string_pretty(&report).expect("JSON") + "\n");
         assert!(report.is_clean());
         assert_eq!(report.model, "m");
-        let counts: Vec<(u32, u64, u64)> =
-            report.runs.iter().map(|run| (run.streams, run.num_ok, run.completion_tokens)).collect();
+        let counts: Vec<(u32, u64, u64)> = report
+            .runs
+            .iter()
+            .map(|run| (run.streams.unwrap_or(0), run.num_ok, run.completion_tokens))
+            .collect();
         assert_eq!(counts, [(1, 4, 8), (3, 12, 24)]);
         assert_eq!(report.runs[1].tokens_per_step, Some(2.0));
         assert!(report.runs[1].resident_mib.expect("this process has memory") > 1.0);
@@ -303,7 +319,7 @@ mod tests {
         println!("{table}");
         let row = |name: &str| table.lines().find(|line| line.starts_with(name)).expect("the row");
         assert_eq!(row("ok").split_whitespace().collect::<Vec<_>>(), ["ok", "4", "12"]);
-        let width = row("streams").len();
+        let width = row("load").len();
         assert_eq!(row("server RSS MiB").len(), width, "the columns are aligned");
     }
 
@@ -324,7 +340,32 @@ mod tests {
         assert_eq!((run.num_ok, run.num_truncated, run.num_empty, run.num_failed), (1, 1, 1, 2));
         assert_eq!(run.errors, ["the stream ended without [DONE]", "lost", "HTTP 503: full"]);
         assert!(!report.is_clean());
-        assert!(report.to_string().contains("1 streams: HTTP 503: full"));
+        assert!(report.to_string().contains("1 str.: HTTP 503: full"));
+    }
+
+    #[tokio::test]
+    async fn arrivals_do_not_wait_for_answers_and_their_lengths_take_turns() {
+        let bodies = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let seen = Arc::clone(&bodies);
+        let server = CannedServer::start(move |head, body| match head.split(' ').nth(1) {
+            Some("/v1/chat/completions") => {
+                let body: serde_json::Value = serde_json::from_str(body).expect("JSON");
+                seen.lock().expect("no test panicked").push(body["max_tokens"].clone());
+                Reply::sse().part(GOOD.as_bytes())
+            }
+            _ => Reply::status("200 OK").part(br#"{"data":[{"id":"m"}]}"#),
+        })
+        .await;
+        let more = ["--rates", "500", "--arrivals", "9", "--max-tokens", "2,3"];
+        let report = run(args(&server, &more)).await.expect("a report");
+        let run = &report.runs[0];
+        assert_eq!((run.rate, run.streams, run.num_requests, run.num_ok), (Some(500.0), None, 9, 9));
+        assert_eq!(run.num_short, 4, "each reply has two tokens");
+        let mut lengths: Vec<i64> =
+            bodies.lock().expect("no test panicked").iter().filter_map(serde_json::Value::as_i64).collect();
+        lengths.sort_unstable();
+        // Two probes of one token each; two arrivals that warm up and nine that count.
+        assert_eq!(lengths, [1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]);
     }
 
     #[tokio::test]

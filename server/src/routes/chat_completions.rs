@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
+use glm_engine::TenantId;
 use tokio::sync::SemaphorePermit;
 
 use self::convert::Completion;
@@ -34,6 +35,7 @@ pub(super) async fn create(
     request: HttpRequest,
     body: web::Payload,
     owner: web::ReqData<Owner>,
+    tenant: web::ReqData<TenantId>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
     let RequestHeaders { key, cursor, prefer, limits } =
@@ -53,7 +55,8 @@ pub(super) async fn create(
             .await
             .map_err(|error| ApiError::internal(error.to_string()))??
     };
-    let Completion { request: engine_request, stop, head, form } = completion;
+    let Completion { request: mut engine_request, stop, head, form } = completion;
+    engine_request.tenant = *tenant;
     let reply = match cursor {
         None => {
             let new = NewReply { request: engine_request, stop, head, form, key, owner: *owner, limits };

@@ -24,10 +24,12 @@ pub struct LogLimits {
 }
 
 /// Tokens of a reply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Tokens of the prompt.
     pub num_prompt_tokens: usize,
+    /// Of those, tokens that were not computed for this reply.
+    pub num_cached_tokens: usize,
     /// Tokens generated so far, the stop id included.
     pub num_generated_tokens: usize,
 }
@@ -309,7 +311,7 @@ mod tests {
     use super::*;
 
     const LIMITS: LogLimits = LogLimits { max_events: 3, max_bytes: 4 };
-    const USAGE: Usage = Usage { num_prompt_tokens: 1, num_generated_tokens: 1 };
+    const USAGE: Usage = Usage { num_prompt_tokens: 1, num_cached_tokens: 0, num_generated_tokens: 1 };
 
     fn delta(text: &str) -> Event {
         Event::Delta { text: text.to_owned(), usage: USAGE }

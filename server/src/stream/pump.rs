@@ -88,7 +88,7 @@ impl Pump {
     async fn pump(&mut self) -> Result<Event, StreamError> {
         let num_prompt_tokens = self.stream.head.num_prompt_tokens;
         let mut seen = Seen {
-            usage: Usage { num_prompt_tokens, num_generated_tokens: 0 },
+            usage: Usage { num_prompt_tokens, ..Usage::default() },
             text: Sha256::new(),
             is_admitted: false,
             last_token: None,
@@ -171,8 +171,9 @@ impl Pump {
     /// Takes what the engine said; returns the end of the reply.
     fn take(&mut self, event: Option<TokenEvent>, seen: &mut Seen) -> Result<Option<Event>, StreamError> {
         let reason = match event.unwrap_or(TokenEvent::Failed(SequenceError::EngineDied)) {
-            TokenEvent::Admitted => {
+            TokenEvent::Admitted { num_cached_tokens } => {
                 seen.is_admitted = true;
+                seen.usage.num_cached_tokens = num_cached_tokens;
                 None
             }
             TokenEvent::Token { token_id } => {

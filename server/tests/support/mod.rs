@@ -105,6 +105,7 @@ impl Server {
             max_num_waiting: options.max_num_waiting,
             max_model_len: geometry.max_model_len,
             stall_min: options.stall_min,
+            tenant_weights: options.keys.as_ref().map_or_else(|| vec![1], ApiKeys::weights),
             ..EngineConfig::default()
         };
         let (engine, _) = EngineThread::spawn(runner, config, geometry.vocab_size, metrics.clone()).unwrap();

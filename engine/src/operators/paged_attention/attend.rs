@@ -3,9 +3,8 @@
 //! Invariant: every slot is written before any key is read, so a token sees itself and the tokens
 //! before it in the same call; tasks write disjoint rows of the output.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::batch::{Batch, Sequence};
 use super::element::Element;
@@ -16,22 +15,12 @@ use super::simd::{Level, MASKED, Simd};
 use super::workspace::{Parts, Scratch, Workspace};
 
 pub(super) use super::plan::Task;
+use crate::operators::parallel::{Guard, Parallel};
 
 /// Below this many products of two floats, waking other threads costs more than they save.
 const MIN_PARALLEL_PRODUCTS: usize = 1 << 16;
 /// Below this many floats of new keys, one thread writes them all.
 const MIN_PARALLEL_WRITES: usize = 1 << 15;
-
-/// Threads to compute with.
-pub(super) trait Parallel {
-    /// About how many there are.
-    fn num_threads(&self) -> usize;
-    /// Calls `f` with 0 to `total - 1`, in any order and at the same time.
-    ///
-    /// # Errors
-    /// Whatever the threads' owner reports.
-    fn run(&self, total: usize, f: &(dyn Fn(usize) + Sync)) -> Result<(), String>;
-}
 
 /// What the tasks of a call share.
 pub(super) struct Job<'a, E> {
@@ -61,15 +50,9 @@ pub(super) fn run<E: Element>(
 ) -> Result<(), String> {
     assert_eq!(output.len(), batch.num_tokens * batch.geometry.output_width());
     let geometry = &batch.geometry;
-    // A panic must not reach the threads' owner: it is not Rust.
-    let panicked = AtomicBool::new(false);
-    let guarded = |f: &dyn Fn()| {
-        if catch_unwind(AssertUnwindSafe(f)).is_err() {
-            panicked.store(true, Ordering::Relaxed);
-        }
-    };
+    let guard = Guard::default();
 
-    let write = |kv_head| guarded(&|| cache.write(batch, kv_head));
+    let write = |kv_head| guard.call(&|| cache.write(batch, kv_head));
     let num_writes = batch.num_tokens * geometry.kv_num_heads * geometry.head_dim;
     if num_writes < MIN_PARALLEL_WRITES {
         (0..geometry.kv_num_heads).for_each(write);
@@ -89,7 +72,7 @@ pub(super) fn run<E: Element>(
     // Workers take tasks, longest first, as they get to them; each has scratch memory of its own.
     let next = AtomicUsize::new(0);
     let work = |worker: usize| {
-        guarded(&|| {
+        guard.call(&|| {
             let mut scratch = scratches[worker].lock().unwrap_or_else(PoisonError::into_inner);
             while let Some(task) = job.plan.tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 simd.attend(&job, *task, &mut scratch);
@@ -101,10 +84,7 @@ pub(super) fn run<E: Element>(
     } else {
         threads.run(num_workers, &work)?;
     }
-    match panicked.into_inner() {
-        true => Err("a task panicked".into()),
-        false => Ok(()),
-    }
+    guard.finish()
 }
 
 /// Computes `task`, `A` rows at a time with `B` vectors of keys or columns, and the last rows, if they

@@ -5,14 +5,14 @@
 use super::simd::Lanes;
 
 /// Below this the result would leave the normal numbers, and is 0.
-const LIMIT: f32 = -87.0;
+pub(in crate::operators) const LIMIT: f32 = -87.0;
 /// Adding 1.5 * 2^23 leaves a float's nearest integer in the low bits of its pattern.
-const ROUND: f32 = 12_582_912.0;
+pub(in crate::operators) const ROUND: f32 = 12_582_912.0;
 /// ln 2 in two parts; the first has so few bits that its multiples are exact.
-const LN_2_HIGH: f32 = 0.693_359_4;
-const LN_2_LOW: f32 = -2.121_944_4e-4;
+pub(in crate::operators) const LN_2_HIGH: f32 = 0.693_359_4;
+pub(in crate::operators) const LN_2_LOW: f32 = -2.121_944_4e-4;
 /// Of the polynomial p in exp(r) = 1 + r + r^2 p(r), for |r| <= ln(2)/2, highest power first (Cephes).
-const COEFFICIENTS: [f32; 6] =
+pub(in crate::operators) const COEFFICIENTS: [f32; 6] =
     [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1];
 
 /// `exp(x)` for `x <= 0`, to about 1 unit in the last place; 0 below -87.

@@ -94,7 +94,7 @@ impl Simd {
     /// The names that [`Self::named`] knows, best last.
     pub(super) const NAMES: [&'static str; 3] = ["portable", "avx2", "avx512"];
 
-    /// The level called `name`.
+    /// The level called `name`. What `avxvnni` and `amx` add is for whole numbers only.
     ///
     /// # Errors
     /// Says whether the name is unknown or this CPU lacks it.
@@ -102,12 +102,12 @@ impl Simd {
         let level = match name {
             "portable" => Some(Self::Portable(portable::Portable)),
             #[cfg(target_arch = "x86_64")]
-            "avx2" => avx2::Avx2::detect().map(Self::Avx2),
+            "avx2" | "avxvnni" => avx2::Avx2::detect().map(Self::Avx2),
             #[cfg(target_arch = "x86_64")]
-            "avx512" => avx512::Avx512::detect().map(Self::Avx512),
+            "avx512" | "amx" => avx512::Avx512::detect().map(Self::Avx512),
             #[cfg(not(target_arch = "x86_64"))]
-            "avx2" | "avx512" => None,
-            _ => return Err(format!("{name:?} is none of portable, avx2 and avx512")),
+            "avx2" | "avxvnni" | "avx512" | "amx" => None,
+            _ => return Err(format!("{name:?} is none of portable, avx2, avxvnni, avx512 and amx")),
         };
         level.ok_or_else(|| format!("this CPU does not have {name}"))
     }

@@ -6,7 +6,8 @@ mod world;
 
 use super::simd::Simd;
 use crate::counting_allocator::num_allocations;
-use world::{Random, Shape, Share, World};
+use crate::operators::testing::Random;
+use world::{Shape, Share, World};
 
 fn levels() -> impl Iterator<Item = (&'static str, Simd)> {
     Simd::NAMES.into_iter().filter_map(|name| Some((name, Simd::named(name).ok()?)))
@@ -243,7 +244,8 @@ fn what_does_not_fit_is_refused_by_name() {
 
 #[test]
 fn an_unknown_or_missing_level_is_refused() {
-    assert_eq!(Simd::named("sse9").unwrap_err(), "\"sse9\" is none of portable, avx2 and avx512");
+    let unknown = Simd::named("sse9").unwrap_err();
+    assert_eq!(unknown, "\"sse9\" is none of portable, avx2, avxvnni, avx512 and amx");
     assert!(matches!(Simd::choose(Some("portable")), Ok(Simd::Portable(_))));
     for name in Simd::NAMES {
         if let Err(message) = Simd::named(name) {

@@ -10,8 +10,8 @@ use half::vec::HalfBitsVecExt;
 use ort::environment::Environment;
 use ort::ep::{ArenaExtendStrategy, CUDA};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::{KvCacheLayout, OrtOptions};
@@ -32,12 +32,30 @@ impl Device {
     }
 
     /// Memory of the caches and of whole rows of logits.
-    pub(super) fn memory(self) -> ort::Result<MemoryInfo<'static>> {
+    fn memory(self) -> ort::Result<MemoryInfo<'static>> {
         let (device, id) = match self.provider {
             Provider::Cpu => (AllocationDevice::CPU, 0),
             Provider::Cuda => (AllocationDevice::CUDA, self.id),
         };
         MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
+    }
+
+    /// Of that memory.
+    pub(super) fn allocator(self, session: &Session) -> ort::Result<Allocator> {
+        Allocator::new(session, self.memory()?)
+    }
+
+    /// Whether the host can't read that memory.
+    pub(super) fn is_apart(self) -> bool {
+        self.provider == Provider::Cuda
+    }
+
+    /// Why something that was asked of the device failed.
+    pub(super) fn explain(self, error: &ort::Error) -> LoadError {
+        match self.provider {
+            Provider::Cpu => super::runtime(error),
+            Provider::Cuda => explain(error),
+        }
     }
 }
 
@@ -53,22 +71,27 @@ pub(super) fn open(
 ) -> Result<Session, LoadError> {
     let builder = Session::builder(environment).map_err(super::runtime)?;
     match provider {
+        Provider::Cpu if options.cuda_graphs => Err(LoadError::Config(
+            "CUDA graphs are for graphs of the CUDA provider, this one is the CPU's".into(),
+        )),
         Provider::Cpu => on_cpu(builder, path, options).map_err(super::runtime),
         Provider::Cuda => on_cuda(builder, path, options).map_err(|error| explain(&error)),
     }
 }
 
 fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
-    builder
+    let builder = builder
         .with_intra_threads(options.num_threads)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_operators(operators::domain(options.num_threads)?)?
-        .commit_from_file(path)
+        // Threads that spin for work take the processors from HTTP: tests/bench/NOTES.md has figures.
+        .with_intra_op_spinning(false)?
+        .with_optimization_level(GraphOptimizationLevel::All)?;
+    operators::register(builder, options.num_threads)?.commit_from_file(path)
 }
 
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
     let mut provider = CUDA::default()
         .with_device_id(options.device_id)
+        .with_cuda_graph(options.cuda_graphs)
         // The default doubles at each growth, which next to a large cache runs out of memory early.
         .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
         // It would round float32 products to 10 bits; the graph has none but in logits' log-sum.
@@ -89,7 +112,7 @@ fn explain(error: &ort::Error) -> LoadError {
     let hint = if text.contains("libonnxruntime_providers") || text.contains("not enabled in this build") {
         "the library is not onnxruntime-gpu's, or the CUDA 13 libraries (libcudart, libcublas) are not on \
          LD_LIBRARY_PATH"
-    } else if text.contains("fallback to CPU EP") {
+    } else if text.contains("fallback to CPU EP") || text.contains("have not been partitioned") {
         "a node of the graph has no CUDA kernel: export it with --provider cuda"
     } else if text.contains("driver") || text.contains("device") {
         "CUDA 13 needs an NVIDIA driver of version 580 or later and a GPU of compute capability 7.5 or later"
@@ -101,35 +124,28 @@ fn explain(error: &ort::Error) -> LoadError {
     LoadError::Runtime(format!("{hint} ({text})"))
 }
 
-/// Allocates one key and one value tensor a layer on the session's device and binds them as inputs.
-pub(super) fn bind_caches(
+/// Allocates one key and one value tensor a layer on the session's device: their input names beside them.
+pub(super) fn allocate_caches(
     session: &Session,
-    binding: &mut IoBinding,
     device: Device,
     geometry: &Geometry,
     graph: &Graph,
     layout: KvCacheLayout,
-) -> Result<(), LoadError> {
-    let bind = |binding: &mut IoBinding| {
-        let allocator = Allocator::new(session, device.memory()?)?;
-        let [block_size, heads, width] = cache_shape(geometry, graph);
-        let shape = [layout.num_blocks, block_size, heads, width];
-        for name in (0..geometry.num_layers).flat_map(|layer| graph.names.caches(layer)) {
-            match device.provider {
-                Provider::Cpu => binding.bind_input(name, &zeroed(graph.kv_cache_dtype, shape)?)?,
-                // Uninitialised: kernels read no slot that no step wrote.
-                Provider::Cuda => {
-                    let cache = DynTensor::new(&allocator, element_type(graph.kv_cache_dtype), shape)?;
-                    binding.bind_input(name, &cache)?;
-                }
+) -> Result<Vec<(String, DynTensor)>, LoadError> {
+    let [block_size, heads, width] = cache_shape(geometry, graph);
+    let shape = [layout.num_blocks, block_size, heads, width];
+    let allocate = |name: String| {
+        let cache = match device.provider {
+            Provider::Cpu => zeroed(graph.kv_cache_dtype, shape)?,
+            // Uninitialised: kernels read no slot that no step wrote.
+            Provider::Cuda => {
+                DynTensor::new(&device.allocator(session)?, element_type(graph.kv_cache_dtype), shape)?
             }
-        }
-        Ok(())
+        };
+        Ok((name, cache))
     };
-    bind(binding).map_err(|error: ort::Error| match device.provider {
-        Provider::Cpu => super::runtime(error),
-        Provider::Cuda => explain(&error),
-    })
+    let names = (0..geometry.num_layers).flat_map(|layer| graph.names.caches(layer));
+    names.map(allocate).collect::<ort::Result<_>>().map_err(|error| device.explain(&error))
 }
 
 /// A cache on the host. Zeroed memory is mapped lazily: it becomes resident as blocks are used.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::Samples;
+use super::load::Load;
 use super::sample::{Outcome, Sample};
 
 /// How many different errors are kept in words.
@@ -23,19 +25,21 @@ pub struct BenchReport {
     pub seed: u64,
     /// The prompt lengths that were asked for, in turn.
     pub prompt_tokens: Vec<u32>,
-    /// The tokens asked of each request.
-    pub max_tokens: u32,
-    /// The requests of each stream, the warm-up not counted.
-    pub requests_per_stream: u32,
-    /// One run for each number of streams.
+    /// The tokens asked of each request, in turn.
+    pub max_tokens: Vec<u32>,
+    /// One run for each number of streams, or each rate.
     pub runs: Vec<RunReport>,
 }
 
-/// The figures at one number of streams.
+/// The figures at one number of streams, or one rate.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunReport {
-    /// Streams kept open at a time.
-    pub streams: u32,
+    /// Streams kept open at a time, in a closed loop.
+    pub streams: Option<u32>,
+    /// Arrivals a second, in an open loop.
+    pub rate: Option<f64>,
+    /// Requests that count, the warm-up not among them.
+    pub num_requests: u64,
     /// Requests that ended whole.
     pub num_ok: u64,
     /// Requests refused, or broken before the stream began, or with an error told in it.
@@ -52,7 +56,7 @@ pub struct RunReport {
     pub num_short: u64,
     /// The first errors, in words.
     pub errors: Vec<String>,
-    /// From the first request to the end of the last.
+    /// The window of the rates: from the end of the last request that warmed up to the end of the last.
     pub wall_s: f64,
     /// The mean prompt length, as the server counted it.
     pub prompt_tokens_mean: f64,
@@ -60,9 +64,11 @@ pub struct RunReport {
     pub cached_tokens: u64,
     /// Tokens generated, as the server counted them.
     pub completion_tokens: u64,
-    /// Those tokens over the wall time.
+    /// Those generated in the window, over its length.
     pub output_tokens_per_s: f64,
-    /// Whole streams over the wall time.
+    /// The same with prompt tokens, each prompt's counted at its first content.
+    pub total_tokens_per_s: f64,
+    /// Whole streams that ended in the window, over its length.
     pub requests_per_s: f64,
     /// Time to the first content.
     pub ttft_ms: Option<Spread>,
@@ -104,7 +110,15 @@ impl Spread {
 }
 
 impl RunReport {
-    pub(super) fn new(streams: u32, max_tokens: u32, wall: Duration, samples: &[Sample]) -> Self {
+    pub(super) fn new(load: Load, Samples { first, rest: samples }: &Samples) -> Self {
+        let (streams, rate) = match load {
+            Load::Closed { streams, .. } => (Some(streams), None),
+            Load::Open { rate, .. } => (None, Some(rate)),
+        };
+        // Without the time in which part of the streams had not begun or were all in step.
+        let begin = first.iter().map(Sample::ended).max();
+        let end = samples.iter().map(Sample::ended).max();
+        let wall_s = begin.zip(end).map_or(0.0, |(begin, end)| (end - begin).as_secs_f64());
         let count = |outcome| samples.iter().filter(|sample| sample.outcome == outcome).count() as u64;
         let whole: Vec<&Sample> = samples.iter().filter(|sample| sample.outcome == Outcome::Ok).collect();
         let usages: Vec<_> = whole.iter().filter_map(|sample| sample.usage).collect();
@@ -116,18 +130,27 @@ impl RunReport {
                 errors.push(error.clone());
             }
         }
-        let wall_s = wall.as_secs_f64();
-        let per_s = |count: u64| if wall_s > 0.0 { count as f64 / wall_s } else { 0.0 };
+        let in_window = |sample: &&Sample| begin.map_or((0.0, 0.0), |begin| sample.tokens_since(begin));
+        let prompt_in_window: f64 = whole.iter().map(|sample| in_window(sample).0).sum();
+        let output_in_window: f64 = whole.iter().map(|sample| in_window(sample).1).sum();
+        let ended_in_window = whole.iter().filter(|sample| Some(sample.ended()) > begin).count();
+        let per_s = |count: f64| if wall_s > 0.0 { count / wall_s } else { 0.0 };
         Self {
             streams,
+            rate,
+            num_requests: samples.len() as u64,
             num_ok: count(Outcome::Ok),
             num_failed: count(Outcome::Failed),
             num_truncated: count(Outcome::Truncated),
             num_empty: count(Outcome::Empty),
             num_resumes: samples.iter().map(|sample| u64::from(sample.num_resumes)).sum(),
             num_without_usage: (whole.len() - usages.len()) as u64,
-            num_short: usages.iter().filter(|usage| usage.completion_tokens < u64::from(max_tokens)).count()
-                as u64,
+            num_short: whole
+                .iter()
+                .filter(|sample| {
+                    sample.usage.is_some_and(|usage| usage.completion_tokens < u64::from(sample.max_tokens))
+                })
+                .count() as u64,
             errors,
             wall_s,
             prompt_tokens_mean: prompt_tokens as f64 / usages.len().max(1) as f64,
@@ -137,8 +160,9 @@ impl RunReport {
                 .map(|d| d.cached_tokens)
                 .sum(),
             completion_tokens,
-            output_tokens_per_s: per_s(completion_tokens),
-            requests_per_s: per_s(whole.len() as u64),
+            output_tokens_per_s: per_s(output_in_window),
+            total_tokens_per_s: per_s(prompt_in_window + output_in_window),
+            requests_per_s: per_s(ended_in_window as f64),
             ttft_ms: Spread::of(whole.iter().filter_map(|sample| sample.ttft)),
             itl_ms: Spread::of(whole.iter().flat_map(|sample| sample.itl.iter().copied())),
             tpot_ms: Spread::of(whole.iter().filter_map(|sample| sample.tpot())),
@@ -146,6 +170,14 @@ impl RunReport {
             tokens_per_step: None,
             step_ms: None,
             resident_mib: None,
+        }
+    }
+
+    /// The streams, or the rate, in a word.
+    fn load(&self) -> String {
+        match self.rate {
+            Some(rate) => format!("{rate}/s"),
+            None => format!("{} str.", self.streams.unwrap_or(0)),
         }
     }
 
@@ -164,14 +196,13 @@ impl BenchReport {
 
 impl fmt::Display for BenchReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let prompt_tokens: Vec<String> = self.prompt_tokens.iter().map(u32::to_string).collect();
+        let in_turn = |lengths: &[u32]| lengths.iter().map(u32::to_string).collect::<Vec<_>>().join(" or ");
         writeln!(f, "{} at {}", self.model, self.base_url)?;
         writeln!(
             f,
-            "prompt {} tokens, output {}, {} requests a stream after one to warm up, seed {}\n",
-            prompt_tokens.join(" or "),
-            self.max_tokens,
-            self.requests_per_stream,
+            "prompt {} tokens, output {}, seed {}; the first request of each stream warms up\n",
+            in_turn(&self.prompt_tokens),
+            in_turn(&self.max_tokens),
             self.seed
         )?;
         let row = |f: &mut fmt::Formatter<'_>, name: &str, cell: &dyn Fn(&RunReport) -> String| {
@@ -180,13 +211,15 @@ impl fmt::Display for BenchReport {
             writeln!(f)
         };
         let optional = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
-        row(f, "streams", &|run| run.streams.to_string())?;
+        row(f, "load", &RunReport::load)?;
+        row(f, "requests", &|run| run.num_requests.to_string())?;
         row(f, "ok", &|run| run.num_ok.to_string())?;
         row(f, "failed", &|run| run.num_failed.to_string())?;
         row(f, "truncated", &|run| run.num_truncated.to_string())?;
         row(f, "empty", &|run| run.num_empty.to_string())?;
         row(f, "prompt tokens mean", &|run| format!("{:.1}", run.prompt_tokens_mean))?;
         row(f, "output tok/s", &|run| format!("{:.1}", run.output_tokens_per_s))?;
+        row(f, "total tok/s", &|run| format!("{:.1}", run.total_tokens_per_s))?;
         row(f, "requests/s", &|run| format!("{:.2}", run.requests_per_s))?;
         type Times = fn(&RunReport) -> Option<Spread>;
         let times: [(&str, Times); 4] = [
@@ -215,22 +248,21 @@ impl fmt::Display for BenchReport {
 impl BenchReport {
     /// What makes the figures of `run` less than they seem.
     fn fmt_notes(&self, f: &mut fmt::Formatter<'_>, run: &RunReport) -> fmt::Result {
-        let streams = run.streams;
+        let load = run.load();
         if run.num_without_usage > 0 {
             let count = run.num_without_usage;
-            writeln!(f, "{streams} streams: {count} without token counts; output tok/s leaves them out")?;
+            writeln!(f, "{load}: {count} without token counts; output tok/s leaves them out")?;
         }
         if run.num_short > 0 {
-            let (count, max_tokens) = (run.num_short, self.max_tokens);
-            writeln!(f, "{streams} streams: {count} ended before {max_tokens} tokens")?;
+            writeln!(f, "{load}: {} ended before the tokens that were asked for", run.num_short)?;
         }
         if run.num_resumes > 0 {
-            writeln!(f, "{streams} streams: {} broken connections were resumed", run.num_resumes)?;
+            writeln!(f, "{load}: {} broken connections were resumed", run.num_resumes)?;
         }
         if run.cached_tokens > 0 {
-            writeln!(f, "{streams} streams: {} prompt tokens came from a prefix cache", run.cached_tokens)?;
+            writeln!(f, "{load}: {} prompt tokens came from a prefix cache", run.cached_tokens)?;
         }
-        run.errors.iter().try_for_each(|error| writeln!(f, "{streams} streams: {error}"))
+        run.errors.iter().try_for_each(|error| writeln!(f, "{load}: {error}"))
     }
 }
 
@@ -238,11 +270,16 @@ impl BenchReport {
 mod tests {
     use super::*;
     use crate::chat::Usage;
+    use crate::clock;
+    use std::time::Instant;
 
-    fn sample(outcome: Outcome, ttft_ms: u64, itl_ms: &[u64]) -> Sample {
+    /// A request of three tokens that was sent at `started`.
+    fn sample(started: Instant, outcome: Outcome, ttft_ms: u64, itl_ms: &[u64]) -> Sample {
         let last_content = Duration::from_millis(ttft_ms + itl_ms.iter().sum::<u64>());
         Sample {
             outcome,
+            started,
+            max_tokens: 3,
             error: (outcome == Outcome::Failed).then(|| "HTTP 429: full".to_owned()),
             ttft: Some(Duration::from_millis(ttft_ms)),
             itl: itl_ms.iter().map(|&ms| Duration::from_millis(ms)).collect(),
@@ -267,23 +304,30 @@ mod tests {
 
     #[test]
     fn broken_streams_are_counted_and_left_out_of_the_figures() {
-        let samples = [
-            sample(Outcome::Ok, 100, &[10, 30]),
-            sample(Outcome::Failed, 1, &[1]),
-            sample(Outcome::Failed, 1, &[1]),
-            sample(Outcome::Truncated, 1, &[1]),
+        let load = Load::Closed { streams: 4, requests_per_stream: 1 };
+        let begin = clock::now();
+        let later = |ms| begin + Duration::from_millis(ms);
+        // It ends 100 ms after `begin`: there the window begins.
+        let first = vec![sample(begin, Outcome::Ok, 99, &[])];
+        let rest = vec![
+            sample(later(40), Outcome::Ok, 50, &[10, 30]),
+            sample(later(100), Outcome::Failed, 1, &[1]),
+            sample(later(100), Outcome::Failed, 1, &[1]),
+            sample(later(597), Outcome::Truncated, 1, &[1]),
         ];
-        let run = RunReport::new(4, 3, Duration::from_secs(2), &samples);
+        let samples = Samples { first, rest };
+        let run = RunReport::new(load, &samples);
         assert_eq!((run.num_ok, run.num_failed, run.num_truncated, run.num_empty), (1, 2, 1, 0));
-        assert_eq!((run.completion_tokens, run.output_tokens_per_s), (3, 1.5));
+        assert_eq!((run.num_requests, run.completion_tokens, run.wall_s), (4, 3, 0.5));
+        // The first of the three came before the window, and the prompt with it.
+        assert_eq!((run.output_tokens_per_s, run.total_tokens_per_s), (4.0, 4.0));
+        assert_eq!(run.requests_per_s, 2.0);
         assert_eq!(run.errors, ["HTTP 429: full"], "the same words once");
         assert_eq!(run.tpot_ms.expect("two later tokens").max, 20.0);
         assert_eq!(run.itl_ms.expect("two gaps").max, 30.0);
         assert!(!run.is_clean());
-        assert!(
-            !RunReport::new(1, 3, Duration::from_secs(1), &[]).is_clean(),
-            "nothing measured is no success"
-        );
-        assert!(RunReport::new(1, 3, Duration::from_secs(1), &samples[..1]).is_clean());
+        let of = |rest| RunReport::new(load, &Samples { first: Vec::new(), rest });
+        assert!(!of(Vec::new()).is_clean(), "nothing measured is no success");
+        assert!(of(vec![sample(begin, Outcome::Ok, 1, &[])]).is_clean());
     }
 }

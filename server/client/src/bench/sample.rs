@@ -29,6 +29,9 @@ pub(super) enum Outcome {
 #[derive(Debug)]
 pub(super) struct Sample {
     pub(super) outcome: Outcome,
+    pub(super) started: Instant,
+    /// Tokens that were asked for.
+    pub(super) max_tokens: u32,
     /// What went wrong, in words.
     pub(super) error: Option<String>,
     /// To the first content.
@@ -65,6 +68,8 @@ impl Sample {
         let started = clock::now();
         let mut sample = Self {
             outcome: Outcome::Ok,
+            started,
+            max_tokens: request.max_tokens.unwrap_or(0),
             error: None,
             ttft: None,
             itl: Vec::new(),
@@ -125,6 +130,26 @@ impl Sample {
             }
         }
         Ok(())
+    }
+
+    /// When its stream ended.
+    pub(super) fn ended(&self) -> Instant {
+        self.started + self.latency.max(self.last_content)
+    }
+
+    /// Tokens (prompt, generated) that came after `begin`: the prompt's with the first content, the others
+    /// evenly over the content events, since a server may put several into one.
+    pub(super) fn tokens_since(&self, begin: Instant) -> (f64, f64) {
+        let (Some(usage), Some(ttft)) = (self.usage, self.ttft) else { return (0.0, 0.0) };
+        let mut at = self.started + ttft;
+        let prompt = if at >= begin { usage.prompt_tokens as f64 } else { 0.0 };
+        let mut num_since = u32::from(at >= begin);
+        for gap in &self.itl {
+            at += *gap;
+            num_since += u32::from(at >= begin);
+        }
+        let share = f64::from(num_since) / (self.itl.len() + 1) as f64;
+        (prompt, usage.completion_tokens as f64 * share)
     }
 
     /// The mean time of each token after the first: (last content - TTFT) / (tokens - 1).

@@ -3,6 +3,8 @@
 //! Invariant: a prompt depends on the seed and its index only, and prompts of different indices differ from
 //! their first words on, so that a prefix cache cannot help.
 
+use std::time::Duration;
+
 use crate::chat::{ChatRequest, Message};
 
 /// Short words that most vocabularies hold as one token each, with the space before them.
@@ -111,23 +113,35 @@ impl TokenRate {
 pub(super) struct Workload {
     pub(super) model: String,
     pub(super) seed: u64,
-    pub(super) max_tokens: u32,
 }
 
 impl Workload {
     /// The request number `index` of the bench, with a prompt of `num_words`.
     pub(super) fn request(&self, index: u64, num_words: u32, max_tokens: u32) -> ChatRequest {
         let mut state = self.seed ^ index.wrapping_mul(0xd134_2543_de82_ef95);
-        let words: Vec<&str> =
-            (0..num_words).map(|_| WORDS[(split_mix(&mut state) % WORDS.len() as u64) as usize]).collect();
+        // A space before the first as well: without it a vocabulary may hold that word as several tokens.
+        let words: String = (0..num_words)
+            .flat_map(|_| [" ", WORDS[(split_mix(&mut state) % WORDS.len() as u64) as usize]])
+            .collect();
         ChatRequest {
             model: self.model.clone(),
-            messages: vec![Message::new("user", words.join(" "))],
+            messages: vec![Message::new("user", words)],
             max_tokens: Some(max_tokens),
             temperature: Some(0.0),
             ignore_eos: Some(true),
             ..ChatRequest::default()
         }
+    }
+}
+
+impl Workload {
+    /// How long after the request number `index` the next one arrives: exponential, so that arrivals at
+    /// `rate` a second are a Poisson process.
+    pub(super) fn gap(&self, index: u64, rate: f64) -> Duration {
+        let mut state = !self.seed ^ index.wrapping_mul(0xd134_2543_de82_ef95);
+        // As many bits as a double holds exactly; 1 excluded, so the logarithm is finite.
+        let fraction = (split_mix(&mut state) >> 11) as f64 / (1_u64 << 53) as f64;
+        Duration::from_secs_f64(-(1.0 - fraction).ln() / rate)
     }
 }
 
@@ -146,7 +160,7 @@ mod tests {
     use std::collections::HashSet;
 
     fn prompt(seed: u64, index: u64) -> String {
-        let workload = Workload { model: "m".into(), seed, max_tokens: 1 };
+        let workload = Workload { model: "m".into(), seed };
         workload.request(index, 40, 1).messages[0].content.clone()
     }
 
@@ -154,11 +168,24 @@ mod tests {
     fn prompts_differ_early_and_repeat_by_seed() {
         let starts: HashSet<String> = (0..4)
             .flat_map(|seed| (0..500).map(move |index| prompt(seed, index)))
-            .map(|prompt| prompt.split(' ').take(8).collect())
+            .map(|prompt| prompt.split_whitespace().take(8).collect())
             .collect();
         assert_eq!(starts.len(), 2_000, "two prompts share their first eight words");
         assert_eq!(prompt(7, 3), prompt(7, 3));
-        assert_eq!(prompt(7, 3).split(' ').count(), 40);
+        assert_eq!(prompt(7, 3).split_whitespace().count(), 40);
+        assert!(prompt(7, 3).starts_with(' '));
+    }
+
+    #[test]
+    fn gaps_are_exponential_and_repeat_by_seed() {
+        let workload = Workload { model: "m".into(), seed: 11 };
+        let gaps: Vec<f64> = (0..20_000).map(|index| workload.gap(index, 4.0).as_secs_f64()).collect();
+        let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
+        assert!((mean - 0.25).abs() < 0.01, "{mean}");
+        // An exponential exceeds its mean with probability 1/e.
+        let longer = gaps.iter().filter(|&&gap| gap > 0.25).count() as f64 / gaps.len() as f64;
+        assert!((longer - (-1.0_f64).exp()).abs() < 0.015, "{longer}");
+        assert_eq!(workload.gap(3, 4.0), workload.gap(3, 4.0));
     }
 
     #[test]

@@ -51,8 +51,8 @@ impl Completion {
                 fingerprint: state.model.fingerprint.clone(),
                 num_prompt_tokens: prompt_token_ids.len(),
             },
-            // The deadline comes from headers, which are not known here.
-            request: Request { prompt_token_ids, sampling, deadline: None },
+            // The deadline comes from headers and the tenant from the key, which are not known here.
+            request: Request { prompt_token_ids, sampling, priority: request.priority, ..Request::default() },
             stop,
             form: match request.stream {
                 true => Form::Streamed(request.stream_options.unwrap_or_default()),

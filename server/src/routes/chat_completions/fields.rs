@@ -21,7 +21,7 @@ enum Class {
 use Class::{Honoured, NoEffect, Unknown, Unsupported};
 
 /// The fields of a request whose value counts.
-pub(in crate::routes) const HONOURED: [&str; 17] = [
+pub(in crate::routes) const HONOURED: [&str; 18] = [
     "model",
     "messages",
     "stream",
@@ -39,6 +39,7 @@ pub(in crate::routes) const HONOURED: [&str; 17] = [
     "stop",
     "min_tokens",
     "ignore_eos",
+    "priority",
 ];
 
 /// A request without the fields that have no effect; refuses those that can't be honoured.
@@ -117,7 +118,7 @@ fn of_request(name: &str, value: &Value) -> Class {
         | "request_id"
         | "parallel_tool_calls" => NoEffect,
         "n" | "best_of" | "length_penalty" => neutral(is_number(value, 1.0)),
-        "top_logprobs" | "min_p" | "priority" => neutral(is_number(value, 0.0)),
+        "top_logprobs" | "min_p" => neutral(is_number(value, 0.0)),
         "typical_p" => neutral(is_number(value, 1.0)),
         "store"
         | "logprobs"

@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 use crate::error::ApiError;
 
-/// How a reply is delivered, which the reply does not depend on.
-const DELIVERY: [&str; 2] = ["stream", "stream_options"];
+/// How and when a reply is delivered, which the reply does not depend on.
+const DELIVERY: [&str; 3] = ["stream", "stream_options", "priority"];
 
 /// Below it a float holds every whole number.
 const LARGEST_EXACT: f64 = (1u64 << 53) as f64;

@@ -69,7 +69,7 @@ impl Render for Chunks {
             Event::Role => {
                 let usage = event_log::Usage {
                     num_prompt_tokens: self.head.num_prompt_tokens,
-                    num_generated_tokens: 0,
+                    ..event_log::Usage::default()
                 };
                 documents.push(self.delta(Delta { role: Some("assistant"), content: None }, usage));
             }

@@ -33,6 +33,7 @@ pub(super) struct ChatCompletionRequest {
     pub(super) stop: Option<Value>,
     pub(super) min_tokens: Option<usize>,
     pub(super) ignore_eos: bool,
+    pub(super) priority: i32,
 }
 
 #[derive(Debug, Deserialize)]
@@ -61,6 +62,12 @@ pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: usize,
 }
 
 impl From<event_log::Usage> for Usage {
@@ -69,6 +76,7 @@ impl From<event_log::Usage> for Usage {
             prompt_tokens: usage.num_prompt_tokens,
             completion_tokens: usage.num_generated_tokens,
             total_tokens: usage.num_prompt_tokens + usage.num_generated_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.num_cached_tokens },
         }
     }
 }

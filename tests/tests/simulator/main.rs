@@ -1,17 +1,24 @@
 //! A seeded simulator over the fake runner with virtual time: thousands of random requests,
-//! aborts, failures, deadlines, detached readers, probes, prompt budgets that vary by step and tiny
-//! pools, with guesses that are checked in the same step, and with every invariant checked after every
-//! step.
+//! aborts, failures, deadlines, priorities, tenants, detached readers, probes, common prefixes, prompt
+//! budgets that vary by step and tiny pools, with guesses that are checked in the same step, and with
+//! every invariant checked after every step.
 //!
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
+
+mod fairness;
+mod latency;
+mod scale;
+mod starvation;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use glm_engine::cost_model::StepWork;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{
-    Engine, EngineConfig, FinishReason, Request, RequestId, RunError, SamplingParams, TokenEvent,
+    Engine, EngineConfig, PrefixCaching, Request, RequestId, RunError, SamplingParams, TenantId, TokenEvent,
 };
+use glmserve_tests::cache::CacheCheck;
 use glmserve_tests::order::OrderCheck;
 use glmserve_tests::rng::Rng;
 
@@ -24,16 +31,24 @@ struct Outcome {
     end: Option<TokenEvent>,
 }
 
-fn random_request(rng: &mut Rng, max_model_len: usize) -> Request {
+/// `history` is what was said before.
+fn random_request(rng: &mut Rng, max_model_len: usize, history: Option<&[u32]>) -> Request {
     let num_prompt_tokens = rng.range(1..=max_model_len - 1);
     let max_tokens = rng.range(1..=max_model_len - num_prompt_tokens);
     // A shared start now and then, so that histories differ late.
-    let is_common = rng.one_in(3);
+    let start = match rng.range(0..=3) {
+        0 => vec![7; 20],
+        1 => (0..rng.range(0..=100) as u32).map(|position| position % 11).collect(),
+        2 => history.unwrap_or_default().to_vec(),
+        _ => Vec::new(),
+    };
     let token = |rng: &mut Rng, position| {
-        if is_common && position < 20 { 7 } else { rng.range(0..=VOCAB_SIZE - 1) as u32 }
+        start.get(position).copied().unwrap_or_else(|| rng.range(0..=VOCAB_SIZE - 1) as u32)
     };
     Request {
         prompt_token_ids: (0..num_prompt_tokens).map(|position| token(rng, position)).collect(),
+        tenant: TenantId(rng.range(0..=2) as u32),
+        priority: rng.range(0..=2) as i32 - 1,
         sampling: SamplingParams {
             temperature: if rng.one_in(2) { 0.0 } else { 1.0 },
             top_k: rng.range(0..=5) as u32,
@@ -63,7 +78,7 @@ fn isolated(request: &Request, model: Model) -> Outcome {
         ..Default::default()
     };
     let mut engine = Engine::new(model(VOCAB_SIZE, 256, 16), config, VOCAB_SIZE);
-    engine.add(RequestId(0), request.clone(), Duration::ZERO);
+    engine.add(RequestId(0), Request { tenant: TenantId(0), ..request.clone() }, Duration::ZERO);
     let mut outcome = Outcome { tokens: Vec::new(), end: None };
     while !engine.is_idle() {
         engine.step(Duration::ZERO, usize::MAX);
@@ -75,7 +90,7 @@ fn isolated(request: &Request, model: Model) -> Outcome {
 fn record(outcome: &mut Outcome, event: &TokenEvent) {
     assert!(outcome.end.is_none(), "{event:?} after the end");
     match event {
-        TokenEvent::Admitted => {}
+        TokenEvent::Admitted { .. } => {}
         TokenEvent::Token { token_id } => outcome.tokens.push(*token_id),
         end => outcome.end = Some(end.clone()),
     }
@@ -92,6 +107,9 @@ struct Totals {
     num_detached_preempted: usize,
     num_overtakings: usize,
     num_cut_steps: usize,
+    num_cached_tokens: usize,
+    num_cached_again: usize,
+    num_priorities_passed_over: usize,
     num_drafts: usize,
     num_accepted_drafts: usize,
 }
@@ -108,6 +126,10 @@ fn simulate(seed: u64, totals: &mut Totals) {
         max_num_waiting: 1000,
         default_deadline: Duration::from_millis(rng.range(0..=1_000) as u64),
         watermark_permille: rng.range(0..=200),
+        tenant_weights: vec![1, 1, 3],
+        honours_priority: rng.one_in(2),
+        prefix_caching: [PrefixCaching::Off, PrefixCaching::Shared, PrefixCaching::PerTenant]
+            [rng.range(0..=2)],
         max_num_draft_tokens: rng.range(0..=9),
         ..Default::default()
     };
@@ -124,14 +146,16 @@ fn simulate(seed: u64, totals: &mut Totals) {
     let mut outcomes = BTreeMap::new();
     let mut requests = BTreeMap::new();
     let mut aborted = BTreeSet::new();
-    let mut order = OrderCheck::default();
+    let mut order = OrderCheck::new(config.honours_priority);
+    let mut cache = CacheCheck::new(config.prefix_caching, block_size);
     let mut probe = None;
     let (mut now, mut next_id, mut num_steps) = (Duration::ZERO, 0, 0);
     let num_requests = rng.range(1..=40);
     while next_id < num_requests || !engine.is_idle() {
         while next_id < num_requests && rng.one_in(3) {
             let id = RequestId(next_id as u64);
-            let request = random_request(&mut rng, config.max_model_len);
+            let history = cache.history(rng.next_u64() as usize);
+            let request = random_request(&mut rng, config.max_model_len, history);
             requests.insert(id, request.clone());
             outcomes.insert(id, Outcome { tokens: Vec::new(), end: None });
             next_id += 1;
@@ -144,7 +168,8 @@ fn simulate(seed: u64, totals: &mut Totals) {
                 continue;
             }
             let deadline = request.deadline.unwrap_or(Duration::MAX).min(config.default_deadline);
-            order.add(id, now + deadline);
+            order.add(id, &request, now + deadline);
+            cache.add(id, &request);
             engine.add(id, request, now);
         }
         if next_id > 0 && rng.one_in(25) {
@@ -160,16 +185,20 @@ fn simulate(seed: u64, totals: &mut Totals) {
         let budget = if rng.one_in(3) { usize::MAX } else { rng.range(0..=50) };
         engine.set_draft_price([0.0, 0.1, 0.5][rng.range(0..=2)]);
         order.before(&engine);
-        let report = engine.step(now, budget);
-        let broken = order.after(&engine);
-        broken.unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
-        engine.check().unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
+        engine.plan_step(now, budget);
+        // While a step runs, guesses are in the blocks, and the engine is asked for its load.
+        engine.check().unwrap_or_else(|broken| panic!("seed {seed}, plan {num_steps}: {broken}"));
+        assert!(engine.num_free_slots() <= config.max_num_seqs, "seed {seed}: free places");
+        let report = engine.run_step();
+        let cached = engine.events().iter().try_for_each(|(id, event)| cache.event(*id, event));
+        let checks = order.after(&engine).and(cached).and(engine.check());
+        checks.unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
         let plan = engine.plan();
         // A probe is one more than the step was made for: its sequence, and a token of its prompt.
         let num_extra = usize::from(probe.is_some());
         assert!(plan.num_tokens() <= config.max_num_batched_tokens + num_extra, "seed {seed}: tokens");
         assert!(plan.sequences.len() <= config.max_num_seqs + num_extra, "seed {seed}: sequences");
-        let num_prefill_tokens = plan.num_tokens() - plan.num_decode_tokens();
+        let num_prefill_tokens = StepWork::of(plan).num_prefill_tokens;
         let num_budgeted = num_prefill_tokens + report.num_draft_tokens;
         assert!(num_budgeted <= budget.max(block_size), "seed {seed}: prompt budget");
         // A guess costs nobody its blocks, neither in its step nor after it.
@@ -184,6 +213,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         let num_decodes = plan.sequences.iter().filter(|s| s.num_known_tokens() == 1).count();
         totals.num_mixed_steps += usize::from(num_decodes > 0 && num_decodes < plan.sequences.len());
         totals.num_preemptions += report.num_preemptions;
+        totals.num_cached_again += order.num_cached_again(&engine);
         totals.num_failures += usize::from(report.failed);
         totals.num_drafts += report.num_draft_tokens;
         totals.num_accepted_drafts += report.num_accepted_draft_tokens;
@@ -218,6 +248,8 @@ fn simulate(seed: u64, totals: &mut Totals) {
     totals.num_requests += num_requests;
     totals.num_detached_preempted += order.num_detached_preempted;
     totals.num_overtakings += order.num_overtakings;
+    totals.num_priorities_passed_over += order.num_priorities_passed_over;
+    totals.num_cached_tokens += cache.num_cached_tokens;
 }
 
 /// A runner, failing a step when `fails` says so.
@@ -250,95 +282,12 @@ fn invariants_hold_and_batching_changes_nothing() {
     // The simulation must have met what it is there for.
     let Totals { num_preemptions, num_aborts, num_failures, num_mixed_steps, .. } = totals;
     let Totals { num_probes, num_detached_preempted, num_overtakings, num_cut_steps, .. } = totals;
+    let Totals { num_cached_tokens, num_cached_again, num_priorities_passed_over, .. } = totals;
     let met = [num_preemptions, num_aborts, num_failures, num_mixed_steps, num_probes];
     let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps];
+    let met_in_cache = [num_cached_tokens, num_cached_again, num_priorities_passed_over];
     let met_in_drafts = [totals.num_accepted_drafts, totals.num_drafts - totals.num_accepted_drafts];
-    let all_met = met.iter().chain(&met_in_order).chain(&met_in_drafts).all(|&count| count > 50);
+    let met = met.iter().chain(&met_in_order).chain(&met_in_cache).chain(&met_in_drafts);
+    let all_met = met.into_iter().all(|&count| count > 50);
     assert!(!is_whole || all_met, "the simulation is too tame");
-}
-
-/// A greedy request of exactly this size.
-fn request(num_prompt_tokens: usize, max_tokens: usize) -> Request {
-    Request {
-        prompt_token_ids: vec![1; num_prompt_tokens],
-        sampling: SamplingParams { max_tokens, ignore_eos: true, temperature: 0.0, ..Default::default() },
-        deadline: None,
-    }
-}
-
-/// The oldest request ends within the steps it would need alone plus its prompt's chunks, however
-/// many younger ones press: it is never preempted.
-#[test]
-fn the_oldest_is_never_preempted() {
-    let config =
-        EngineConfig { max_num_seqs: 8, max_num_batched_tokens: 16, max_model_len: 64, ..Default::default() };
-    let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 4, 16), config, VOCAB_SIZE);
-    engine.add(RequestId(0), request(16, 48), Duration::ZERO);
-    (1..40).for_each(|id| engine.add(RequestId(id), request(8, 40), Duration::ZERO));
-    for _ in 0..48 {
-        engine.step(Duration::ZERO, usize::MAX);
-        engine.check().unwrap();
-    }
-    let end = TokenEvent::Finished { reason: FinishReason::Length, num_generated_tokens: 48 };
-    assert!(engine.events().contains(&(RequestId(0), end)), "{:?}", engine.events());
-}
-
-/// Urgent requests arrive faster than they can be served, for ever. One without a deadline is still
-/// admitted as soon as its default deadline lies before theirs.
-#[test]
-fn urgent_requests_do_not_starve_patient_ones() {
-    let config = EngineConfig {
-        max_num_seqs: 2,
-        max_model_len: 64,
-        default_deadline: Duration::from_secs(5),
-        ..Default::default()
-    };
-    let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 8, 16), config, VOCAB_SIZE);
-    let urgent = Request { deadline: Some(Duration::from_secs(1)), ..request(8, 10) };
-    (0..2).for_each(|id| engine.add(RequestId(id), urgent.clone(), Duration::ZERO));
-    engine.step(Duration::ZERO, usize::MAX);
-    engine.add(RequestId(2), request(8, 10), Duration::ZERO);
-    let admitted_at = (1..3_000u64).find(|&step| {
-        let now = Duration::from_millis(10 * step);
-        engine.add(RequestId(2 + step), urgent.clone(), now);
-        engine.step(now, usize::MAX);
-        engine.check().unwrap();
-        engine.events().contains(&(RequestId(2), TokenEvent::Admitted))
-    });
-    // Due at 5 s, as are the urgent ones of the fourth second: served at a fifth of their pace, these
-    // are nearly all served before it.
-    let is_fair = admitted_at.is_some_and(|step| (400..=2_500).contains(&step));
-    assert!(is_fair, "admitted at step {admitted_at:?}");
-}
-
-/// Attached requests arrive for ever, each just small enough to be let in beside a detached one and
-/// then to take its blocks before its long history is computed again. Still the detached one ends.
-#[test]
-fn attached_requests_do_not_starve_detached_ones() {
-    let config = EngineConfig {
-        max_num_seqs: 2,
-        max_model_len: 64,
-        default_deadline: Duration::from_millis(50),
-        watermark_permille: 0,
-        ..Default::default()
-    };
-    let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 16, 4), config, VOCAB_SIZE);
-    let detached = RequestId(0);
-    engine.add(detached, request(56, 8), Duration::ZERO);
-    engine.set_detached(detached, true);
-    let (mut next_id, mut num_preemptions) = (1, 0);
-    let num_steps = (0..2_000).find(|&step| {
-        let now = Duration::from_millis(step);
-        while engine.waiting().len() < 4 {
-            engine.add(RequestId(next_id), request(3, 60), now);
-            next_id += 1;
-        }
-        // One block of a prompt a step: 14 steps and more for the detached one.
-        num_preemptions += engine.step(now, 0).num_preemptions;
-        engine.check().unwrap();
-        let end = TokenEvent::Finished { reason: FinishReason::Length, num_generated_tokens: 8 };
-        engine.events().contains(&(detached, end))
-    });
-    assert!(num_preemptions > 0, "the pool is not small enough");
-    assert!(num_steps.is_some(), "not ended after {next_id} requests and {num_preemptions} preemptions");
 }

@@ -1,6 +1,10 @@
-//! Owns a graph of one PagedAttention node and a session over it, for the operator's test and bench.
+//! Owns small graphs and sessions over them, for the operators' tests and benches.
 //!
-//! Invariant: the session is an ordinary CPU session with nothing added but the engine's operators.
+//! Invariant: a session is an ordinary CPU session with nothing added but the engine's operators.
+
+#![allow(dead_code, reason = "each test and bench has its own use for it")]
+
+pub(crate) mod attention;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -9,29 +13,10 @@ use glm_engine::operators;
 use ort::environment::Environment;
 use ort::session::Session;
 
-/// ONNX's numbers of element types.
-pub(crate) const FLOAT32: u64 = 1;
-const INT32: u64 = 6;
-/// The same.
-pub(crate) const BFLOAT16: u64 = 16;
-const OF_THE_CACHE: u64 = 0;
-
-/// Inputs of the node: place in the schema, name, element type, number of dimensions.
-pub(crate) const INPUTS: [(usize, &str, u64, usize); 10] = [
-    (0, "query", FLOAT32, 2),
-    (3, "key_cache", OF_THE_CACHE, 4),
-    (4, "value_cache", OF_THE_CACHE, 4),
-    (5, "cumulative_sequence_length", INT32, 1),
-    (6, "past_seqlens", INT32, 1),
-    (7, "block_table", INT32, 2),
-    (8, "cos_cache", FLOAT32, 2),
-    (9, "sin_cache", FLOAT32, 2),
-    (10, "slot_mapping", INT32, 1),
-    (16, "attention_metadata", INT32, 1),
-];
+/// The domain of plain operators.
+pub(crate) const PLAIN: &str = "";
 
 /// An attribute's value.
-#[allow(dead_code, reason = "the bench has no use for some")]
 #[derive(Clone, Copy)]
 pub(crate) enum Value {
     /// `INT`.
@@ -40,6 +25,21 @@ pub(crate) enum Value {
     Float(f32),
     /// `STRING`.
     Text(&'static str),
+}
+
+/// Element types, by ONNX's numbers.
+#[derive(Clone, Copy)]
+pub(crate) enum Type {
+    /// Floats of 32 bits.
+    Float32 = 1,
+    /// Bytes.
+    Uint8 = 2,
+    /// Whole numbers of 32 bits.
+    Int32 = 6,
+    /// Whole numbers of 64 bits.
+    Int64 = 7,
+    /// Brain floats of 16 bits.
+    Bfloat16 = 16,
 }
 
 /// ONNX Runtime's library: `GLMSERVE_ORT_LIB`, or that of the repository's virtual environment.
@@ -80,46 +80,72 @@ pub(crate) fn environment() -> &'static Environment {
     })
 }
 
-/// A session over `output = PagedAttention(inputs)`, with the inputs of [`INPUTS`] that `has` keeps and
-/// caches of `cache_type`.
-///
-/// # Errors
-/// What ONNX Runtime or the kernel says against it.
-pub(crate) fn session(
-    num_threads: usize,
-    cache_type: u64,
-    attributes: &[(&str, Value)],
-    has: impl Fn(&str) -> bool,
-) -> ort::Result<Session> {
-    let inputs: Vec<_> = INPUTS.into_iter().filter(|(_, name, ..)| has(name)).collect();
-    let last = inputs.last().map_or(0, |(place, ..)| place + 1);
-    let mut names = vec![""; last];
-    let mut graph = Message::default();
-    for (place, name, element_type, rank) in inputs {
-        names[place] = name;
-        let element_type = if element_type == OF_THE_CACHE { cache_type } else { element_type };
-        graph.message(11, &value_info(name, element_type, rank));
+/// A graph in the making.
+#[derive(Default)]
+pub(crate) struct Graph(Message);
+
+impl Graph {
+    /// Adds an input whose sizes are free.
+    pub(crate) fn input(&mut self, name: &str, item: Type, rank: usize) -> &mut Self {
+        self.0.message(11, &value_info(name, item, rank));
+        self
     }
-    graph.message(12, &value_info("output", FLOAT32, 2));
-    let mut node = Message::default();
-    for name in names {
-        node.text(1, name);
+
+    /// Adds an output of floats whose sizes are free.
+    pub(crate) fn output(&mut self, name: &str, rank: usize) -> &mut Self {
+        self.0.message(12, &value_info(name, Type::Float32, rank));
+        self
     }
-    node.text(2, "output").text(3, "attention").text(4, "PagedAttention");
-    for (name, value) in attributes {
-        node.message(5, &attribute(name, *value));
+
+    /// Adds an initialiser.
+    pub(crate) fn tensor(&mut self, name: &str, item: Type, shape: &[usize], bytes: &[u8]) -> &mut Self {
+        let mut tensor = Message::default();
+        for size in shape {
+            tensor.int(1, *size as i64);
+        }
+        tensor.int(2, item as i64).text(8, name).bytes(9, bytes);
+        self.0.message(5, &tensor);
+        self
     }
-    node.text(7, operators::DOMAIN);
-    graph.message(1, &node).text(2, "graph");
-    let mut model = Message::default();
-    model.int(1, 10).message(7, &graph);
-    for (domain, version) in [("", 21), (operators::DOMAIN, 1)] {
-        model.message(8, Message::default().text(1, domain).int(2, version));
+
+    /// Adds a node; an input without a name is absent.
+    pub(crate) fn node(
+        &mut self,
+        (domain, kind): (&str, &str),
+        inputs: &[&str],
+        outputs: &[&str],
+        attributes: &[(&str, Value)],
+    ) -> &mut Self {
+        let mut node = Message::default();
+        for name in inputs {
+            node.text(1, name);
+        }
+        for name in outputs {
+            node.text(2, name);
+        }
+        node.text(3, outputs[0]).text(4, kind);
+        for (name, value) in attributes {
+            node.message(5, &attribute(name, *value));
+        }
+        node.text(7, domain);
+        self.0.message(1, &node);
+        self
     }
-    Session::builder(environment())?
-        .with_intra_threads(num_threads)?
-        .with_operators(operators::domain(num_threads)?)?
-        .commit_from_memory(&model.0)
+
+    /// A session over the graph.
+    ///
+    /// # Errors
+    /// What ONNX Runtime or a kernel says against it.
+    pub(crate) fn session(&mut self, num_threads: usize) -> ort::Result<Session> {
+        let mut model = Message::default();
+        self.0.text(2, "graph");
+        model.int(1, 10).message(7, &self.0);
+        for (domain, version) in [(PLAIN, 21), (operators::DOMAIN, 1), (operators::OWN_DOMAIN, 1)] {
+            model.message(8, Message::default().text(1, domain).int(2, version));
+        }
+        let builder = Session::builder(environment())?.with_intra_threads(num_threads)?;
+        operators::register(builder, num_threads)?.commit_from_memory(&model.0)
+    }
 }
 
 /// A protobuf message in the making. ONNX Runtime's model editor won't do: it checks the node against
@@ -160,13 +186,13 @@ impl Message {
 }
 
 /// A ValueInfoProto of a tensor whose sizes are free.
-fn value_info(name: &str, element_type: u64, rank: usize) -> Message {
+fn value_info(name: &str, item: Type, rank: usize) -> Message {
     let mut shape = Message::default();
     for _ in 0..rank {
         shape.message(1, &Message::default());
     }
     let mut tensor = Message::default();
-    tensor.int(1, element_type as i64).message(2, &shape);
+    tensor.int(1, item as i64).message(2, &shape);
     let mut info = Message::default();
     info.text(1, name).message(2, Message::default().message(1, &tensor));
     info

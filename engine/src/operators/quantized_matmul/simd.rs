@@ -1,0 +1,183 @@
+//! Owns the choice of an instruction set.
+//!
+//! Invariant: it changes no bit of any result, only the time it takes.
+
+pub(super) mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+
+use super::activations::{Activations, TileMut, TileValues};
+use super::finish::{Finish, finish};
+use super::kernel::{Panel, multiply, multiply_rows};
+use super::multiply::{Call, run};
+use super::packing::COLUMNS;
+use crate::operators::parallel::Parallel;
+
+/// An instruction set: each function runs code that is compiled for it.
+pub(super) trait Level: Copy + Sync {
+    /// Rows that a tile may hold.
+    const MAX_ROWS: usize;
+
+    /// Rows of each tile that a call's rows are cut into, and rows that the tile has room for.
+    fn tiles(self, rows: usize, _block_size: usize) -> impl Iterator<Item = (usize, usize)> {
+        even_tiles(rows, Self::MAX_ROWS)
+    }
+    /// See [`TileMut::quantise`].
+    fn quantise(self, tile: &mut TileMut, x: &[f32], k: usize, block_size: usize);
+    /// See [`super::kernel::multiply`], for a tile of `height` rows.
+    fn multiply(self, height: usize, panel: &Panel, tile: &TileValues, sums: &mut [[f32; COLUMNS]]);
+    /// See [`super::finish::finish`].
+    fn finish<'a>(
+        self,
+        sums: &mut [[f32; COLUMNS]],
+        what: &Finish,
+        outputs: impl Iterator<Item = &'a mut [f32]>,
+    );
+}
+
+/// As few tiles as there must be, of nearly equal size.
+pub(super) fn even_tiles(rows: usize, max_rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let num = rows.div_ceil(max_rows);
+    (0..num).map(move |i| {
+        let rows = (i + 1) * rows / num - i * rows / num;
+        (rows, rows)
+    })
+}
+
+/// The instruction set that a kernel uses. A value exists only if this CPU has it.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Simd {
+    Portable(portable::Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2<false>),
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni(avx2::Avx2<true>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Amx(amx::Amx),
+}
+
+impl Simd {
+    /// The names that [`Self::named`] knows, best last.
+    pub(super) const NAMES: [&'static str; 5] = ["portable", "avx2", "avxvnni", "avx512", "amx"];
+
+    /// The level called `name`.
+    ///
+    /// # Errors
+    /// Says whether the name is unknown or this CPU lacks it.
+    pub(super) fn named(name: &str) -> Result<Self, String> {
+        let level = match name {
+            "portable" => Some(Self::Portable(portable::Portable)),
+            #[cfg(target_arch = "x86_64")]
+            "avx2" => avx2::Avx2::detect().map(Self::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            "avxvnni" => avx2::Avx2::detect().map(Self::AvxVnni),
+            #[cfg(target_arch = "x86_64")]
+            "avx512" => avx512::Avx512::detect().map(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            "amx" => amx::Amx::detect().map(Self::Amx),
+            _ if Self::NAMES.contains(&name) => None,
+            _ => return Err(format!("{name:?} is none of {}", Self::NAMES.join(", "))),
+        };
+        level.ok_or_else(|| format!("this CPU does not have {name}, for the matrix product with VNNI"))
+    }
+
+    /// The level that `forced` names, or the best one of this CPU.
+    ///
+    /// # Errors
+    /// As [`Self::named`].
+    pub(super) fn choose(forced: Option<&str>) -> Result<Self, String> {
+        match forced {
+            Some(name) => Self::named(name),
+            None => Ok(Self::NAMES
+                .iter()
+                .rev()
+                .find_map(|name| Self::named(name).ok())
+                .unwrap_or(Self::Portable(portable::Portable))),
+        }
+    }
+
+    /// Computes `call`; see [`run`].
+    ///
+    /// # Errors
+    /// As [`run`].
+    pub(super) fn run(
+        self,
+        call: &Call,
+        output: &mut [f32],
+        activations: &mut Activations,
+        threads: &impl Parallel,
+    ) -> Result<(), String> {
+        match self {
+            Self::Portable(level) => run(level, call, output, activations, threads),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(level) => run(level, call, output, activations, threads),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni(level) => run(level, call, output, activations, threads),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(level) => run(level, call, output, activations, threads),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(level) => run(level, call, output, activations, threads),
+        }
+    }
+}
+
+/// Implements [`Level`] for lanes of x86 with the features that their proof stands for.
+#[cfg(target_arch = "x86_64")]
+macro_rules! x86_level {
+    ($level:ty, $features:literal, $max_rows:literal, $rows:tt) => {
+        // SAFETY of every block below: `self` is the proof that the CPU has the features.
+        impl Level for $level {
+            const MAX_ROWS: usize = $max_rows;
+
+            fn quantise(self, tile: &mut TileMut, x: &[f32], k: usize, block_size: usize) {
+                #[target_feature(enable = $features)]
+                fn compiled(tile: &mut TileMut, x: &[f32], k: usize, block_size: usize) {
+                    tile.quantise(x, k, block_size);
+                }
+                // SAFETY: see above.
+                unsafe { compiled(tile, x, k, block_size) }
+            }
+            fn multiply(self, height: usize, panel: &Panel, tile: &TileValues, sums: &mut [[f32; COLUMNS]]) {
+                #[target_feature(enable = $features)]
+                fn compiled<const BITS: usize, const ROWS: usize>(
+                    level: $level,
+                    panel: &Panel,
+                    tile: &TileValues,
+                    sums: &mut [[f32; COLUMNS]],
+                ) {
+                    multiply::<_, BITS, ROWS>(level, panel, tile, sums);
+                }
+                // SAFETY: see above.
+                unsafe {
+                    multiply_rows!(compiled, height, panel.format.bits, (self, panel, tile, sums), $rows);
+                }
+            }
+            fn finish<'a>(
+                self,
+                sums: &mut [[f32; COLUMNS]],
+                what: &Finish,
+                outputs: impl Iterator<Item = &'a mut [f32]>,
+            ) {
+                #[target_feature(enable = $features)]
+                fn compiled<'a>(
+                    sums: &mut [[f32; COLUMNS]],
+                    what: &Finish,
+                    outputs: impl Iterator<Item = &'a mut [f32]>,
+                ) {
+                    finish(sums, what, outputs);
+                }
+                // SAFETY: see above.
+                unsafe { compiled(sums, what, outputs) }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use x86_level;
