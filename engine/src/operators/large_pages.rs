@@ -141,8 +141,7 @@ mod tests {
             .into_iter()
             .map(|len| (0..len).map(|i| (i % 251) as u8).collect())
             .collect();
-        let copies: Vec<Copied> =
-            sources.iter().map(|source| Copied::new(&pages, source).unwrap()).collect();
+        let copies: Vec<Copied> = sources.iter().map(|source| Copied::new(&pages, source).unwrap()).collect();
         drop(pages);
         for (copy, source) in copies.iter().zip(&sources) {
             assert!(**copy == **source);
