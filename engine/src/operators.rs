@@ -4,6 +4,7 @@
 //! contract serves both providers; what only the CPU has lies in a domain of our own. Register them in
 //! CPU sessions only: in a CUDA session they would shadow the provider's own kernel.
 
+mod large_pages;
 mod paged_attention;
 mod parallel;
 mod quantized_matmul;

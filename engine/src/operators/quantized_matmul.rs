@@ -25,13 +25,14 @@ mod simd;
 mod tests;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
 
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
 };
 use ort::value::{DynTensorValueType, Shape, TensorElementType, ValueRef, ValueType};
 
+use super::large_pages::{Copied, LargePages};
 use super::parallel::{SessionThreads, threads_of_session};
 use activations::Activations;
 use multiply::Call;
@@ -43,12 +44,14 @@ use simd::Simd;
 pub(super) struct QuantizedMatMul {
     num_threads: usize,
     workspace: Arc<Mutex<Activations>>,
+    pages: Arc<LargePages>,
 }
 
 impl QuantizedMatMul {
     /// The operator for sessions of `num_threads` threads; 0 is one a core.
     pub(super) fn new(num_threads: usize) -> Self {
-        Self { num_threads: threads_of_session(num_threads), workspace: Arc::default() }
+        let num_threads = threads_of_session(num_threads);
+        Self { num_threads, workspace: Arc::default(), pages: Arc::default() }
     }
 }
 
@@ -93,8 +96,9 @@ impl Operator for QuantizedMatMul {
     fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<QuantizedMatMulKernel> {
         let product = Product::check(|name| ctx.get(name), |name| ctx.get(name)).map_err(error)?;
         let simd = Simd::choose(super::forced_simd().as_deref()).map_err(error)?;
-        let workspace = Arc::clone(&self.workspace);
-        Ok(QuantizedMatMulKernel { product, simd, num_threads: self.num_threads, workspace })
+        let (workspace, pages) = (Arc::clone(&self.workspace), Arc::clone(&self.pages));
+        let num_threads = self.num_threads;
+        Ok(QuantizedMatMulKernel { product, simd, num_threads, workspace, pages, weights: OnceLock::new() })
     }
 }
 
@@ -104,6 +108,9 @@ pub(super) struct QuantizedMatMulKernel {
     simd: Simd,
     num_threads: usize,
     workspace: Arc<Mutex<Activations>>,
+    pages: Arc<LargePages>,
+    /// A copy of the weights, which never change; none where there was no memory for it.
+    weights: OnceLock<Option<Copied>>,
 }
 
 impl Kernel for QuantizedMatMulKernel {
@@ -127,6 +134,8 @@ impl QuantizedMatMulKernel {
         };
         let (shape, weights) = weights.try_extract_tensor::<u8>()?;
         check_shape("weights", shape, [product.num_panels(), product.panel_bytes()])?;
+        let copy = self.weights.get_or_init(|| Copied::new(&self.pages, weights));
+        let weights = copy.as_deref().unwrap_or(weights);
         let bias = match &bias {
             None => None,
             Some(bias) => {

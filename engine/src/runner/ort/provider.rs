@@ -82,8 +82,9 @@ pub(super) fn open(
 fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
     let builder = builder
         .with_intra_threads(options.num_threads)?
-        // Threads that spin for work take the processors from HTTP: tests/bench/NOTES.md has figures.
-        .with_intra_op_spinning(false)?
+        // Between two nodes threads look out for work this long: waking one takes as long as a small
+        // product. Without an end they would take the processors from HTTP: tests/bench/NOTES.md.
+        .with_config_entry("session.intra_op.spin_duration_us", "100")?
         .with_optimization_level(GraphOptimizationLevel::All)?;
     operators::register(builder, options.num_threads)?.commit_from_file(path)
 }
