@@ -25,6 +25,8 @@ from glm_export.error import ExportError
 # bfloat16 has no numpy type: its 16 bits are the upper half of a float32.
 _ITEM_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 _TORCH_TYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "IntStorage": "I32"}
+# Two large pages.
+NEIGHBOURS = 4 << 20
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -90,7 +92,8 @@ class Tensor:
         """Gives pages back: what is mapped and was read counts as this process's memory."""
         stop = self.shape[0] if stop is None else stop
         row_bytes = self.num_bytes // max(self.shape[0], 1)
-        first = (self.offset + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        # And what lies before: reading here has mapped the neighbours again, up to a large page.
+        first = max(self.offset + start * row_bytes - NEIGHBOURS, 0) // mmap.PAGESIZE * mmap.PAGESIZE
         end = min(self.offset + stop * row_bytes, len(self.buffer))
         if end > first:
             self.buffer.madvise(mmap.MADV_DONTNEED, first, end - first)
