@@ -128,10 +128,10 @@ class Run:
             return {"prompt": "ignored", "decode": "ignored", "same_greedy": "ignored"}
         if self.options.provider == "cuda":
             # Fails where it is off; not bit by bit, as frozen bounds may split attention otherwise.
-            check.findings(captured, expected[:NUM_DECODED], precision)
+            check.difference(captured, expected[:NUM_DECODED], precision)
         return {
-            "prompt": check.findings(found, expected, precision),
-            "decode": check.findings(decoded, expected[:NUM_DECODED], precision),
+            "prompt": str(check.difference(found, expected, precision)),
+            "decode": str(check.difference(decoded, expected[:NUM_DECODED], precision)),
             "same_greedy": f"{same}/{NUM_GREEDY}",
         }
 

@@ -38,6 +38,9 @@ def test_a_sensible_answer_streams(client):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
+CACHED = {"prompt_tokens_details"}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -54,7 +57,8 @@ def test_streaming_and_not_are_equal(client, options):
     whole = client.chat.completions.create(**options)
     assert whole.choices[0].message.content == text
     assert whole.choices[0].finish_reason == finish_reason
-    assert whole.usage == usage
+    # Of the second one more may have come from the prefix cache.
+    assert whole.usage.model_dump(exclude=CACHED) == usage.model_dump(exclude=CACHED)
     if "stop" in options:
         assert "Paris" not in text and finish_reason == "stop"
     if options["max_tokens"] == 5:
