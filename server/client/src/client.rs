@@ -63,6 +63,9 @@ impl Client {
         let http = reqwest::Client::builder()
             .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
+            // A connection that was idle may be closed by the server just as a request is sent on it, and
+            // then nobody knows whether it was heard.
+            .pool_max_idle_per_host(0)
             .no_proxy()
             .build()
             .map_err(ClientError::Transport)?;

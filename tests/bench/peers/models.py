@@ -24,7 +24,7 @@ SEED = 7
 # tiny.py keeps variances: logits of variance 1 make nearly every token as likely as the next. With this the
 # entropy is about that of a language model.
 HEAD_SCALE = 4.0
-TEXT = ROOT / "tests" / "bench" / "quality.txt"
+TEXT = ROOT / "export" / "glm_export" / "quality.txt"
 RANDOM = {
     "m": tiny.Shape(24, 1024, 8, 2, 128, 3072, seq_length=4096, padded_vocab_size=65_024),
     # ChatGLM3-6B's own; making it takes 50 GB of memory.
