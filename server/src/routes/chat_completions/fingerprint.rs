@@ -18,7 +18,8 @@ const LARGEST_EXACT: f64 = (1u64 << 53) as f64;
 pub(super) fn fingerprint(body: &[u8]) -> Result<[u8; 32], ApiError> {
     let mut body: Value = serde_json::from_slice(body).map_err(|error| ApiError::invalid_json(&error))?;
     if let Value::Object(object) = &mut body {
-        object.retain(|name, _| !DELIVERY.contains(&name.as_str()));
+        // A field that is null is one that is absent.
+        object.retain(|name, value| !value.is_null() && !DELIVERY.contains(&name.as_str()));
     }
     Ok(Sha256::digest(sorted(body).to_string()).into())
 }
@@ -61,5 +62,6 @@ mod tests {
         let seeds = [9_007_199_254_740_993u64, 9_007_199_254_740_992];
         assert_ne!(print(&format!("{{\"s\": {}}}", seeds[0])), print(&format!("{{\"s\": {}}}", seeds[1])));
         assert_ne!(print(r#"{"a": {"stream": 1}}"#), print(r#"{"a": {}}"#));
+        assert_eq!(print(r#"{"a": 1, "n": null}"#), print(r#"{"a": 1}"#));
     }
 }
