@@ -10,6 +10,7 @@ from pathlib import Path
 
 from glm_export import (
     __version__,
+    calibration,
     check,
     config,
     graph,
@@ -52,6 +53,7 @@ def export(
     kernel: str | None = None,
     block_size: int | None = None,
     quant_block_size: int = DEFAULT_QUANT_BLOCK_SIZE,
+    calibrate: Path | None = None,
     lora: Path | None = None,
     max_model_len: int | None = None,
     force: bool = False,
@@ -66,6 +68,8 @@ def export(
         output=output,
         kernel=kernel,
     )
+    if calibrate is not None and (precision != "int4" or made_for.kernel != "glmserve"):
+        raise ExportError("--calibrate rounds weights of --precision int4 and --kernel glmserve, no others")
     source, destination = checkpoint.resolve(), out.resolve()
     if destination == source or destination in source.parents:
         raise ExportError(f"{out} must not be or contain the checkpoint folder {checkpoint}")
@@ -82,6 +86,8 @@ def export(
     with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
         tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
+        if calibrate is not None:
+            calibration.refine(settings, tensors, calibrate, folder)
         known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
@@ -106,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             kernel=options.kernel,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
+            calibrate=options.calibrate,
             lora=options.lora,
             max_model_len=options.max_model_len,
             force=options.force,
@@ -174,6 +181,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=(16, 32, 64, 128),
         default=DEFAULT_QUANT_BLOCK_SIZE,
         help="weights that share a scale (%(default)s); larger is faster and less exact",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="?",
+        const=calibration.TEXT,
+        metavar="FILE",
+        help="round int4 by what the model computes on a text, ours or FILE: slower, and far more exact",
     )
     parser.add_argument(
         "--lora", type=Path, metavar="DIR", help="LoRA adapter (PEFT's folder) to merge into the weights"

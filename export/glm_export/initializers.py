@@ -65,11 +65,17 @@ class Weights:
         return self._read(name, first, count)
 
 
+def place(folder: Path, tensor: TensorProto) -> tuple[Path, int]:
+    """File and byte at which an initialiser outside the graph begins."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return folder / entries["location"], int(entries["offset"])
+
+
 def _from_file(folder: Path, tensor: TensorProto, first: int, count: int) -> np.ndarray:
-    place = {entry.key: entry.value for entry in tensor.external_data}
+    path, offset = place(folder, tensor)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     row_bytes = math.prod(tensor.dims[1:]) * dtype.itemsize
-    with (folder / place["location"]).open("rb") as file:
-        file.seek(int(place["offset"]) + first * row_bytes)
+    with path.open("rb") as file:
+        file.seek(offset + first * row_bytes)
         content = np.frombuffer(file.read(count * row_bytes), np.uint8)
     return content.view(dtype).reshape(count, *tensor.dims[1:])

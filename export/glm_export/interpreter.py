@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,31 @@ def run(
     title: str = "known answer",
 ) -> list[np.ndarray]:
     """As `logits`, of a graph that need not be in a file: once for each of `roundings`, rounded or exact."""
+    values: dict[str, np.ndarray] = {}
+    for _, values in walk(graph, weights, [token_ids] * len(roundings), names, roundings, title):
+        if names["logits"] in values:
+            break
+    if names["logits"] not in values:
+        raise ExportError(f"known answer: the graph has no output {names['logits']}")
+    return np.split(values[names["logits"]], len(roundings))
+
+
+def walk(
+    graph: GraphProto,
+    weights: Weights,
+    sequences: Sequence[list[int]],
+    names: dict[str, str],
+    roundings: Sequence[bool],
+    title: str,
+) -> Iterator[tuple[NodeProto, dict[str, np.ndarray]]]:
+    """Gives each node before it is computed, and the values so far, of sequences of one length in one pass.
+
+    They lie one after another, each rounded or exact; a weight is read when its node is computed.
+    """
     # One pass over all of them, since reading the weights is most of the time.
-    count = len(token_ids)
     values: dict[str, np.ndarray] = {
-        names["token_ids"]: np.array(token_ids * len(roundings)),
-        names["logits_indices"]: np.arange(len(roundings) * count),
+        names["token_ids"]: np.concatenate(sequences),
+        names["logits_indices"]: np.arange(sum(map(len, sequences))),
     }
     dtype = weights.activations(graph.node)
     types = {
@@ -70,14 +90,13 @@ def run(
             compute = NODES.get(node.op_type)
             if compute is None:
                 raise ExportError(f"known answer: no rule for the node {node.op_type}")
+            yield node, values
             attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
             outputs = compute(_Inputs(node, values, weights, types, roundings), attributes)
             for array in outputs:
                 for rows, is_rounded in zip(np.split(array, len(roundings)), roundings, strict=True):
                     if is_rounded:
                         rows[...] = rows.astype(dtype)
-            if names["logits"] in node.output:
-                return np.split(outputs[0], len(roundings))
             # Absent outputs have no name, and those that nothing reads have no value.
             values |= {name: array for name, array in zip(node.output, outputs, strict=False) if name}
             uses.subtract(node.input)
@@ -85,7 +104,6 @@ def run(
             for name in done:
                 values.pop(name, None)
             advance(node.name, sum(map(weights.size, done)))
-    raise ExportError(f"known answer: the graph has no output {names['logits']}")
 
 
 def weight_rows(node: NodeProto, weights: Weights) -> ReadRows | None:

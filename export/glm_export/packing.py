@@ -18,13 +18,14 @@ Invariant: a panel depends on its own rows of the matrix only, so panels may be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from glm_export.checkpoint import Source
 from glm_export.error import ExportError
-from glm_export.quantize import search
+from glm_export.rounding import nearest
 
 COLUMNS = 32
 HALF = COLUMNS // 2
@@ -32,6 +33,9 @@ HALF = COLUMNS // 2
 STEP = 4
 BLOCK_SIZES = (128, 64, 32)
 SCALE = np.dtype("<f2")
+
+# Codes and scales of rows at 4 bits, given those and the block size.
+Rounding = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Packing:
         block_bytes = self.block_size * COLUMNS * self.bits // 8 + COLUMNS * SCALE.itemsize
         return self.num_panels, self.width // self.block_size * block_bytes
 
-    def panels(self, weight: Source, first: int, end: int) -> np.ndarray:
+    def panels(self, weight: Source, first: int, end: int, rounding: Rounding = nearest) -> np.ndarray:
         """Some panels, packed."""
         if self.swiglu:
             half = self.num_rows // 2
@@ -64,7 +68,7 @@ class Packing:
             rows = np.stack([part.reshape(-1, HALF, self.width) for part in parts], axis=1)
         else:
             rows = self._rows(weight, first * COLUMNS, end * COLUMNS, 0, self.num_rows)
-        return pack(*self._quantise(weight.name, rows.reshape(-1, self.width)), self.bits)
+        return pack(*self._quantise(weight.name, rows.reshape(-1, self.width), rounding), self.bits)
 
     def vector(self, values: np.ndarray) -> np.ndarray:
         """One value a row of the matrix, in the panels' order: [num_panels, 32]."""
@@ -78,10 +82,10 @@ class Packing:
         rows = weight.rows(start + first, min(start + end, stop))
         return np.pad(rows, [(0, end - first - len(rows)), (0, 0)])
 
-    def _quantise(self, source: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _quantise(self, source: str, rows: np.ndarray, rounding: Rounding) -> tuple[np.ndarray, np.ndarray]:
         """Codes, and scales as they are stored."""
         if self.bits == 4:
-            codes, scales, _ = search(rows, self.bits, self.block_size, symmetric=True)
+            codes, scales = rounding(rows, self.block_size)
             return codes, _stored(source, scales)
         blocks = rows.reshape(len(rows), -1, self.block_size)
         scales = _stored(source, np.abs(blocks).max(axis=-1) / np.float32(127))

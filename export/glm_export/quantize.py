@@ -71,26 +71,19 @@ class Scheme:
         return (blocks * scales[..., None]).reshape(len(packed), -1)
 
 
-def search(
-    rows: np.ndarray, bits: int, block_size: int, symmetric: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def search(rows: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes and scales whose squared error is small: (code - zero) * scale is about the weight.
 
     Rows are float32 [n, K], K a multiple of the block. Returns codes uint8 [n, K], and scales float32 and
-    zeros uint8, both [n, K / block]; codes and zeros are below 2**bits. Symmetric: every zero is
-    2**(bits - 1), and a scale may be negative, so that a block's largest weight takes the longer side.
+    zeros uint8, both [n, K / block]; codes and zeros are below 2**bits.
     """
     levels = (1 << bits) - 1
     # Blocks along the second axis: every operation then runs over all of them at once.
     blocks = np.ascontiguousarray(rows.reshape(-1, block_size).T)
     # The range includes 0, so that zero is exact and the zero point is one of the codes.
     low, high = np.minimum(blocks.min(axis=0), 0), np.maximum(blocks.max(axis=0), 0)
-    if symmetric:
-        inverse = _reciprocal(np.where(high > -low, high, low) / np.float32(-(1 << bits - 1)))
-        zeros = np.full_like(inverse, 1 << bits - 1)
-    else:
-        inverse = _reciprocal((high - low) / np.float32(levels))
-        zeros = np.rint(-low * inverse)
+    inverse = _reciprocal((high - low) / np.float32(levels))
+    zeros = np.rint(-low * inverse)
 
     def offsets(inverse: np.ndarray) -> np.ndarray:
         """Codes less zeros at these steps, into the one buffer."""

@@ -1,0 +1,124 @@
+"""Owns `--calibrate`: rounding 4-bit weights anew, each matrix by what enters it when the model reads a text.
+
+Invariant: a matrix is rounded when all before it are, so that it sees what the export itself computes, and
+the file has one layout with and without. Nothing is random: one machine writes the same bytes each time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper
+from threadpoolctl import threadpool_limits
+from tokenizers import Tokenizer
+
+from glm_export import graph, interpreter, weights
+from glm_export.checkpoint import Source
+from glm_export.config import Config
+from glm_export.error import ExportError
+from glm_export.initializers import Weights, place
+from glm_export.packing import Packing
+from glm_export.quality import PREFIX
+from glm_export.rounding import Moments, compensated
+from glm_export.tokenizer import TOKENIZER_FILE
+
+# Not the text that quality is measured on.
+TEXT = Path(__file__).with_name("calibration.txt")
+# Tokens of a sequence, and sequences that are read at most: memory grows with their product.
+LENGTH = 256
+NUM_SEQUENCES = 8
+# Panels that are rounded at once: enough rows for numpy, and few for a wide matrix's memory.
+NUM_PANELS = 16
+
+
+def refine(config: Config, checkpoint: Mapping[str, Source], text: Path, folder: Path) -> None:
+    """Rewrites the 4-bit weights of the engine's products in a folder that holds graph and tokenizer."""
+    sequences = _sequences(config, text, folder)
+    written = onnx.load(folder / graph.GRAPH_FILE, load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in written.initializer}
+    sources = _sources(config)
+    steps = interpreter.walk(
+        written,
+        Weights.of_folder(folder, written.initializer),
+        sequences,
+        graph.NAMES,
+        [False] * len(sequences),
+        "calibration",
+    )
+    # A thread a core and none in BLAS, whose sums would then depend on the number of cores.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for node, values in steps:
+            if node.op_type == "QuantizedMatMul":
+                name = node.input[1].removesuffix(".weight")
+                entering = values[node.input[0]].astype(np.float32)
+                if not np.isfinite(entering).all():
+                    raise ExportError(f"--calibrate: what enters {name} is not finite")
+                _round(pool, node, checkpoint[sources[name]], entering, folder, tensors[node.input[1]])
+            if graph.NAMES["logits"] in node.output:
+                # Nobody reads them, and they are the largest values of all.
+                break
+
+
+def _sequences(config: Config, text: Path, folder: Path) -> list[list[int]]:
+    """The text in parts of one length, each as the model knows the beginning of a text."""
+    special = config.chat.special_tokens
+    prefix = [special[name] for name in PREFIX if name in special]
+    try:
+        content = text.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ExportError(f"--calibrate {text}: not a text: {error}") from None
+    ids = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode(content).ids
+    length = min(LENGTH, config.geometry.max_model_len) - len(prefix)
+    starts = range(0, len(ids) - length + 1, length)[:NUM_SEQUENCES]
+    if not starts:
+        raise ExportError(f"--calibrate {text}: {len(ids)} tokens, and {length} are the least")
+    return [prefix + ids[start : start + length] for start in starts]
+
+
+def _sources(config: Config) -> dict[str, str]:
+    """The checkpoint's name of each product's weight."""
+    found = {"lm_head": weights.top_level(config)["lm_head"].source}
+    for index in range(config.geometry.num_layers):
+        table = weights.layer(config, index)
+        found |= {f"layers.{index}.{role}": weight.source for role, weight in table.items()}
+    return found
+
+
+def _round(
+    pool: ThreadPoolExecutor,
+    node: NodeProto,
+    weight: Source,
+    entering: np.ndarray,
+    folder: Path,
+    tensor: TensorProto,
+) -> None:
+    """One matrix, some panels a thread."""
+    attributes: dict[str, Any] = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    block_size = attributes["block_size"]
+    packing = Packing(
+        attributes["bits"],
+        block_size,
+        attributes["N"],
+        attributes["K"],
+        swiglu=attributes["epilogue"] == b"swiglu",
+    )
+    rounding = partial(compensated, moments=Moments.of(entering, block_size))
+    path, offset = place(folder, tensor)
+    num_panels, panel_bytes = packing.shape
+
+    with path.open("r+b", buffering=0) as file:
+
+        def job(first: int) -> None:
+            panels = packing.panels(weight, first, min(first + NUM_PANELS, num_panels), rounding)
+            content = panels.tobytes()
+            if os.pwrite(file.fileno(), content, offset + first * panel_bytes) != len(content):
+                raise ExportError(f"{path}: could not be written")
+
+        list(pool.map(job, range(0, num_panels, NUM_PANELS)))
