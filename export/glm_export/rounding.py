@@ -11,6 +11,8 @@ LOWEST, HIGHEST = -8, 7
 # Scales tried, in parts of the one at which a block's largest weight is exact. A smaller one cuts that weight
 # and rounds the rest finer.
 SHRINKS = (0.86, 0.92, 0.98, 1.04)
+# Weights count alike up to so many times their block's root mean square.
+OUTLIER = 1.5
 # Added to the diagonal, in parts of its mean: a short text leaves directions in which it says nothing.
 DAMPING = 0.01
 # Columns that share their errors. It bounds memory and time where a matrix is very wide.
@@ -20,11 +22,12 @@ SEGMENT = 4096
 def nearest(rows: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Each weight to the nearest code: codes uint8 [n, K], scales float32 [n, K / block].
 
-    Errors count by the size of the weight. All alike would cut the largest weights off, and those matter
-    more: the plain squared error is smaller then, and the logits are further off.
+    Where all errors count alike, a block's outliers are cut off for the others' sake: the squared error is
+    smaller then, and in a trained network the logits are further off. So an outlier counts by its size.
     """
     blocks = np.ascontiguousarray(rows.reshape(-1, block_size).T)
-    scales = _scales(blocks, np.abs(blocks))
+    usual = np.float32(OUTLIER) * np.sqrt(np.einsum("kb,kb->b", blocks, blocks) / np.float32(block_size))
+    scales = _scales(blocks, np.maximum(np.abs(blocks), usual))
     codes = _codes(blocks, scales, np.empty_like(blocks))
     return _unsigned(codes.T).reshape(rows.shape), scales.reshape(len(rows), -1)
 
@@ -99,9 +102,9 @@ def _scales(blocks: np.ndarray, importance: np.ndarray) -> np.ndarray:
         along, length = products(exact * np.float32(shrink))
         scales = _stored(along * _reciprocal(length))
         along, length = products(scales)
-        # What these codes and this scale take off the error.
-        gain = scales * (2 * along - scales * length)
-        is_better = gain > best_gain
+        # What these codes and this scale take off the error; of an infinite scale it is not a number.
+        with np.errstate(invalid="ignore"):
+            is_better = (gain := scales * (2 * along - scales * length)) > best_gain
         best_gain = np.where(is_better, gain, best_gain)
         best_scales = np.where(is_better, scales, best_scales)
     return best_scales
