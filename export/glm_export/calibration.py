@@ -1,7 +1,7 @@
 """Owns `--calibrate`: rounding 4-bit weights anew, each matrix by what enters it when the model reads a text.
 
 Invariant: a matrix is rounded when all before it are, so that it sees what the export itself computes, and
-the file has one layout with and without. Nothing is random: one machine writes the same bytes each time.
+the file has one layout with and without. One machine writes the same bytes each time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ TEXT = Path(__file__).with_name("calibration.txt")
 # Tokens of a sequence, and sequences that are read at most: memory grows with their product.
 LENGTH = 256
 NUM_SEQUENCES = 8
+# Sequences of arbitrary tokens beside them, so that what the text has not is not rounded at its cost.
+NUM_ARBITRARY = 4
 # Panels that are rounded at once: enough rows for numpy, and few for a wide matrix's memory.
 NUM_PANELS = 16
 
@@ -79,7 +81,10 @@ def _sequences(config: Config, text: Path, folder: Path) -> list[list[int]]:
     starts = range(0, len(ids) - length + 1, length)[:NUM_SEQUENCES]
     if not starts:
         raise ExportError(f"--calibrate {text}: {len(ids)} tokens, and {length} are the least")
-    return [prefix + ids[start : start + length] for start in starts]
+    parts = [ids[start : start + length] for start in starts]
+    shape = (NUM_ARBITRARY, length)
+    parts += np.random.default_rng(0).integers(0, config.geometry.vocab_size, shape).tolist()
+    return [prefix + part for part in parts]
 
 
 def _sources(config: Config) -> dict[str, str]:

@@ -11,21 +11,25 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from glm_export import cli, default_model, quality, tiny
+from glm_export import calibration, cli, default_model, quality, tiny
 
-# The engine's product has one zero point for all blocks, ONNX Runtime's one for each of 4 bits.
+# The engine's product has one zero point for all blocks, ONNX Runtime's one for each of 4 bits. The last word
+# tells `--calibrate`.
 VARIANTS = [
-    ("int8", 64, "glmserve"),
-    ("int4", 32, "glmserve"),
-    ("int8", 32, "glmserve"),
-    ("int8", 128, "glmserve"),
-    ("int8", 64, "ort"),
-    ("int4", 32, "ort"),
-    ("int4", 64, "glmserve"),
-    ("int4", 128, "glmserve"),
-    ("int4", 16, "ort"),
-    ("int4", 64, "ort"),
-    ("int4", 128, "ort"),
+    ("int8", 64, "glmserve", False),
+    ("int4", 32, "glmserve", False),
+    ("int8", 32, "glmserve", False),
+    ("int8", 128, "glmserve", False),
+    ("int8", 64, "ort", False),
+    ("int4", 32, "ort", False),
+    ("int4", 64, "glmserve", False),
+    ("int4", 128, "glmserve", False),
+    ("int4", 32, "glmserve", True),
+    ("int4", 64, "glmserve", True),
+    ("int4", 128, "glmserve", True),
+    ("int4", 16, "ort", False),
+    ("int4", 64, "ort", False),
+    ("int4", 128, "ort", False),
 ]
 # 38 million weights in layers.
 MEDIUM = tiny.Shape(
@@ -55,11 +59,12 @@ def main() -> None:
             checkpoint, exported = Path(folder) / "checkpoint", Path(folder) / "exported"
             MODELS[name](checkpoint)
             reference = None
-            for precision, block, kernel in VARIANTS:
+            for precision, block, kernel, is_calibrated in VARIANTS:
                 options = {"quant_block_size": block, "kernel": kernel, "force": True}
-                cli.export(checkpoint, exported, precision, **options)
+                text = calibration.TEXT if is_calibrated else None
+                cli.export(checkpoint, exported, precision, calibrate=text, **options)
                 reference = reference or quality.Reference(checkpoint, exported)
-                label = f"{precision}, block {block}, {kernel}"
+                label = f"{precision}, block {block}, {kernel}" + ", calibrated" * is_calibrated
                 print(row(name, label, reference.compare(exported)), flush=True)
         perplexity = quality.perplexity(reference.expected, reference.ids)
         print(f"{name}: {len(reference.ids)} tokens, perplexity {perplexity:.2f} in float32", flush=True)
