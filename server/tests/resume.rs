@@ -91,8 +91,9 @@ fn a_key_generates_once_whoever_asks_and_when() {
         assert_eq!(complete_text(&one), LETTERS);
         let replay = Events::of(server.chat(&[key], &body).await).rest().await;
         assert_eq!(replay, one);
-        // Delivery and the order of fields are not part of the request.
-        let plain = json!({"messages": [{"content": "slow 26", "role": "user"}], "temperature": 0, "model": "test-model"});
+        // Delivery, the order of fields and those without effect are not part of the request.
+        let plain = json!({"messages": [{"content": "slow 26", "role": "user", "name": "n"}], "temperature": 0,
+            "model": "test-model", "user": "u", "seed": null});
         let plain: Value = server.chat(&[key], &plain).await.json().await.unwrap();
         assert_eq!(plain["choices"][0]["message"]["content"], LETTERS);
         assert_eq!(plain["id"], one[0].document["id"]);
