@@ -187,7 +187,7 @@ mod tests {
             library,
             num_threads: 1,
             kv_cache_bytes,
-            device_id: 0,
+            device_id: None,
             device_memory_bytes: None,
             cuda_graphs: false,
         };
