@@ -41,7 +41,12 @@ pub(super) fn finish<'a>(
                 *gate = silu(*gate) * *up;
             }
         }
-        output.copy_from_slice(&sums[..output.len()]);
+        // Copies of known length are a few instructions.
+        match output.len() {
+            COLUMNS => output.copy_from_slice(&sums[..COLUMNS]),
+            HALF => output.copy_from_slice(&sums[..HALF]),
+            columns => output.copy_from_slice(&sums[..columns]),
+        }
     }
 }
 

@@ -9,7 +9,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Finish, Level, Panel, TileMut, TileValues, finish, multiply, multiply_rows, x86_level};
+use super::{
+    COLUMNS, Finish, Level, Panel, Strip, TileValues, finish, for_each_tile, multiply, multiply_rows,
+    x86_level,
+};
 use crate::operators::quantized_matmul::activations::RowBlock;
 use crate::operators::quantized_matmul::kernel::Lanes;
 use crate::operators::quantized_matmul::packing::{LINE, Line};
