@@ -17,7 +17,7 @@ const TOP: f32 = 127.0;
 const LEAST: f32 = 1e-20;
 
 /// Values of a strip, about: as many as are worth a thread's while.
-const STRIP_VALUES: usize = 4096;
+const STRIP_VALUES: usize = 8192;
 /// The width of a strip is a multiple of any block and line.
 const STRIP_STEP: usize = 128;
 

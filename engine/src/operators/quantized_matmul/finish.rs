@@ -42,10 +42,12 @@ pub(super) fn finish<'a>(
             }
         }
         // Copies of known length are a few instructions.
-        match output.len() {
-            COLUMNS => output.copy_from_slice(&sums[..COLUMNS]),
-            HALF => output.copy_from_slice(&sums[..HALF]),
-            columns => output.copy_from_slice(&sums[..columns]),
+        if let Ok(output) = <&mut [f32; COLUMNS]>::try_from(&mut *output) {
+            *output = *sums;
+        } else if let Ok(output) = <&mut [f32; HALF]>::try_from(&mut *output) {
+            output.copy_from_slice(&sums[..HALF]);
+        } else {
+            output.copy_from_slice(&sums[..output.len()]);
         }
     }
 }

@@ -12,7 +12,7 @@ use super::kernel::Panel;
 use super::packing::{COLUMNS, LINE};
 use super::product::Product;
 use super::simd::Level;
-use crate::operators::parallel::{Guard, Parallel};
+use crate::operators::parallel::{Guard, Parallel, Phase};
 
 /// Tiles that a panel is multiplied with at once, and the rows that they hold at any level.
 const TILES: usize = 8;
@@ -23,9 +23,6 @@ const MIN_PARALLEL_PRODUCTS: usize = 1 << 18;
 const GROUP_BYTES: usize = 512 << 10;
 /// How far ahead weights are asked for, where they are used first.
 const AHEAD: usize = 4096;
-/// How often a thread looks whether the others are ready before it lets the system run something else.
-const SPINS: usize = 10_000;
-
 /// A call's validated inputs.
 #[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
@@ -58,11 +55,15 @@ pub(super) fn run<L: Level>(
     let products = rows * k * call.product.n;
     let num_threads = if products < MIN_PARALLEL_PRODUCTS { 1 } else { threads.num_threads() };
     let activations = activations.share();
-    let job = Job { call, num_threads, output: output.as_mut_ptr(), activations, done: Done::default() };
-    let guard = Guard::default();
+    let job = Job { call, num_threads, output: output.as_mut_ptr(), activations, taken: AtomicUsize::new(0) };
+    let (guard, quantised) = (Guard::default(), Phase::default());
     // Workers take what is to be done as they get to it.
     let work = |_: usize| {
-        job.quantise(level, &guard);
+        quantised.run(job.activations.num_strips(), &guard, |i| {
+            // SAFETY: each strip is taken once.
+            let mut strip = unsafe { job.activations.strip(i) };
+            level.quantise(&mut strip, call.x);
+        });
         guard.call(&|| job.multiply(level));
     };
     match num_threads {
@@ -72,54 +73,20 @@ pub(super) fn run<L: Level>(
     guard.finish()
 }
 
-/// How far a call is.
-#[derive(Default)]
-struct Done {
-    strips_taken: AtomicUsize,
-    strips_done: AtomicUsize,
-    panels_taken: AtomicUsize,
-}
-
 /// What the threads of a call share.
 struct Job<'a> {
     call: &'a Call<'a>,
     num_threads: usize,
     output: *mut f32,
     activations: Shared<'a>,
-    done: Done,
+    /// Panels, of all groups, that threads took.
+    taken: AtomicUsize,
 }
 
 // SAFETY: threads write disjoint parts of `output`; see `multiply_group`.
 unsafe impl Sync for Job<'_> {}
 
 impl Job<'_> {
-    /// Quantises rows until all are. It returns on each thread, even if threads run one after the other:
-    /// whoever takes a strip is at work on it.
-    fn quantise<L: Level>(&self, level: L, guard: &Guard) {
-        let num_strips = self.activations.num_strips();
-        loop {
-            let i = self.done.strips_taken.fetch_add(1, Ordering::Relaxed);
-            if i >= num_strips {
-                break;
-            }
-            guard.call(&|| {
-                // SAFETY: each strip is taken once.
-                let mut strip = unsafe { self.activations.strip(i) };
-                level.quantise(&mut strip, self.call.x);
-            });
-            // A strip that panicked counts too: nobody is to wait for it, and the call fails.
-            self.done.strips_done.fetch_add(1, Ordering::Release);
-        }
-        let mut spins = 0;
-        while self.done.strips_done.load(Ordering::Acquire) < num_strips {
-            spins += 1;
-            if spins % SPINS == 0 {
-                std::thread::yield_now();
-            }
-            std::hint::spin_loop();
-        }
-    }
-
     /// Multiplies until all is done: large parts first, so that threads read long stretches of weights,
     /// then small ones, so that they end together. All rows are quantised by then.
     fn multiply<L: Level>(&self, level: L) {
@@ -130,8 +97,7 @@ impl Job<'_> {
         let total = num_groups * num_panels;
         let part = |taken: usize| ((total - taken) / (2 * self.num_threads)).max(1);
         let take = |taken: usize| (taken < total).then(|| taken + part(taken));
-        let taken = &self.done.panels_taken;
-        while let Ok(start) = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+        while let Ok(start) = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
             let end = start + part(start);
             for group in start / num_panels..end.div_ceil(num_panels) {
                 let first = group * num_panels;
@@ -174,6 +140,9 @@ impl Job<'_> {
                     *content = unsafe { self.activations.tile(*tile) };
                 }
                 let sums = &mut sums[..num_rows];
+                for row in first_row..first_row + num_rows {
+                    level.prefetch_write(self.output.wrapping_add(row * width + first), columns);
+                }
                 let panel = Panel { lines, format: product.format, ahead: if i == 0 { AHEAD } else { 0 } };
                 level.multiply(&panel, &content[..tiles.len()], sums);
                 let rows = (first_row..first_row + num_rows).map(|row| {

@@ -32,6 +32,8 @@ pub(super) trait Level: Copy + Sync {
     /// Multiplies neighbouring tiles of a call with a panel; `sums` has a row for each of theirs. See
     /// [`super::kernel::multiply`].
     fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]);
+    /// Asks to own the lines of `len` floats from `at` on, which are written soon: another core may have them.
+    fn prefetch_write(self, _at: *const f32, _len: usize) {}
     /// See [`super::finish::finish`].
     fn finish<'a>(
         self,

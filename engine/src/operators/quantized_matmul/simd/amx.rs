@@ -127,6 +127,14 @@ impl Level for Amx {
             _ => unsafe { multiply::<8>(self.0, panel, tiles, sums) },
         }
     }
+    fn prefetch_write(self, at: *const f32, len: usize) {
+        for line in (0..len).step_by(LINE / size_of::<f32>()) {
+            // SAFETY: prefetching touches nothing, wherever it points.
+            unsafe {
+                asm!("prefetchw [{}]", in(reg) at.wrapping_add(line), options(nostack, preserves_flags))
+            };
+        }
+    }
     fn finish<'a>(
         self,
         sums: &mut [[f32; COLUMNS]],
