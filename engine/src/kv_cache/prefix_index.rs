@@ -168,7 +168,8 @@ mod tests {
         let known = |index: &PrefixIndex| index.names().num_cached_tokens(0, &[1, 2, 1, 2, 3]);
         assert_eq!(known(&index), 4);
         index.remove(3);
-        assert_eq!(known(&index), 2);
+        // None, if that one hid the first.
+        assert!([0, 2].contains(&known(&index)));
     }
 
     #[test]
