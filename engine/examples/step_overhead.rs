@@ -148,7 +148,7 @@ fn load(dir: &Path, manifest: &Manifest, num_threads: usize) -> Result<OrtRunner
         library: std::env::var_os("GLMSERVE_ORT_LIB").ok_or("GLMSERVE_ORT_LIB is not set")?.into(),
         num_threads,
         kv_cache_bytes: 512 << 20,
-        device_id: 0,
+        device_id: None,
         device_memory_bytes: None,
         cuda_graphs: false,
     };

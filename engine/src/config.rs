@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::request::TenantId;
+
 /// Whether blocks of keys and values are used again for prompts that start alike.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PrefixCaching {
@@ -12,6 +14,17 @@ pub enum PrefixCaching {
     Shared,
     /// By the tenant who sent them only.
     PerTenant,
+}
+
+impl PrefixCaching {
+    /// What keeps a tenant's blocks apart; `None` if there are none to share.
+    pub fn salt(self, tenant: TenantId) -> Option<u64> {
+        match self {
+            Self::Off => None,
+            Self::Shared => Some(0),
+            Self::PerTenant => Some(u64::from(tenant.0)),
+        }
+    }
 }
 
 /// Limits of the scheduler. Every one bounds memory or time.

@@ -157,12 +157,14 @@ impl CostModel {
         if is_trial { price.min(TRIAL_PRICE) } else { price }
     }
 
-    /// Predicted time to the first token of a request with `num_prompt_tokens` that is submitted now.
-    /// `None` until a prompt was computed and, if all places are taken, until a request has ended.
+    /// Predicted time to the first token of a request that is submitted now and has `num_tokens` to compute
+    /// after `num_cached_tokens`. `None` until a prompt was computed and, if all places are taken, until a
+    /// request has ended.
     pub fn time_to_first_token(
         &self,
         load: &Load,
-        num_prompt_tokens: usize,
+        num_cached_tokens: usize,
+        num_tokens: usize,
         bounds: &StepBounds,
     ) -> Option<Duration> {
         if self.num_prefill_steps == 0 {
@@ -174,19 +176,20 @@ impl CostModel {
             num_pairs: load.num_decode_pairs,
         };
         // Half-way through its prompt; what others have cached before theirs is not known here.
-        let budget = self.prefill_budget(&decodes, bounds).fit(num_prompt_tokens / 2, usize::MAX).max(1);
-        let own_pairs_s = self.pair_s * StepWork::pairs(0, num_prompt_tokens) as f64;
+        let half_way = num_cached_tokens + num_tokens / 2;
+        let budget = self.prefill_budget(&decodes, bounds).fit(half_way, usize::MAX).max(1);
+        let own_pairs_s = self.pair_s * StepWork::pairs(num_cached_tokens, num_tokens) as f64;
         let seconds = |num_tokens: usize| {
             let num_steps = num_tokens.div_ceil(budget) as f64;
             num_steps * self.step_seconds(&decodes) + self.prefill_s * num_tokens as f64 + own_pairs_s
         };
-        let all = seconds(load.num_running_prefill_tokens + load.num_tokens_ahead + num_prompt_tokens);
+        let all = seconds(load.num_running_prefill_tokens + load.num_tokens_ahead + num_tokens);
         let num_ends = (load.num_requests_ahead + 1).saturating_sub(load.num_free_slots);
         let first = if num_ends == 0 {
             all
         } else {
             let wait = self.seconds_between_ends(load.num_slots)? * num_ends as f64;
-            all.max(wait + seconds(num_prompt_tokens))
+            all.max(wait + seconds(num_tokens))
         };
         Some(to_duration(first))
     }
@@ -334,7 +337,7 @@ mod tests {
             ..CostModel::default()
         };
         let estimate = |load: Load, num_tokens| {
-            let estimate = model.time_to_first_token(&load, num_tokens, &BOUNDS).unwrap();
+            let estimate = model.time_to_first_token(&load, 0, num_tokens, &BOUNDS).unwrap();
             (estimate.as_secs_f64() * 1e3).round()
         };
         // 400 tokens fill a step.
@@ -349,7 +352,7 @@ mod tests {
         let busy = Load { num_requests_ahead: 2, num_free_slots: 2, ..idle };
         assert_eq!(estimate(busy, 100), 2200.0);
         let unlearnt = CostModel { num_residences: 0, ..model };
-        assert_eq!(unlearnt.time_to_first_token(&busy, 100, &BOUNDS), None);
-        assert_eq!(CostModel::default().time_to_first_token(&idle, 1, &BOUNDS), None);
+        assert_eq!(unlearnt.time_to_first_token(&busy, 0, 100, &BOUNDS), None);
+        assert_eq!(CostModel::default().time_to_first_token(&idle, 0, 1, &BOUNDS), None);
     }
 }

@@ -4,11 +4,13 @@
 //! Invariant: counters move only after a run succeeded. If it fails, its sequences end with an
 //! error, every other one is untouched. Must not know clocks, threads or channels.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::EngineConfig;
 use crate::cost_model::{PrefillBudget, StepWork};
 use crate::error::SequenceError;
+use crate::kv_cache::CachedPrefixes;
 use crate::observer::{AdmissionReport, EngineGauges, StepReport};
 use crate::request::{FinishReason, Request, RequestId, TenantId, TokenEvent};
 use crate::runner::ModelRunner;
@@ -64,6 +66,11 @@ impl<R: ModelRunner> Engine<R> {
     /// a token. At first it is 1, and nothing is guessed.
     pub fn set_draft_price(&mut self, price: f64) {
         self.scheduler.set_draft_price(price);
+    }
+
+    /// What other threads may know of the prefix cache.
+    pub fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
+        self.scheduler.cached_prefixes()
     }
 
     /// Sequences in the queue.

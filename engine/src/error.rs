@@ -89,6 +89,28 @@ pub enum LoadError {
         /// The operating system's answer.
         source: std::io::Error,
     },
+    /// A file of the folder is longer or shorter than the manifest says.
+    #[error(
+        "{path} has {found} bytes, and {wanted} were exported: its copy is not whole, or not of this model"
+    )]
+    FileSize {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that the manifest says.
+        wanted: u64,
+        /// Bytes that are there.
+        found: u64,
+    },
+    /// A file of the folder has another content than the manifest says.
+    #[error("{path} has another content than was exported: its sha256 is {found}, not {wanted}")]
+    FileContent {
+        /// The file.
+        path: PathBuf,
+        /// The hash that the manifest says.
+        wanted: String,
+        /// The hash of what is there.
+        found: String,
+    },
     /// The manifest is not valid JSON of the expected shape.
     #[error("{path} is not a valid manifest: {message}")]
     Manifest {

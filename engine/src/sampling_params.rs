@@ -27,7 +27,7 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Most tokens to generate; at least 1.
     pub max_tokens: usize,
-    /// Stop ids are not sampled before this many tokens.
+    /// Stop ids are not sampled before this many tokens; who looks for stop strings leaves those out, too.
     pub min_tokens: usize,
     /// Stop ids don't end the sequence.
     pub ignore_eos: bool,

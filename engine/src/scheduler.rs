@@ -13,11 +13,12 @@
 mod admission;
 mod drafts;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::EngineConfig;
 use crate::cost_model::{PrefillBudget, StepWork};
-use crate::kv_cache::{BlockId, BlockPool};
+use crate::kv_cache::{BlockId, BlockPool, CachedPrefixes};
 use crate::observer::{AdmissionReport, EngineGauges};
 use crate::queue::WaitingQueue;
 use crate::request::{RequestId, TenantId};
@@ -67,6 +68,11 @@ impl Scheduler {
             config,
             pool,
         }
+    }
+
+    /// What other threads may know of the prefix cache.
+    pub fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
+        self.pool.cached_prefixes()
     }
 
     /// Queues a sequence, which must be younger than every other, small enough for the pool and of a

@@ -22,6 +22,7 @@ pub use progress::{Progress, Stage};
 
 use crate::config::EngineConfig;
 use crate::cost_model::StepBounds;
+use crate::engine::Engine;
 use crate::error::LoadError;
 use crate::observer::EngineObserver;
 use crate::runner::ModelRunner;
@@ -89,10 +90,12 @@ impl EngineThread {
             max_num_batched_tokens: config.max_num_batched_tokens,
             block_size: cache.block_size,
         };
-        let shared = Arc::new(Shared::new(Clock::start(), limits, bounds, config.default_deadline));
+        let engine = Engine::new(runner, config.clone(), vocab_size);
+        let cached_prefixes = Arc::clone(engine.cached_prefixes());
+        let shared = Arc::new(Shared::new(Clock::start(), limits, bounds, &config, cached_prefixes));
         // All requests, the probe, and the command to abort them.
         let (commands, receiver) = bounded(max_num_requests + 2);
-        let mut worker = Worker::new(runner, config, receiver, Arc::clone(&shared), observer);
+        let mut worker = Worker::new(engine, config, receiver, Arc::clone(&shared), observer);
         let body = move || {
             if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
                 tracing::error!("the engine thread panicked; no request will be accepted any more");

@@ -32,7 +32,7 @@ fn options() -> OrtOptions {
         library: std::env::var_os("GLMSERVE_ORT_LIB").expect("GLMSERVE_ORT_LIB is not set").into(),
         num_threads: 1,
         kv_cache_bytes: 8 << 20,
-        device_id: 0,
+        device_id: None,
         device_memory_bytes: Some(1 << 30),
         cuda_graphs: false,
     }
@@ -186,7 +186,7 @@ fn words_are_clear(folders: &Path, fp16: &Path) {
     let tight = OrtOptions { device_memory_bytes: Some(4 << 20), ..options() };
     let error = words(fp16, &tight);
     assert!(error.contains("does not fit the device's memory"), "{error}");
-    let error = words(fp16, &OrtOptions { device_id: 7, ..options() });
+    let error = words(fp16, &OrtOptions { device_id: Some(7), ..options() });
     assert!(error.contains("driver of version 580"), "{error}");
     let captured = OrtOptions { cuda_graphs: true, ..options() };
     let negative = words(&folders.join("unique"), &captured);

@@ -142,6 +142,22 @@ async fn a_deadline_that_cannot_be_met_is_refused_once_the_pace_is_known() {
 }
 
 #[tokio::test]
+async fn a_prompt_that_is_cached_is_taken_where_another_one_is_refused() {
+    let World { handle, .. } = start(EngineConfig { prefix_caching: PrefixCaching::Shared, ..config() });
+    teach(&handle).await;
+    last(&mut handle.submit(request(2, 1000, 1)).unwrap()).await;
+    let deadline = handle.estimate(1000).unwrap() / 2;
+    let urgent = |token| Request { deadline: Some(deadline), ..request(token, 1000, 1) };
+    let mut cached = handle.submit(urgent(2)).unwrap();
+    let expected = cached.progress().estimate.unwrap();
+    assert!(expected < deadline, "{expected:?} of {deadline:?}");
+    assert_eq!(cached.recv().await, Some(TokenEvent::Admitted { num_cached_tokens: 992 }));
+    last(&mut cached).await;
+    let refused = handle.submit(urgent(3)).unwrap_err();
+    assert!(matches!(refused, SubmitError::DeadlineUnmeetable { .. }), "{refused}");
+}
+
+#[tokio::test]
 async fn a_full_queue_says_when_a_place_will_be_free() {
     let World { handle, .. } = start(config());
     let fill = || (0..4).map(|_| handle.submit(request(PLAIN, 20, 1900)).unwrap()).collect::<Vec<_>>();

@@ -29,6 +29,7 @@ TIMEOUT_SECONDS = 600
 # Relative errors beyond these are a fault, not rounding: twice and more what random weights show.
 LIMITS = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.15, "int8": 0.1, "int4": 0.8}
 LIBRARY_VARIABLE = "GLMSERVE_ORT_LIB"
+EXTRA = "--check needs the extra: pip install 'glm-export[check]'"
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,23 @@ def difference(found: np.ndarray, expected: np.ndarray, precision: str) -> Diffe
     return apart
 
 
-def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
+def require_tools(glmserve: str) -> None:
+    """Looks, before an export that takes long, for what the comparison after it needs."""
+    _binary(glmserve)
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"no {missing[0]}; {EXTRA}")
+
+
+def _binary(glmserve: str) -> str:
     binary = shutil.which(glmserve)
     if binary is None:
         raise ExportError(f"{glmserve}: no such program; --glmserve names the binary for --check")
+    return binary
+
+
+def _engine_logits(exported: Path, ids: list[int], glmserve: str) -> np.ndarray:
+    binary = _binary(glmserve)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits.npy"
         listed = ",".join(map(str, ids))
@@ -134,7 +148,7 @@ def reference_model(checkpoint: Path, adapter: Path | None = None) -> GlmForCaus
         import torch
         from transformers import GlmConfig, GlmForCausalLM
     except ImportError as error:
-        raise ExportError(f"{error}; --check needs the extra: pip install 'glm-export[check]'") from None
+        raise ExportError(f"{error}; {EXTRA}") from None
     settings = config.load(checkpoint)
     model = GlmForCausalLM(GlmConfig(**_reference_config(settings))).eval()
     tensors = weights.open_checkpoint(settings, checkpoint, adapter)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from glm_export.error import ExportError
+from glm_export.json_file import read_object
 
 # bfloat16 has no numpy type: its 16 bits are the upper half of a float32.
 _ITEM_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
@@ -151,13 +152,12 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     for single in _SINGLE_FILES:
         index = folder / f"{single}.index.json"
         if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                shards: dict[Path, set[str]] = {}
-                for name, file in weight_map.items():
-                    shards.setdefault(folder / Path(file).name, set()).add(name)
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ExportError(f"{index}: not a weight index: {error}") from None
+            weight_map = read_object(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise ExportError(f"{index}: weight_map must be an object that says the file of each tensor")
+            shards: dict[Path, set[str]] = {}
+            for name, file in weight_map.items():
+                shards.setdefault(folder / Path(file).name, set()).add(name)
             for path in shards:
                 if not path.is_file():
                     raise ExportError(f"{path} is missing; {index.name} lists it")
@@ -182,24 +182,32 @@ def _map(path: Path) -> mmap.mmap:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     buffer = _map(path)
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    if start > len(buffer):
+        raise ExportError(f"{path}: not a safetensors file: the header is cut off")
     try:
-        (header_size,) = struct.unpack_from("<Q", buffer)
-        if header_size > len(buffer) - 8:
-            raise ValueError("the header is cut off")
-        header = json.loads(buffer[8 : 8 + header_size])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            shape = tuple(int(size) for size in entry["shape"])
-            begin, end = entry["data_offsets"]
-            item_type = entry["dtype"]
-            if item_type not in _ITEM_TYPES:
-                known = ", ".join(_ITEM_TYPES)
-                raise ExportError(f"{path}: tensor {name} has type {item_type}, expected one of {known}")
-            tensors[name] = Tensor(name, shape, item_type, buffer, 8 + header_size + begin)
-            _check_extent(path, tensors[name], 8 + header_size + end)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path}: not a safetensors file: {error}") from None
+        header = json.loads(buffer[8:start])
+    except ValueError as error:
+        raise ExportError(f"{path}: not a safetensors file: the header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ExportError(f"{path}: not a safetensors file: the header is not an object")
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(item_type), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
+                isinstance(size, int) and size >= 0 for size in shape
+            ):
+                pass
+            case _:
+                raise ExportError(
+                    f"{path}: not a safetensors file: {name} needs a dtype, a shape and data_offsets"
+                )
+        if item_type not in _ITEM_TYPES:
+            known = ", ".join(_ITEM_TYPES)
+            raise ExportError(f"{path}: tensor {name} has type {item_type}, expected one of {known}")
+        tensors[name] = Tensor(name, tuple(shape), item_type, buffer, start + begin)
+        _check_extent(path, tensors[name], start + end)
     return tensors
 
 

@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of `glm-export`."""
     options = _parser().parse_args(arguments)
     try:
+        if options.check:
+            check.require_tools(options.glmserve)
         digest = export(
             options.checkpoint,
             options.out,

@@ -6,7 +6,6 @@ refused by name.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from glm_export import family, native
 from glm_export.error import ExportError
 from glm_export.family import Member, TokenizerSource
+from glm_export.json_file import read_object
 
 ROPE_BASE = 10_000.0
 OVERRIDES_FILE = "glm_export.json"
@@ -122,8 +122,8 @@ def load(folder: Path, max_model_len: int | None = None) -> Config:
     """Reads config.json, generation_config.json and the overrides of a checkpoint folder."""
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder")
-    raw = _read_object(folder / "config.json")
-    overrides = _Fields(_read_object(folder / OVERRIDES_FILE, missing_ok=True), OVERRIDES_FILE)
+    raw = read_object(folder / "config.json")
+    overrides = _Fields(_read_if_there(folder / OVERRIDES_FILE), OVERRIDES_FILE)
     unknown = sorted(overrides.raw.keys() - OVERRIDES)
     if unknown:
         raise ExportError(f"{OVERRIDES_FILE}: {unknown[0]} is not known, expected one of {sorted(OVERRIDES)}")
@@ -286,7 +286,7 @@ def _tokenizer(overrides: _Fields, member: Member) -> TokenizerSource:
 
 def _generation_config(folder: Path) -> tuple[dict[str, Any], str]:
     name = "generation_config.json"
-    return _read_object(folder / name, missing_ok=True), name
+    return _read_if_there(folder / name), name
 
 
 def _generation(folder: Path) -> dict[str, float]:
@@ -296,18 +296,8 @@ def _generation(folder: Path) -> dict[str, float]:
     return {key: fields.sampling(key) for key in known if raw.get(key) is not None}
 
 
-def _read_object(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing_ok:
-            return {}
-        raise ExportError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ExportError(f"{path}: expected a JSON object")
-    return value
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.exists() else {}
 
 
 @dataclass(frozen=True)

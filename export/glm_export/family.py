@@ -124,7 +124,7 @@ def refuse_relatives(raw: Mapping[str, Any]) -> None:
     for key, what in REFUSED_KEYS.items():
         if raw.get(key):
             raise ExportError(f"config.json: {key} is that of {what}: another network")
-    if kind in REFUSED_TYPES:
+    if isinstance(kind, str) and kind in REFUSED_TYPES:
         raise ExportError(f"config.json: model_type {kind!r} is {REFUSED_TYPES[kind]}: another network")
     if kind not in ("chatglm", "glm"):
         raise ExportError(f"config.json: model_type is {kind!r}, expected 'chatglm' or 'glm'")

@@ -5,7 +5,6 @@ Invariant: every tensor of the adapter is used, and nothing of its config that c
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from glm_export import prequantised
 from glm_export.checkpoint import Source, Tensor, read_file
 from glm_export.error import ExportError
+from glm_export.json_file import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -92,12 +92,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ExportError(
             f"{path} is missing: --lora takes PEFT's folder, not a checkpoint or a P-Tuning prefix"
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: {error}") from None
-    if not isinstance(settings, dict):
-        raise ExportError(f"{path}: expected a JSON object")
+    settings = read_object(path)
     for key, values in PLAIN.items():
         found = settings.get(key, values[0])
         if found not in values:

@@ -6,20 +6,20 @@ Invariant: a template or a rotation that is not known to be computed alike is re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from glm_export.error import ExportError
 from glm_export.family import NEXT_TURN, NO_CHAT, Member, TokenizerSource
+from glm_export.json_file import read_object
 
 TOKENIZER = TokenizerSource("tokenizer.json", "byte_level")
 
 
 def member(folder: Path, eos_token_ids: list[int], has_chat: bool) -> Member:
     """What the files beside the weights say; `has_chat` tells that glm_export.json says how to chat."""
-    content = _read(folder / TOKENIZER.file)
+    content = read_object(folder / TOKENIZER.file)
     try:
         pieces = content["model"]["vocab"]
         specials = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
@@ -39,20 +39,10 @@ def _chat_format(folder: Path, specials: Mapping[str, int]) -> str:
     if file.is_file():
         template = file.read_text(encoding="utf-8")
     elif (folder / "tokenizer_config.json").is_file():
-        template = _read(folder / "tokenizer_config.json").get("chat_template")
+        template = read_object(folder / "tokenizer_config.json").get("chat_template")
     if template is None:
         return NO_CHAT
     # Only these are known to be followed by the roles' turns as chat_format.rs writes them.
     if isinstance(template, str) and "<|assistant|>" in template and "<|assistant|>" in specials:
         return "glm4" if "[gMASK]<sop>" in template else "glm-edge"
     raise ExportError("the chat template is neither GLM-4's nor GLM-Edge's: put `chat` in glm_export.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ExportError(f"{path}: expected a JSON object")
-    return content

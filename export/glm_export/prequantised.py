@@ -5,7 +5,6 @@ Invariant: no weight is rounded again. What cannot be expressed exactly is refus
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ import numpy as np
 
 from glm_export.checkpoint import Source, Tensor
 from glm_export.error import ExportError
+from glm_export.json_file import read_object
 from glm_export.quantize import Scheme, pack, unpack
 
 BITS = 4
@@ -149,13 +149,12 @@ def opened(tensors: Mapping[str, Tensor], folder: Path, wanted: Container[str]) 
 def _settings(folder: Path) -> Settings | None:
     files = [folder / name for name in ("config.json", *SETTINGS_FILES) if (folder / name).is_file()]
     for path in files:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         raw = content.get("quantization_config") if path.name == "config.json" else content
         if raw is not None:
-            try:
-                return _read_settings(path, raw)
-            except (TypeError, ValueError, AttributeError) as error:
-                raise ExportError(f"{path}: quantisation: {error}") from None
+            if not isinstance(raw, dict):
+                raise ExportError(f"{path}: quantization_config is not an object")
+            return _read_settings(path, raw)
     return None
 
 
@@ -167,7 +166,9 @@ def _read_settings(path: Path, raw: Mapping[str, Any]) -> Settings:
     bits = raw.get("bits", raw.get("w_bit"))
     if bits != BITS:
         raise ExportError(f"{path}: {method} of {bits} bits is not supported, only {BITS} are")
-    group_size = int(raw.get("group_size", raw.get("q_group_size", -1)))
+    group_size = raw.get("group_size", raw.get("q_group_size", -1))
+    if not isinstance(group_size, int):
+        raise ExportError(f"{path}: group_size is {group_size!r}, expected a whole number")
     if method == "awq":
         version = str(raw.get("version", "gemm")).lower()
         if version != "gemm" or not raw.get("zero_point", True):

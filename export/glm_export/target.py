@@ -6,7 +6,6 @@ Invariant: a Target that exists can be run by its provider; what cannot was refu
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from glm_export.config import Geometry
 from glm_export.error import ExportError
+from glm_export.json_file import read_object
 
 # Bits of a quantised weight; None leaves weights in the activations' type.
 PRECISIONS = {"fp32": None, "fp16": None, "bf16": None, "int8": 8, "int4": 4}
@@ -146,11 +146,11 @@ def with_scales(target: Target, path: Path | None, num_layers: int) -> Target:
 
 
 def _scales(path: Path, role: str, num_layers: int) -> tuple[float, ...]:
-    try:
-        scales = json.loads(path.read_text(encoding="utf-8"))[role]
-        fits = len(scales) == num_layers and all(0 < float(scale) < math.inf for scale in scales)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path}: {role}: {type(error).__name__} {error}") from None
-    if not fits:
+    scales = read_object(path).get(role)
+    if (
+        not isinstance(scales, list)
+        or len(scales) != num_layers
+        or not all(isinstance(scale, int | float) and 0 < scale < math.inf for scale in scales)
+    ):
         raise ExportError(f"{path}: {role} must be {num_layers} positive numbers, one a layer")
     return tuple(map(float, scales))

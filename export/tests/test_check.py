@@ -2,6 +2,7 @@
 
 import stat
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -38,6 +39,16 @@ np.save(options["--out"], np.load({str(tmp_path / "own.npy")!r}))
     found = capsys.readouterr()
     assert code == 0, found.err
     assert "64 tokens: largest difference 0, relative error 0, top-1 agreement 100.0%" in found.out
+
+
+@pytest.mark.parametrize("missing", ["glmserve", "transformers"])
+def test_what_it_lacks_is_said_before_the_export(tiny_checkpoint, tmp_path, capsys, monkeypatch, missing):
+    binary = stand_in(tmp_path, "") if missing == "transformers" else str(tmp_path / "glmserve")
+    monkeypatch.setattr(check, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setattr(cli, "export", lambda *_, **__: pytest.fail("the export began"))
+    arguments = [str(tiny_checkpoint), str(tmp_path / "out"), "--precision", "fp32", "--check"]
+    assert cli.main([*arguments, "--glmserve", binary]) == 1
+    assert missing in capsys.readouterr().err
 
 
 def test_failing_engine_is_named(tiny_checkpoint, tmp_path):

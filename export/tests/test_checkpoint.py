@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -182,9 +183,47 @@ def test_index_promises_are_kept(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a.weight": "two.safetensors"}}))
     with pytest.raises(ExportError, match=r"two\.safetensors is missing"):
         Checkpoint(tmp_path)
-    index.write_text("[]")
-    with pytest.raises(ExportError, match="not a weight index"):
+
+
+# What Python says of such a value helps nobody who has the file.
+PYTHON = re.compile("object|indices|attribute|argument|iterable|integers|NoneType|codec|buffer")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "1", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "\udcff"]
+)
+def test_an_index_of_another_shape_is_named(tmp_path, content):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content, errors="surrogateescape")
+    with pytest.raises(ExportError) as error:
         Checkpoint(tmp_path)
+    assert str(index) in str(error.value)
+    words = str(error.value).replace("JSON object", "").replace("an object that", "")
+    assert not PYTHON.search(words), words
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        1,
+        {"w": []},
+        {"w": {"dtype": "F32", "shape": 3, "data_offsets": [0, 12]}},
+        {"w": {"dtype": "F32", "shape": ["3"], "data_offsets": [0, 12]}},
+        {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0]}},
+        {"w": {"dtype": ["F32"], "shape": [3], "data_offsets": [0, 12]}},
+        {"w": {"shape": [3], "data_offsets": [0, 12]}},
+    ],
+)
+def test_a_header_of_another_shape_is_named(tmp_path, header):
+    written = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(written).to_bytes(8, "little") + written + bytes(12))
+    with pytest.raises(ExportError, match="not a safetensors file: ") as error:
+        Checkpoint(tmp_path)
+    assert str(path) in str(error.value)
+    words = str(error.value).replace("is not an object", "")
+    assert not PYTHON.search(words), words
 
 
 def test_folder_without_weights(tmp_path):

@@ -95,6 +95,7 @@ def test_generation_config_is_checked(tmp_path):
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": []}, r"model_type is \[\]"),
         ({"multi_query_attention": False}, "multi_query_attention is False"),
         ({"multi_query_attention": ...}, "multi_query_attention is False"),
         ({"rmsnorm": False}, "rmsnorm is False"),

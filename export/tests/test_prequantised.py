@@ -190,7 +190,7 @@ def flatten(parts):
         ({"checkpoint_format": "marlin"}, None, "checkpoint_format 'marlin'"),
         ({"quant_method": "awq", "version": "gemv"}, None, "version gemm with zero points, not gemv"),
         ({"group_size": 48}, None, "groups of 48 weights"),
-        ({"group_size": "many"}, None, "config.json: quantisation"),
+        ({"group_size": "many"}, None, "config.json: group_size is 'many'"),
         ({}, set_zero, "a stored zero point of 15"),
         ({}, uneven_groups, "not every group has 32 weights"),
         ({}, flatten, r"dense.scales is F16 of shape \[128\], expected F16 or F32 of shape \[2, 64\]"),
@@ -211,3 +211,21 @@ def test_codes_without_settings_and_settings_without_codes(tiny_checkpoint, tmp_
     (tmp_path / "plain/quantize_config.json").write_text(json.dumps(CASES["gptq"]))
     with pytest.raises(ExportError, match="there is no qweight"):
         cli.export(tmp_path / "plain", tmp_path / "out", "int4")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", {"quantization_config": []}, "config.json: quantization_config is not an object"),
+        ("quantize_config.json", [], "quantize_config.json: expected a JSON object"),
+        ("quant_config.json", 4, "quant_config.json: expected a JSON object"),
+    ],
+)
+def test_settings_of_another_shape_are_named(tiny_checkpoint, tmp_path, file, content, message):
+    folder = altered(tiny_checkpoint, tmp_path / "in", CASES["gptq"])
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(config | content if file == "config.json" else content))
+    with pytest.raises(ExportError, match=message):
+        cli.export(folder, tmp_path / "out", "int4")

@@ -82,11 +82,11 @@ def test_narrow_rotation_is_refused_for_cuda(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "JSONDecodeError"),
-        ('{"key": [1, 1]}', "value: KeyError"),
+        ("{", "not JSON"),
+        ('{"key": [1, 1]}', "value must be 2 positive numbers"),
         ('{"key": [1], "value": [1, 1]}', "key must be 2 positive numbers"),
         ('{"key": [1, 0], "value": [1, 1]}', "key must be 2 positive numbers"),
-        ('{"key": [1, "x"], "value": [1, 1]}', "ValueError"),
+        ('{"key": [1, "x"], "value": [1, 1]}', "key must be"),
     ],
 )
 def test_wrong_scales_are_named(wide_checkpoint, tmp_path, content, words):

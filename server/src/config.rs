@@ -77,10 +77,11 @@ pub struct RuntimeArgs {
     /// Threads that compute [default: the number of processors]
     #[arg(long, env = "GLMSERVE_THREADS", value_name = "N", value_parser = up_to::<1024>)]
     pub threads: Option<usize>,
-    /// Number of the GPU, for a graph of the CUDA provider
-    #[arg(long, env = "GLMSERVE_DEVICE", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1023))]
-    pub device: u32,
-    /// Memory of the GPU that weights, KV cache and everything else may take, in MiB [default: all]
+    /// Number of the GPU, for a graph of the CUDA provider [default: 0]
+    #[arg(long, env = "GLMSERVE_DEVICE", value_name = "N", value_parser = clap::value_parser!(i32).range(0..=1023))]
+    pub device: Option<i32>,
+    /// Memory of the GPU that weights, KV cache and everything else may take, in MiB, for a graph of the
+    /// CUDA provider [default: all]
     #[arg(long, env = "GLMSERVE_GPU_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
     pub gpu_memory: Option<usize>,
     // Off until it was measured, and its numbers checked, on a GPU: `make gpu-check` does both.
@@ -281,7 +282,7 @@ impl RuntimeArgs {
             library: self.onnxruntime.clone(),
             num_threads: self.threads.unwrap_or_else(all),
             kv_cache_bytes,
-            device_id: self.device as i32,
+            device_id: self.device,
             device_memory_bytes: self.gpu_memory.map(|mib| mib << 20),
             cuda_graphs: self.cuda_graphs,
         }

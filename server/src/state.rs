@@ -204,6 +204,7 @@ impl AppState {
             }
         };
         let request = Request { deadline: limits.first_token, ..request };
+        let min_tokens = request.sampling.min_tokens;
         let events = match self.engine.submit(request) {
             Ok(events) => events,
             Err(error) => {
@@ -216,7 +217,12 @@ impl AppState {
         let detokenizer = Detokenizer::new(Arc::clone(self.model.tokenizer.vocabulary()));
         let pump = Pump {
             events,
-            text: ReplyText::new(detokenizer, self.model.chat.reply_prefix(), StopMatcher::new(stop)),
+            text: ReplyText::new(
+                detokenizer,
+                self.model.chat.reply_prefix(),
+                StopMatcher::new(stop),
+                min_tokens,
+            ),
             log: writer,
             stream: Arc::clone(&stream),
             wishes,

@@ -134,6 +134,9 @@ fn stop_strings_and_length_end_a_reply_alike_in_both_forms() {
         let server = Server::start(Options::default()).await;
         let cases = [
             (json!({"stop": "cd"}), "ab", "stop"),
+            // Three tokens come before the text.
+            (json!({"stop": "d", "min_tokens": 6}), "abc", "stop"),
+            (json!({"stop": "d", "min_tokens": 7}), "abcdefgh", "stop"),
             (json!({"stop": ["zz", "f"]}), "abcde", "stop"),
             (json!({"stop": ["gh!"]}), "abcdefgh", "stop"),
             (json!({"max_tokens": 5}), "ab", "length"),
@@ -153,7 +156,7 @@ fn stop_strings_and_length_end_a_reply_alike_in_both_forms() {
             assert_eq!(counts(&whole["usage"]), counts(&usage));
         }
         server.until("glmserve_requests_running", 0).await;
-        server.until("glmserve_streams_total{outcome=\"stop\"}", 6).await;
+        server.until("glmserve_streams_total{outcome=\"stop\"}", 10).await;
         server.until("glmserve_streams_total{outcome=\"length\"}", 6).await;
         server.until("glmserve_empty_streams_total", 2).await;
     });

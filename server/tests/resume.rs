@@ -91,8 +91,9 @@ fn a_key_generates_once_whoever_asks_and_when() {
         assert_eq!(complete_text(&one), LETTERS);
         let replay = Events::of(server.chat(&[key], &body).await).rest().await;
         assert_eq!(replay, one);
-        // Delivery and the order of fields are not part of the request.
-        let plain = json!({"messages": [{"content": "slow 26", "role": "user"}], "temperature": 0, "model": "test-model"});
+        // Delivery, the order of fields and those without effect are not part of the request.
+        let plain = json!({"messages": [{"content": "slow 26", "role": "user", "name": "n"}], "temperature": 0,
+            "model": "test-model", "user": "u", "seed": null});
         let plain: Value = server.chat(&[key], &plain).await.json().await.unwrap();
         assert_eq!(plain["choices"][0]["message"]["content"], LETTERS);
         assert_eq!(plain["id"], one[0].document["id"]);
@@ -316,5 +317,33 @@ fn a_failure_before_any_text_frees_the_key_for_a_new_try() {
             );
             server.until("glmserve_streams_total{outcome=\"error\"}", number).await;
         }
+    });
+}
+
+#[test]
+fn a_request_that_ran_out_of_its_own_time_is_made_again_under_its_key() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        let key = ("idempotency-key", "k");
+        let body = request("slow 200");
+        let hurry = [key, ("glm-timeout", "total=0.2")];
+        assert_eq!(error(server.chat(&hurry, &body).await).await, (504, "request_timeout".into()));
+        let answer: Value = server.chat(&[key], &body).await.json().await.unwrap();
+        assert_eq!(answer["choices"][0]["message"]["content"].as_str().unwrap().len(), 200);
+        // A complete one is kept, however little time the next one has.
+        let again: Value = server.chat(&hurry, &body).await.json().await.unwrap();
+        assert_eq!(again, answer);
+        // A stream that broke off is read on to its error; from the start it is made again.
+        let (key, body) = (("idempotency-key", "s"), streaming("fail"));
+        let first = Events::of(server.chat(&[key], &body).await);
+        let id = first.stream_id();
+        let read = first.rest().await;
+        assert_eq!(read.last().unwrap().document["error"]["code"], "model_failed");
+        let part = ("last-event-id", read[1].id.as_str());
+        for rest in [server.chat(&[key, part], &body).await, server.get_stream(&id, &[part]).await] {
+            assert_eq!(Events::of(rest).rest().await, read[2..]);
+        }
+        assert_ne!(Events::of(server.chat(&[key], &body).await).stream_id(), id);
+        assert_eq!(Events::of(server.get_stream(&id, &[]).await).rest().await, read);
     });
 }

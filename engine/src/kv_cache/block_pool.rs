@@ -4,6 +4,9 @@
 //! it may be taken up again), or free. Cached blocks are taken when no free one is left, those that
 //! nobody used for the longest time first.
 
+use std::sync::Arc;
+
+use super::cached_prefixes::CachedPrefixes;
 use super::lru_list::LruList;
 use super::prefix_index::{Prefix, PrefixIndex};
 
@@ -31,6 +34,11 @@ impl BlockPool {
             index: PrefixIndex::new(num_blocks, block_size),
             block_size,
         }
+    }
+
+    /// What other threads may know of the contents.
+    pub fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
+        self.index.names()
     }
 
     /// Tokens a block holds.

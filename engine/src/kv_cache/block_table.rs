@@ -99,7 +99,7 @@ pub fn num_shared_blocks(tokens: &[u32], prefix: Option<Prefix>, pool: &BlockPoo
 }
 
 /// The full blocks of `tokens` without the last token.
-fn reusable(tokens: &[u32], block_size: usize) -> std::slice::ChunksExact<'_, u32> {
+pub(super) fn reusable(tokens: &[u32], block_size: usize) -> std::slice::ChunksExact<'_, u32> {
     tokens[..tokens.len().saturating_sub(1)].chunks_exact(block_size)
 }
 

@@ -5,12 +5,13 @@
 //! prefix is named by the serial number of the block that ends it, which no other block gets, so
 //! what stood behind a block that is gone is not found behind the next one in its place.
 
-use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 
 use super::block_pool::BlockId;
+use super::cached_prefixes::CachedPrefixes;
 
 /// All tokens before a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Prefix {
     /// None.
     Empty {
@@ -21,13 +22,25 @@ pub enum Prefix {
     Block {
         /// The block's serial number.
         serial: u64,
+        /// The tokens' name, which others may have by chance.
+        name: u64,
     },
+}
+
+impl Prefix {
+    fn name(self) -> u64 {
+        match self {
+            Self::Empty { salt } => salt,
+            Self::Block { name, .. } => name,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     prefix: Prefix,
     serial: u64,
+    name: u64,
     /// The next block of the same bucket.
     next: BlockId,
 }
@@ -45,8 +58,8 @@ pub struct PrefixIndex {
     tokens: Vec<u32>,
     /// First block of each bucket; a power of two of them.
     buckets: Vec<BlockId>,
-    /// Seeded at random, so that nobody can choose prompts that fall into one bucket.
-    hasher: RandomState,
+    /// Names what is in the index, and tells others.
+    names: Arc<CachedPrefixes>,
     next_serial: u64,
 }
 
@@ -58,13 +71,18 @@ impl PrefixIndex {
             entries: vec![None; num_blocks],
             tokens: vec![0; num_blocks * block_size],
             buckets: vec![NONE; num_blocks.next_power_of_two()],
-            hasher: RandomState::new(),
+            names: Arc::new(CachedPrefixes::new(num_blocks, block_size)),
             next_serial: 0,
         }
     }
 
-    fn bucket(&self, prefix: Prefix, tokens: &[u32]) -> usize {
-        self.hasher.hash_one((prefix, tokens)) as usize & (self.buckets.len() - 1)
+    /// What other threads may know of the index.
+    pub fn names(&self) -> &Arc<CachedPrefixes> {
+        &self.names
+    }
+
+    fn bucket(&self, name: u64) -> usize {
+        name as usize & (self.buckets.len() - 1)
     }
 
     fn tokens(&self, block: BlockId) -> &[u32] {
@@ -82,12 +100,12 @@ impl PrefixIndex {
 
     /// The prefix that ends with a block.
     pub fn prefix_through(&self, block: BlockId) -> Option<Prefix> {
-        self.entry(block).map(|entry| Prefix::Block { serial: entry.serial })
+        self.entry(block).map(|entry| Prefix::Block { serial: entry.serial, name: entry.name })
     }
 
     /// The block that holds `tokens`, a block full of them, after `prefix`.
     pub fn find(&self, prefix: Prefix, tokens: &[u32]) -> Option<BlockId> {
-        let mut block = self.buckets[self.bucket(prefix, tokens)];
+        let mut block = self.buckets[self.bucket(self.names.name(prefix.name(), tokens))];
         while let Some(entry) = self.entry(block) {
             if entry.prefix == prefix && self.tokens(block) == tokens {
                 return Some(block);
@@ -100,19 +118,22 @@ impl PrefixIndex {
     /// Adds a block that is not in the index; its content is not there either. Returns the prefix
     /// that it ends.
     pub fn insert(&mut self, block: BlockId, prefix: Prefix, tokens: &[u32]) -> Prefix {
-        let bucket = self.bucket(prefix, tokens);
+        let name = self.names.name(prefix.name(), tokens);
+        let bucket = self.bucket(name);
         let serial = self.next_serial;
         self.next_serial += 1;
         let next = std::mem::replace(&mut self.buckets[bucket], block);
-        self.entries[block as usize] = Some(Entry { prefix, serial, next });
+        self.entries[block as usize] = Some(Entry { prefix, serial, name, next });
+        self.names.add(name);
         self.tokens[block as usize * self.block_size..][..self.block_size].copy_from_slice(tokens);
-        Prefix::Block { serial }
+        Prefix::Block { serial, name }
     }
 
     /// Forgets a block. What follows it is never found again.
     pub fn remove(&mut self, block: BlockId) {
         let Some(entry) = self.entries[block as usize].take() else { return };
-        let bucket = self.bucket(entry.prefix, self.tokens(block));
+        self.names.remove(entry.name);
+        let bucket = self.bucket(entry.name);
         let mut previous = self.buckets[bucket];
         if previous == block {
             self.buckets[bucket] = entry.next;
@@ -144,6 +165,11 @@ mod tests {
         assert_eq!(index.find(second, &[1, 2]), None);
         assert_eq!(index.find(first, &[1, 3]), None);
         assert_eq!(index.find(Prefix::Empty { salt: 7 }, &[1, 2]), None);
+        let known = |index: &PrefixIndex| index.names().num_cached_tokens(0, &[1, 2, 1, 2, 3]);
+        assert_eq!(known(&index), 4);
+        index.remove(3);
+        // None, if that one hid the first.
+        assert!([0, 2].contains(&known(&index)));
     }
 
     #[test]

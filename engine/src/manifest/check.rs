@@ -191,8 +191,7 @@ impl FileEntry {
         let path = dir.join(name);
         let found = path.metadata().map_err(|source| LoadError::Io { path: path.clone(), source })?.len();
         if found != self.bytes {
-            let message = format!("it says that {name} has {} bytes, but it has {found}", self.bytes);
-            return Err(LoadError::Manifest { path: dir.join("manifest.json"), message });
+            return Err(LoadError::FileSize { path, wanted: self.bytes, found });
         }
         check_place(dir, &path)
     }
@@ -211,12 +210,9 @@ impl FileEntry {
             num_read += len as u64;
             progress(num_read);
         }
-        match hex(&hash.finalize()) == self.sha256 {
-            true => Ok(()),
-            false => {
-                let message = format!("it says that {name} has another content than it has");
-                Err(LoadError::Manifest { path: dir.join("manifest.json"), message })
-            }
+        match hex(&hash.finalize()) {
+            found if found == self.sha256 => Ok(()),
+            found => Err(LoadError::FileContent { path, wanted: self.sha256.clone(), found }),
         }
     }
 }
@@ -267,6 +263,25 @@ mod tests {
         let found = ["inside", "near", "away"].map(|name| check_place(&dir, &dir.join(name)).is_ok());
         std::fs::remove_dir_all(&root).unwrap();
         assert_eq!(found, [true, true, false]);
+    }
+
+    #[test]
+    fn a_file_that_is_not_as_exported_is_named() {
+        let dir = std::env::temp_dir().join(format!("glm-engine-files-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let entry = FileEntry { bytes: 4, sha256: hex(&Sha256::digest("data")) };
+        let check = |content| {
+            std::fs::write(dir.join("weights"), content).unwrap();
+            entry.check(&dir, "weights", &mut |_| ()).map_err(|error| error.to_string())
+        };
+        let [whole, cut, other] = ["data", "dat", "date"].map(check);
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(whole, Ok(()));
+        let path = dir.join("weights").display().to_string();
+        let (cut, other) = (cut.unwrap_err(), other.unwrap_err());
+        assert!(cut.starts_with(&format!("{path} has 3 bytes, and 4 were exported")), "{cut}");
+        assert!(other.starts_with(&format!("{path} has another content")), "{other}");
+        assert!(other.ends_with(&entry.sha256), "{other}");
     }
 
     #[test]

@@ -3,9 +3,12 @@
 //! Invariant: no panic reaches ONNX Runtime, which is not Rust.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use ort::operator::ComputeContext;
+
+/// How often a thread looks whether the others are ready before it lets the system run something else.
+const SPINS: usize = 10_000;
 
 /// Threads to compute with.
 pub(super) trait Parallel {
@@ -39,6 +42,37 @@ pub(super) fn threads_of_session(num_threads: usize) -> usize {
     match num_threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         some => some,
+    }
+}
+
+/// A part of a call that is over before any thread goes on to the next.
+#[derive(Default)]
+pub(super) struct Phase {
+    taken: AtomicUsize,
+    done: AtomicUsize,
+}
+
+impl Phase {
+    /// Calls `f` with what is left of 0 to `total - 1`, and returns when all of that is done, by whichever
+    /// thread. It returns even if threads run one after the other: who takes a number is at work on it.
+    pub(super) fn run(&self, total: usize, guard: &Guard, f: impl Fn(usize)) {
+        loop {
+            let i = self.taken.fetch_add(1, Ordering::Relaxed);
+            if i >= total {
+                break;
+            }
+            guard.call(&|| f(i));
+            // What panicked counts too: nobody is to wait for it, and the call fails.
+            self.done.fetch_add(1, Ordering::Release);
+        }
+        let mut spins = 0;
+        while self.done.load(Ordering::Acquire) < total {
+            spins += 1;
+            if spins % SPINS == 0 {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
     }
 }
 

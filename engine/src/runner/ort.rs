@@ -35,8 +35,8 @@ pub struct OrtOptions {
     pub num_threads: usize,
     /// Most bytes the KV cache may take.
     pub kv_cache_bytes: usize,
-    /// Which GPU; for graphs of the CUDA provider.
-    pub device_id: i32,
+    /// Which GPU, if not the first; for graphs of the CUDA provider.
+    pub device_id: Option<i32>,
     /// Most bytes of the GPU's memory, cache and weights included; for graphs of the CUDA provider.
     pub device_memory_bytes: Option<usize>,
     /// Whether to capture decode steps as CUDA graphs; for graphs of the CUDA provider.
@@ -102,9 +102,10 @@ impl OrtRunner {
     /// Loads the graph of the folder `dir`, described by `manifest`, and allocates the KV cache.
     ///
     /// # Errors
-    /// [`LoadError`]: the library, the graph or the budget doesn't fit.
+    /// [`LoadError`]: the library, the graph, the budget or an option doesn't fit.
     pub fn load(dir: &Path, manifest: &Manifest, options: &OrtOptions) -> Result<Self, LoadError> {
         let graph = manifest.graph.clone();
+        provider::check_options(graph.provider, options)?;
         let layout = layout(&manifest.geometry, &graph, options.kv_cache_bytes)?;
         let environment = environment(&options.library)?;
         let device = Device::new(graph.provider, options);

@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use super::{ScheduleOutcome, Scheduler};
-use crate::config::PrefixCaching;
 use crate::cost_model::PrefillBudget;
 use crate::kv_cache::{BlockTable, Prefix, num_shared_blocks};
 use crate::observer::AdmissionReport;
@@ -75,12 +74,8 @@ impl Scheduler {
     /// Where a sequence's blocks start in the prefix cache; `None` if it takes no part. A probe takes
     /// none: it is there to compute.
     fn prefix(&self, sequence: &Sequence) -> Option<Prefix> {
-        match self.config.prefix_caching {
-            _ if sequence.is_probe => None,
-            PrefixCaching::Off => None,
-            PrefixCaching::Shared => Some(Prefix::Empty { salt: 0 }),
-            PrefixCaching::PerTenant => Some(Prefix::Empty { salt: u64::from(sequence.tenant.0) }),
-        }
+        let salt = self.config.prefix_caching.salt(sequence.tenant).filter(|_| !sequence.is_probe)?;
+        Some(Prefix::Empty { salt })
     }
 
     /// Moves a sequence to the running list, takes what is cached of it, and plans as many tokens after

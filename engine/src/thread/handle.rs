@@ -69,10 +69,19 @@ pub struct EngineStatus {
 /// A request on its way to the engine thread.
 pub(super) struct Submission {
     pub(super) request: Request,
+    /// A guess of what its prompt finds.
+    pub(super) num_cached_tokens: usize,
     pub(super) arrival: Duration,
     pub(super) place: Place,
     pub(super) events: mpsc::Sender<TokenEvent>,
     pub(super) state: Arc<RequestState>,
+}
+
+impl Submission {
+    /// About how many tokens are to be computed before the first one is generated.
+    pub(super) fn num_tokens(&self) -> usize {
+        self.request.prompt_token_ids.len() - self.num_cached_tokens
+    }
 }
 
 pub(super) enum Command {
@@ -127,9 +136,10 @@ impl EngineHandle {
     pub fn submit(&self, request: Request) -> Result<EventReceiver, SubmitError> {
         let shared = &self.shared;
         self.check(&request)?;
-        shared.check_deadline(&request)?;
+        let num_cached_tokens = shared.num_cached_tokens(&request);
+        shared.check_deadline(&request, num_cached_tokens)?;
         let place = shared.take(request.tenant)?;
-        self.send(request, place)
+        self.send(request, num_cached_tokens, place)
     }
 
     /// Whether a request would find a place now: a look before the work of making one.
@@ -154,7 +164,7 @@ impl EngineHandle {
         if self.shared.has_probe.swap(true, Ordering::AcqRel) {
             return Err(self.shared.queue_full(self.status().num_requests, request.tenant));
         }
-        self.send(request, Place::Probe)
+        self.send(request, 0, Place::Probe)
     }
 
     fn check(&self, request: &Request) -> Result<(), SubmitError> {
@@ -169,19 +179,31 @@ impl EngineHandle {
         Err(SubmitError::Unavailable("it is shutting down or has failed"))
     }
 
-    fn send(&self, request: Request, place: Place) -> Result<EventReceiver, SubmitError> {
+    fn send(
+        &self,
+        request: Request,
+        num_cached_tokens: usize,
+        place: Place,
+    ) -> Result<EventReceiver, SubmitError> {
         let shared = &self.shared;
         let arrival = shared.clock.now();
-        let num_tokens = request.prompt_token_ids.len();
+        let num_tokens = request.prompt_token_ids.len() - num_cached_tokens;
         let position = match place {
             Place::Probe => 0,
             Place::Tenant(tenant) => shared.load(request.deadline, tenant).num_requests_ahead,
         };
-        let estimate = shared.estimate(num_tokens, request.deadline, request.tenant);
+        let estimate = shared.estimate(num_cached_tokens, num_tokens, request.deadline, request.tenant);
         let state = Arc::new(RequestState::new(position, estimate.map(|time| arrival.saturating_add(time))));
         // Admission, one event a token and the terminal one.
         let (sender, events) = mpsc::channel(request.sampling.max_tokens + 2);
-        let submission = Submission { request, arrival, place, events: sender, state: Arc::clone(&state) };
+        let submission = Submission {
+            request,
+            num_cached_tokens,
+            arrival,
+            place,
+            events: sender,
+            state: Arc::clone(&state),
+        };
         shared.load.add_unseen(num_tokens);
         if self.commands.try_send(Command::Submit(submission)).is_err() {
             shared.load.sub_unseen(1, num_tokens);
@@ -196,10 +218,11 @@ impl EngineHandle {
         Ok(EventReceiver { events, state, clock: shared.clock, has_ended: false })
     }
 
-    /// Predicted time to the first token of the first tenant's request without a deadline, submitted now.
-    /// `None` until a prompt was computed and, if all places are taken, until a request has ended.
+    /// Predicted time to the first token of the first tenant's request without a deadline, submitted now,
+    /// if nothing of its prompt is cached. `None` until a prompt was computed and, if all places are taken,
+    /// until a request has ended.
     pub fn estimate(&self, num_prompt_tokens: usize) -> Option<Duration> {
-        self.shared.estimate(num_prompt_tokens, None, TenantId::default())
+        self.shared.estimate(0, num_prompt_tokens, None, TenantId::default())
     }
 
     /// The limits.

@@ -2,14 +2,17 @@
 //!
 //! Invariant: atomics only, so it can be read while the engine hangs in a step.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::Clock;
 use super::handle::{EngineLimits, Fault};
 use super::load::{PublishedCosts, PublishedLoad};
+use crate::config::{EngineConfig, PrefixCaching};
 use crate::cost_model::{Load, StepBounds};
 use crate::error::SubmitError;
+use crate::kv_cache::CachedPrefixes;
 use crate::request::{Request, TenantId};
 
 /// Least time after which a refused request is asked to come again.
@@ -25,7 +28,9 @@ pub(super) struct Shared {
     pub(super) clock: Clock,
     pub(super) limits: EngineLimits,
     pub(super) bounds: StepBounds,
-    pub(super) default_deadline: Duration,
+    default_deadline: Duration,
+    prefix_caching: PrefixCaching,
+    cached_prefixes: Arc<CachedPrefixes>,
     pub(super) accepting: AtomicBool,
     pub(super) alive: AtomicBool,
     pub(super) num_requests: AtomicUsize,
@@ -54,13 +59,16 @@ impl Shared {
         clock: Clock,
         limits: EngineLimits,
         bounds: StepBounds,
-        default_deadline: Duration,
+        config: &EngineConfig,
+        cached_prefixes: Arc<CachedPrefixes>,
     ) -> Self {
         Self {
             clock,
             limits,
             bounds,
-            default_deadline,
+            default_deadline: config.default_deadline,
+            prefix_caching: config.prefix_caching,
+            cached_prefixes,
             accepting: AtomicBool::new(true),
             alive: AtomicBool::new(true),
             num_requests: AtomicUsize::new(0),
@@ -128,26 +136,36 @@ impl Shared {
         self.load.load(deadline.unwrap_or(Duration::MAX).min(self.default_deadline), tenant)
     }
 
+    /// About how many tokens of a request's prompt need not be computed.
+    pub(super) fn num_cached_tokens(&self, request: &Request) -> usize {
+        let salt = self.prefix_caching.salt(request.tenant);
+        salt.map_or(0, |salt| self.cached_prefixes.num_cached_tokens(salt, &request.prompt_token_ids))
+    }
+
     /// Predicted time to the first token of a request submitted now.
     pub(super) fn estimate(
         &self,
-        num_prompt_tokens: usize,
+        num_cached_tokens: usize,
+        num_tokens: usize,
         deadline: Option<Duration>,
         tenant: TenantId,
     ) -> Option<Duration> {
         let load = self.load(deadline, tenant);
-        self.costs.model().time_to_first_token(&load, num_prompt_tokens, &self.bounds)
+        self.costs.model().time_to_first_token(&load, num_cached_tokens, num_tokens, &self.bounds)
     }
 
     /// Refuses a request whose deadline can't be met. What is refused teaches nothing, so if nothing
     /// runs, each refusal makes the next one less likely: an estimate that is wrong by far is found
     /// out after a while.
-    pub(super) fn check_deadline(&self, request: &Request) -> Result<(), SubmitError> {
+    pub(super) fn check_deadline(
+        &self,
+        request: &Request,
+        num_cached_tokens: usize,
+    ) -> Result<(), SubmitError> {
         let Some(deadline) = request.deadline else { return Ok(()) };
-        let Some(estimate) = self.estimate(request.prompt_token_ids.len(), Some(deadline), request.tenant)
-        else {
-            return Ok(());
-        };
+        let num_tokens = request.prompt_token_ids.len() - num_cached_tokens;
+        let estimate = self.estimate(num_cached_tokens, num_tokens, Some(deadline), request.tenant);
+        let Some(estimate) = estimate else { return Ok(()) };
         let is_idle = self.num_requests.load(Ordering::Acquire) == 0;
         let num_refusals = if is_idle { self.num_idle_refusals.load(Ordering::Relaxed) } else { 0 };
         let doubt = (1.0 - PERCENT_PER_IDLE_REFUSAL / 100.0).powf(f64::from(num_refusals));

@@ -21,6 +21,7 @@ use crate::error::SequenceError;
 use crate::observer::{EngineGauges, EngineObserver, StepReport};
 use crate::request::{RequestId, TokenEvent};
 use crate::runner::ModelRunner;
+use crate::sequence::Sequence;
 
 /// How long the published queue may stand although nothing moved in it: estimates change.
 const QUEUE_PERIOD: Duration = Duration::from_millis(100);
@@ -36,6 +37,8 @@ struct Client {
     events: mpsc::Sender<TokenEvent>,
     state: Arc<RequestState>,
     place: Place,
+    /// A guess of what its prompt finds.
+    num_cached_tokens: usize,
     is_detached: bool,
     admitted_at: Option<Duration>,
 }
@@ -70,14 +73,14 @@ pub(super) struct Worker<R> {
 
 impl<R: ModelRunner> Worker<R> {
     pub(super) fn new(
-        runner: R,
+        engine: Engine<R>,
         config: EngineConfig,
         commands: Receiver<Command>,
         shared: Arc<Shared>,
         observer: Arc<dyn EngineObserver>,
     ) -> Self {
         let worker = Self {
-            engine: Engine::new(runner, config.clone(), shared.limits.vocab_size),
+            engine,
             commands,
             clients: HashMap::with_capacity(shared.limits.max_num_requests + 1),
             to_ask: VecDeque::new(),
@@ -161,13 +164,16 @@ impl<R: ModelRunner> Worker<R> {
             Command::Submit(submission) if self.is_aborting => {
                 self.refuse(submission, SequenceError::ShuttingDown);
             }
-            Command::Submit(Submission { request, arrival, place, events, state }) => {
+            Command::Submit(submission) => {
                 // Named here, not at the door: ids must grow in the order in which the engine sees them.
                 let id = RequestId(self.next_id);
                 self.next_id += 1;
                 self.seen.0 += 1;
-                self.seen.1 += request.prompt_token_ids.len();
-                let client = Client { events, state, place, is_detached: false, admitted_at: None };
+                self.seen.1 += submission.num_tokens();
+                let Submission { request, num_cached_tokens, arrival, place, events, state } = submission;
+                let is_detached = false;
+                let client =
+                    Client { events, state, place, num_cached_tokens, is_detached, admitted_at: None };
                 self.clients.insert(id, client);
                 self.to_ask.push_back(id);
                 if place == Place::Probe {
@@ -314,7 +320,8 @@ impl<R: ModelRunner> Worker<R> {
                 continue;
             }
             let stage = Stage::Prefill { num_computed_tokens: running.num_computed_tokens, num_tokens };
-            client.state.publish(stage, self.next_token_at(now, &load, num_pending));
+            let next_token_at = self.next_token_at(now, &load, running.num_computed_tokens, num_pending);
+            client.state.publish(stage, next_token_at);
             load.num_running_prefill_tokens += num_pending;
         }
     }
@@ -322,9 +329,9 @@ impl<R: ModelRunner> Worker<R> {
     fn publish_waiting(&self, now: Duration, mut load: Load) {
         let waiting = self.engine.waiting();
         for (position, sequence) in waiting.iter().enumerate() {
-            let num_tokens = sequence.tokens().len();
+            let (num_cached_tokens, num_tokens) = self.num_tokens(sequence);
             if let Some(client) = self.clients.get(&sequence.id) {
-                let next_token_at = self.next_token_at(now, &load, num_tokens);
+                let next_token_at = self.next_token_at(now, &load, num_cached_tokens, num_tokens);
                 client.state.publish(Stage::Waiting { position }, next_token_at);
             }
             load.num_tokens_ahead += num_tokens;
@@ -334,12 +341,24 @@ impl<R: ModelRunner> Worker<R> {
             // Whoever was preempted goes before all deadlines.
             let left = sequence.deadline.saturating_sub(now);
             let left = if sequence.admission.is_some() { Duration::ZERO } else { left };
-            (left, sequence.tokens().len(), sequence.tenant)
+            (left, self.num_tokens(sequence).1, sequence.tenant)
         }));
     }
 
-    fn next_token_at(&self, now: Duration, load: &Load, num_tokens: usize) -> Option<Duration> {
-        let time = self.costs.time_to_first_token(load, num_tokens, &self.shared.bounds);
+    /// About how many tokens of a waiting sequence are cached, and how many are to be computed.
+    fn num_tokens(&self, sequence: &Sequence) -> (usize, usize) {
+        let num_cached_tokens = self.clients.get(&sequence.id).map_or(0, |client| client.num_cached_tokens);
+        (num_cached_tokens, sequence.tokens().len() - num_cached_tokens)
+    }
+
+    fn next_token_at(
+        &self,
+        now: Duration,
+        load: &Load,
+        num_cached_tokens: usize,
+        num_tokens: usize,
+    ) -> Option<Duration> {
+        let time = self.costs.time_to_first_token(load, num_cached_tokens, num_tokens, &self.shared.bounds);
         time.map(|time| now.saturating_add(time))
     }
 
@@ -353,7 +372,7 @@ impl<R: ModelRunner> Worker<R> {
     /// Ends a request that the engine never saw.
     fn refuse(&mut self, submission: Submission, error: SequenceError) {
         self.seen.0 += 1;
-        self.seen.1 += submission.request.prompt_token_ids.len();
+        self.seen.1 += submission.num_tokens();
         let _ = submission.events.try_send(TokenEvent::Failed(error));
         self.shared.release(submission.place);
     }

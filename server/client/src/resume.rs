@@ -128,8 +128,8 @@ impl ResumingStream {
         Ok(event)
     }
 
-    /// Opens the stream, or goes on with it. The same key with no id starts it from its beginning, and never
-    /// a second time.
+    /// Opens the stream, or goes on with it. The same key with no id starts it from its beginning, and a
+    /// second time only if it failed.
     async fn connect(&mut self) -> Result<(), ClientError> {
         let stream = match (&self.stream_id, &self.last_event_id) {
             (Some(stream_id), Some(last)) => self.client.resume_stream(stream_id, last).await?,

@@ -79,12 +79,9 @@ fn convert(
     key: Option<String>,
     state: &AppState,
 ) -> Result<(Completion, Option<RequestKey>), ApiError> {
-    let completion = Completion::from_json(body, state)?;
-    let key = match key {
-        Some(key) => Some(RequestKey { key, fingerprint: fingerprint::fingerprint(body)? }),
-        None => None,
-    };
-    Ok((completion, key))
+    let body = fields::read(body)?;
+    let key = key.map(|key| RequestKey { key, fingerprint: fingerprint::fingerprint(body.clone()) });
+    Ok((Completion::from_json(body, state)?, key))
 }
 
 /// Reads the body, with the permit to hold it in memory.

@@ -66,6 +66,14 @@ pub enum StreamError {
     Lost,
 }
 
+impl StreamError {
+    /// Whether the same request, made again, may well end otherwise. Not if its owner wanted this end,
+    /// and hardly if it says too much.
+    fn may_pass(&self) -> bool {
+        !matches!(self, Self::Aborted(AbortReason::Deleted) | Self::TooLarge(_))
+    }
+}
+
 /// Who ended a reply that could have gone on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AbortReason {
@@ -245,12 +253,9 @@ impl EventLog {
         self.0.log.borrow().events.get(index).map(|(_, event)| event.clone())
     }
 
-    /// Whether the reply failed before it said anything. One that its owner deleted did not fail.
-    pub fn has_failed_unsaid(&self) -> bool {
-        match self.0.log.borrow().opening() {
-            Some(Event::Error(error)) => *error != StreamError::Aborted(AbortReason::Deleted),
-            _ => false,
-        }
+    /// Whether the reply failed for a reason that another try may not meet.
+    pub fn is_worth_another_try(&self) -> bool {
+        matches!(self.0.log.borrow().terminal(), Some(Event::Error(error)) if error.may_pass())
     }
 
     /// Memory that the events take.
@@ -368,8 +373,27 @@ mod tests {
         drop(writer);
         assert_eq!(reader.opening().now_or_never(), Some(Err(StreamError::Lost)));
         assert_eq!(read(&mut reader), [(0, Event::Error(StreamError::Lost))]);
-        assert!(log.has_failed_unsaid());
         drop(reader);
         assert_eq!(*readers.borrow(), 0);
+    }
+
+    #[test]
+    fn a_failure_is_worth_another_try_and_a_wanted_or_sure_end_is_not() {
+        let timeout = StreamError::Timeout(Limit::Total, Duration::from_secs(1));
+        for (end, expected) in [
+            (Event::Error(timeout), true),
+            (Event::Error(StreamError::Sequence(SequenceError::Run(String::new()))), true),
+            (Event::Error(StreamError::Aborted(AbortReason::GraceOver)), true),
+            (Event::Error(StreamError::Lost), true),
+            (Event::Error(StreamError::Aborted(AbortReason::Deleted)), false),
+            (Event::Error(StreamError::TooLarge("number of bytes")), false),
+            (finish(), false),
+        ] {
+            let (mut writer, log) = event_log(LIMITS);
+            writer.append(delta("a")).unwrap();
+            assert!(!log.is_worth_another_try(), "it goes on");
+            writer.close(end.clone());
+            assert_eq!(log.is_worth_another_try(), expected, "{end:?}");
+        }
     }
 }

@@ -89,15 +89,10 @@ impl Inner {
 
     fn forget(&mut self, id: &StreamId) {
         if let Some(stream) = self.streams.remove(id) {
-            self.release_key(&stream);
-        }
-    }
-
-    /// The key may name another reply from now on.
-    fn release_key(&mut self, stream: &ReplyStream) {
-        if let Some(key) = &stream.key {
+            let Some(key) = &stream.key else { return };
             let name = (stream.owner, key.key.clone());
-            if self.keys.get(&name) == Some(&stream.id) {
+            // Another try may have the key by now.
+            if self.keys.get(&name) == Some(id) {
                 self.keys.remove(&name);
             }
         }
@@ -119,9 +114,10 @@ impl StreamStore for MemoryStore {
         let mut inner = self.lock();
         if let Some(key) = &stream.key {
             let name = (stream.owner, key.key.clone());
-            let existing = inner.keys.get(&name).and_then(|id| inner.streams.get(id)).cloned();
-            if let Some(existing) = existing {
-                return Registered::Existing(existing);
+            let existing = inner.keys.get(&name).and_then(|id| inner.streams.get(id));
+            // Who has a part of a failed one reads on by its name and sees how it ended.
+            if let Some(existing) = existing.filter(|stream| !stream.log.is_worth_another_try()) {
+                return Registered::Existing(Arc::clone(existing));
             }
             inner.keys.insert(name, stream.id.clone());
         }
@@ -165,10 +161,6 @@ impl StreamStore for MemoryStore {
         if !stream.is_resumable() || num_bytes > self.limits.max_bytes {
             inner.forget(&stream.id);
         } else {
-            if stream.log.has_failed_unsaid() {
-                // Nothing was said, so nothing can be said twice: a retry deserves a new try.
-                inner.release_key(stream);
-            }
             while inner.num_kept_bytes + num_bytes > self.limits.max_bytes {
                 inner.drop_oldest();
             }

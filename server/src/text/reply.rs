@@ -13,6 +13,9 @@ pub struct ReplyText {
     /// What is left of the prefix that the chat format puts before each reply.
     prefix: &'static str,
     stop: StopMatcher,
+    /// Tokens in whose text no stop string ends.
+    min_tokens: usize,
+    num_tokens: usize,
     raw: String,
 }
 
@@ -26,14 +29,16 @@ pub struct ReplyStep {
 }
 
 impl ReplyText {
-    /// Strips as much of `prefix` as the reply begins with.
-    pub fn new(detokenizer: Detokenizer, prefix: &'static str, stop: StopMatcher) -> Self {
-        Self { detokenizer, prefix, stop, raw: String::new() }
+    /// Strips as much of `prefix` as the reply begins with; no stop string ends in what the first
+    /// `min_tokens` tokens say.
+    pub fn new(detokenizer: Detokenizer, prefix: &'static str, stop: StopMatcher, min_tokens: usize) -> Self {
+        Self { detokenizer, prefix, stop, min_tokens, num_tokens: 0, raw: String::new() }
     }
 
     /// Takes one generated id.
     pub fn push(&mut self, id: u32) -> ReplyStep {
         self.detokenizer.push(id, &mut self.raw);
+        self.num_tokens += 1;
         self.step()
     }
 
@@ -60,7 +65,7 @@ impl ReplyText {
             raw = &raw[found.len_utf8()..];
         }
         let mut text = String::new();
-        let stopped = self.stop.push(raw, &mut text);
+        let stopped = self.stop.push(raw, self.num_tokens > self.min_tokens, &mut text);
         self.raw.clear();
         ReplyStep { text, stopped }
     }
@@ -77,10 +82,15 @@ mod tests {
     use crate::text::vocabulary::Vocabulary;
 
     fn reply(pieces: &[&str], stop: &str) -> (Vec<String>, bool) {
+        reply_of(pieces, stop, 0)
+    }
+
+    fn reply_of(pieces: &[&str], stop: &str, min_tokens: usize) -> (Vec<String>, bool) {
         let vocab: HashMap<String, u32> = pieces.iter().zip(0..).map(|(p, id)| (p.to_string(), id)).collect();
         let vocabulary = Arc::new(Vocabulary::new(&vocab, PieceKind::Sentencepiece, &[]));
         let stops = if stop.is_empty() { vec![] } else { vec![stop.to_owned()] };
-        let mut text = ReplyText::new(Detokenizer::new(vocabulary), "\n ", StopMatcher::new(stops));
+        let stop = StopMatcher::new(stops);
+        let mut text = ReplyText::new(Detokenizer::new(vocabulary), "\n ", stop, min_tokens);
         let mut out = Vec::new();
         for id in 0..pieces.len() as u32 {
             let step = text.push(id);
@@ -114,5 +124,16 @@ mod tests {
         assert_eq!(reply(&["a", "b", "c", "d"], "bc"), (vec!["a".into(), "".into(), "".into()], true));
         assert_eq!(reply(&["a", "b"], "bc"), (vec!["a".into(), "".into(), "b".into()], false));
         assert_eq!(reply(&["a", "<0xE4>"], "\u{FFFD}"), (vec!["a".into(), "".into(), "".into()], true));
+    }
+
+    #[test]
+    fn the_text_of_the_first_tokens_is_not_ended() {
+        let reply = |min_tokens| reply_of(&["▁", "<0x0A>", "▁a", "b", "c", "ab", "d"], "ab", min_tokens);
+        let text = |parts: &[&str]| parts.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(reply(3), (text(&["", "", "", ""]), true));
+        assert_eq!(reply(4), (text(&["", "", "", "ab", "c", ""]), true));
+        assert_eq!(reply(6), (text(&["", "", "", "ab", "c", "ab", "d", ""]), false));
+        let partial = |min_tokens| reply_of(&["a", "<0xE4>"], "\u{FFFD}", min_tokens).1;
+        assert_eq!((partial(1), partial(2)), (true, false), "the flush belongs to the last token");
     }
 }

@@ -15,12 +15,13 @@ use super::simd::{Level, MASKED, Simd};
 use super::workspace::{Parts, Scratch, Workspace};
 
 pub(super) use super::plan::Task;
-use crate::operators::parallel::{Guard, Parallel};
+use crate::operators::parallel::{Guard, Parallel, Phase};
 
 /// Below this many products of two floats, waking other threads costs more than they save.
 const MIN_PARALLEL_PRODUCTS: usize = 1 << 16;
-/// Below this many floats of new keys, one thread writes them all.
-const MIN_PARALLEL_WRITES: usize = 1 << 15;
+/// Neighbouring tokens whose keys and values a thread writes at a time: several blocks of them, since the
+/// keys of a block share lines.
+const TOKENS_PER_WRITE: usize = 64;
 
 /// What the tasks of a call share.
 pub(super) struct Job<'a, E> {
@@ -50,16 +51,6 @@ pub(super) fn run<E: Element>(
 ) -> Result<(), String> {
     assert_eq!(output.len(), batch.num_tokens * batch.geometry.output_width());
     let geometry = &batch.geometry;
-    let guard = Guard::default();
-
-    let write = |kv_head| guard.call(&|| cache.write(batch, kv_head));
-    let num_writes = batch.num_tokens * geometry.kv_num_heads * geometry.head_dim;
-    if num_writes < MIN_PARALLEL_WRITES {
-        (0..geometry.kv_num_heads).for_each(write);
-    } else {
-        threads.run(geometry.kv_num_heads, &write)?;
-    }
-
     workspace.plan.rebuild(batch, threads.num_threads());
     let products = workspace.plan.work() * 2 * geometry.head_dim;
     let num_workers = match products {
@@ -68,10 +59,17 @@ pub(super) fn run<E: Element>(
     };
     let partials = workspace.reserve(num_workers);
     let Workspace { plan, scratches, .. } = workspace;
+    let (guard, written) = (Guard::default(), Phase::default());
+    let num_parts = batch.num_tokens.div_ceil(TOKENS_PER_WRITE);
+    let write = |i: usize| {
+        let (kv_head, part) = (i / num_parts, i % num_parts);
+        cache.write(batch, kv_head, part * TOKENS_PER_WRITE..(part + 1) * TOKENS_PER_WRITE);
+    };
     let job = Job { batch, cache, plan, scale, output: output.as_mut_ptr(), partials };
     // Workers take tasks, longest first, as they get to them; each has scratch memory of its own.
     let next = AtomicUsize::new(0);
     let work = |worker: usize| {
+        written.run(geometry.kv_num_heads * num_parts, &guard, write);
         guard.call(&|| {
             let mut scratch = scratches[worker].lock().unwrap_or_else(PoisonError::into_inner);
             while let Some(task) = job.plan.tasks.get(next.fetch_add(1, Ordering::Relaxed)) {

@@ -12,6 +12,8 @@
 //! Invariant: addresses come from a validated batch, and a call writes all its slots before it reads
 //! any.
 
+use std::ops::Range;
+
 use super::batch::{Batch, Geometry, Sequence};
 use super::element::Element;
 
@@ -67,14 +69,14 @@ impl<E: Element> KvCache<E> {
         Self { key, value, geometry }
     }
 
-    /// Writes keys, rotated, and values of `kv_head` of all tokens.
-    pub(super) fn write(&self, batch: &Batch, kv_head: usize) {
+    /// Writes keys, rotated, and values of `kv_head` of some tokens of the batch.
+    pub(super) fn write(&self, batch: &Batch, kv_head: usize, tokens: Range<usize>) {
         let Geometry { num_heads, kv_num_heads, head_dim, block_size, .. } = self.geometry;
         let width = self.geometry.packed_width();
         let mut turned = [0f32; MAX_HEAD_DIM];
         let turned = &mut turned[..head_dim];
         for sequence in batch.sequences() {
-            for token in sequence.tokens.clone() {
+            for token in sequence.tokens.start.max(tokens.start)..sequence.tokens.end.min(tokens.end) {
                 let Some(slot) = batch.slot(&sequence, token) else {
                     continue;
                 };
@@ -89,8 +91,8 @@ impl<E: Element> KvCache<E> {
                 let at = slot % block_size;
                 let value = &packed[value..value + head_dim];
                 for (channel, (key, value)) in turned.iter().zip(value).enumerate() {
-                    // SAFETY: the batch's slots are within the cache; other heads, which other
-                    // threads may be writing, lie elsewhere.
+                    // SAFETY: the batch's slots are within the cache; other slots and heads,
+                    // which other threads may be writing, lie elsewhere.
                     unsafe {
                         *self.key.add(head + channel * block_size + at) = E::round(*key);
                         *self.value.add(head + at * head_dim + channel) = E::round(*value);

@@ -4,14 +4,22 @@
 //! set: each step is one IEEE operation or one of whole numbers. A block that holds NaN or infinity has
 //! the scale NaN, so what it touches is NaN and nothing hides.
 
+use std::ops::Range;
+
 use super::packing::{LINE, STEP};
 
 /// Adding 1.5 * 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits.
 const ROUND: f32 = 12_582_912.0;
 /// The largest value.
 const TOP: f32 = 127.0;
-/// Blocks whose largest magnitude is below this are 0: 127 divided by it would overflow.
-const LEAST: f32 = 1e-30;
+/// Blocks whose largest magnitude is below this are 0: the product of their scale with that of a weight, and
+/// with a sixteenth of it, is then never subnormal, so kernels may move powers of 2 from one to the other.
+const LEAST: f32 = 1e-20;
+
+/// Values of a strip, about: as many as are worth a thread's while.
+const STRIP_VALUES: usize = 8192;
+/// The width of a strip is a multiple of any block and line.
+const STRIP_STEP: usize = 128;
 
 /// 64 values of a row, as words of 4.
 #[derive(Clone, Copy)]
@@ -38,17 +46,19 @@ pub(super) struct Tile {
     /// Rows of it.
     pub(super) rows: usize,
     /// Rows that it has room for.
-    pub(super) height: usize,
+    height: usize,
     /// Rows that all tiles before it have room for.
     offset: usize,
 }
 
 /// A tile's values, `[k / 64][height]`, the last of them filled up with zeros, and what goes with them,
 /// `[k / block_size][height]`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct TileValues<'a> {
     /// Rows of the tile; what is in the place of others has no meaning.
     pub(super) rows: usize,
+    /// Rows that it has room for.
+    pub(super) height: usize,
     pub(super) values: &'a [Values],
     pub(super) blocks: &'a [RowBlock],
 }
@@ -59,8 +69,9 @@ pub(super) struct Activations {
     tiles: Vec<Tile>,
     values: Vec<Values>,
     blocks: Vec<RowBlock>,
-    /// `[k / 64]` and `[k / block_size]` of this call.
-    strides: [usize; 2],
+    /// Values of a row of this call, and of a block.
+    k: usize,
+    block_size: usize,
 }
 
 impl Activations {
@@ -78,81 +89,122 @@ impl Activations {
             self.tiles.push(Tile { first, rows, height, offset });
             (first, offset) = (first + rows, offset + height);
         }
-        self.strides = [k.div_ceil(LINE), k / block_size];
+        (self.k, self.block_size) = (k, block_size);
         let grow = |have: usize, stride: usize| (offset * stride).max(have);
-        self.values.resize(grow(self.values.len(), self.strides[0]), Values([0; LINE / STEP]));
+        self.values.resize(grow(self.values.len(), k.div_ceil(LINE)), Values([0; LINE / STEP]));
         let none = RowBlock { offset_4: 0, offset_8: 0, scale: 0.0 };
-        self.blocks.resize(grow(self.blocks.len(), self.strides[1]), none);
+        self.blocks.resize(grow(self.blocks.len(), k / block_size), none);
     }
 
-    /// The tiles of the call.
-    pub(super) fn tiles(&self) -> &[Tile] {
-        &self.tiles
-    }
-
-    /// The content of a tile.
-    pub(super) fn tile(&self, tile: Tile) -> TileValues<'_> {
-        let [values, blocks] = self.strides.map(|n| tile.offset * n..(tile.offset + tile.height) * n);
-        TileValues { rows: tile.rows, values: &self.values[values], blocks: &self.blocks[blocks] }
-    }
-
-    /// Access to write tiles side by side.
-    pub(super) fn writer(&mut self) -> Writer<'_> {
-        Writer {
+    /// Access for threads: to write strips, and then to read tiles.
+    pub(super) fn share(&mut self) -> Shared<'_> {
+        let height = self.tiles.first().map_or(1, |tile| tile.height);
+        Shared {
             values: self.values.as_mut_ptr(),
             blocks: self.blocks.as_mut_ptr(),
-            strides: self.strides,
             tiles: &self.tiles,
+            k: self.k,
+            block_size: self.block_size,
+            strip_width: (STRIP_VALUES / height).next_multiple_of(STRIP_STEP),
         }
     }
 }
 
-/// Hands tiles out to threads.
-pub(super) struct Writer<'a> {
+/// Hands content out to threads.
+pub(super) struct Shared<'a> {
     values: *mut Values,
     blocks: *mut RowBlock,
-    strides: [usize; 2],
     tiles: &'a [Tile],
+    k: usize,
+    block_size: usize,
+    /// Values along K of a strip.
+    strip_width: usize,
 }
 
-// SAFETY: the pointers are to vectors that the writer's maker holds exclusively, and threads only get
-// what `tile` gives.
-unsafe impl Sync for Writer<'_> {}
+// SAFETY: the pointers are to vectors that `share` borrowed exclusively, and threads only get what the
+// functions below give, whose callers vouch for them.
+unsafe impl Sync for Shared<'_> {}
 
-impl Writer<'_> {
-    /// The content of tile `i`.
+impl Shared<'_> {
+    /// The tiles of the call.
+    pub(super) fn tiles(&self) -> &[Tile] {
+        self.tiles
+    }
+
+    /// Strips of all tiles.
+    pub(super) fn num_strips(&self) -> usize {
+        self.tiles.len() * self.k.div_ceil(self.strip_width)
+    }
+
+    /// Strip `i`, to be written.
     ///
     /// # Safety
-    /// Nobody else has that tile's content.
-    pub(super) unsafe fn tile(&self, i: usize) -> TileMut<'_> {
-        let tile = self.tiles[i];
-        let [values, blocks] = self.strides.map(|n| (tile.offset * n, tile.height * n));
-        // SAFETY: `reserve` made room for every tile, one after the other; the caller vouches that
-        // this one is not given out twice.
+    /// Nobody else has it, nor any tile.
+    pub(super) unsafe fn strip(&self, i: usize) -> Strip<'_> {
+        let strips_per_tile = self.k.div_ceil(self.strip_width);
+        let (tile, start) = (self.tiles[i / strips_per_tile], i % strips_per_tile * self.strip_width);
+        let end = (start + self.strip_width).min(self.k);
+        // SAFETY: the caller vouches that what is given out is given out once.
+        let (values, blocks) = unsafe {
+            let [values, blocks] = self.range(tile, start, end);
+            (
+                std::slice::from_raw_parts_mut(self.values.add(values.start), values.len()),
+                std::slice::from_raw_parts_mut(self.blocks.add(blocks.start), blocks.len()),
+            )
+        };
+        Strip { tile, start, end, k: self.k, block_size: self.block_size, values, blocks }
+    }
+
+    /// The content of a tile of the call.
+    ///
+    /// # Safety
+    /// Its strips are written, and nobody has one of them any more.
+    pub(super) unsafe fn tile(&self, tile: Tile) -> TileValues<'_> {
+        let [values, blocks] = self.range(tile, 0, self.k);
+        // SAFETY: `reserve` made room for every tile, one after the other.
         unsafe {
-            TileMut {
-                tile,
-                values: std::slice::from_raw_parts_mut(self.values.add(values.0), values.1),
-                blocks: std::slice::from_raw_parts_mut(self.blocks.add(blocks.0), blocks.1),
+            TileValues {
+                rows: tile.rows,
+                height: tile.height,
+                values: std::slice::from_raw_parts(self.values.add(values.start), values.len()),
+                blocks: std::slice::from_raw_parts(self.blocks.add(blocks.start), blocks.len()),
             }
         }
     }
+
+    /// Where the values from `start` to `end` of K lie, and what goes with them; `start` is a whole number
+    /// of steps, and so is `end` unless it is that of K.
+    fn range(&self, tile: Tile, start: usize, end: usize) -> [Range<usize>; 2] {
+        let place = |per_row: usize, start: usize, end: usize| {
+            let first = tile.offset * per_row;
+            first + start * tile.height..first + end * tile.height
+        };
+        [
+            place(self.k.div_ceil(LINE), start / LINE, end.div_ceil(LINE)),
+            place(self.k / self.block_size, start / self.block_size, end / self.block_size),
+        ]
+    }
 }
 
-/// A tile to be written.
-pub(super) struct TileMut<'a> {
+/// Some of a tile's columns, to be written.
+pub(super) struct Strip<'a> {
     tile: Tile,
+    start: usize,
+    end: usize,
+    k: usize,
+    block_size: usize,
     values: &'a mut [Values],
     blocks: &'a mut [RowBlock],
 }
 
-impl TileMut<'_> {
-    /// Quantises the tile's rows out of `x`, `[rows, k]`. Inlined where a level compiles it.
+impl Strip<'_> {
+    /// Quantises the strip's part of `x`, `[rows, k]`. Inlined where a level compiles it.
     #[inline(always)]
-    pub(super) fn quantise(&mut self, x: &[f32], k: usize, block_size: usize) {
-        let rows = &x[self.tile.first * k..(self.tile.first + self.tile.rows) * k];
-        for (r, row) in rows.chunks_exact(k).enumerate() {
-            match block_size {
+    pub(super) fn quantise(&mut self, x: &[f32]) {
+        let rows = &x[self.tile.first * self.k..(self.tile.first + self.tile.rows) * self.k];
+        for (r, row) in rows.chunks_exact(self.k).enumerate() {
+            let row = &row[self.start..self.end];
+            match self.block_size {
                 32 => self.quantise_row::<32>(r, row),
                 64 => self.quantise_row::<64>(r, row),
                 _ => self.quantise_row::<128>(r, row),
@@ -233,7 +285,7 @@ mod tests {
             x[17] = bad;
             assert!(block(x).0.scale.is_nan());
         }
-        for small in [0.0, -0.0, 1e-31, f32::MIN_POSITIVE / 8.0] {
+        for small in [0.0, -0.0, 1e-21, f32::MIN_POSITIVE / 8.0] {
             let (about, values) = block([small; 32]);
             assert_eq!((about.scale, values), (0.0, [0; 32]));
         }

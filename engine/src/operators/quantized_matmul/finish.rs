@@ -41,7 +41,14 @@ pub(super) fn finish<'a>(
                 *gate = silu(*gate) * *up;
             }
         }
-        output.copy_from_slice(&sums[..output.len()]);
+        // Copies of known length are a few instructions.
+        if let Ok(output) = <&mut [f32; COLUMNS]>::try_from(&mut *output) {
+            *output = *sums;
+        } else if let Ok(output) = <&mut [f32; HALF]>::try_from(&mut *output) {
+            output.copy_from_slice(&sums[..HALF]);
+        } else {
+            output.copy_from_slice(&sums[..output.len()]);
+        }
     }
 }
 

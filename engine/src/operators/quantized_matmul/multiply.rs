@@ -3,29 +3,26 @@
 //! Invariant: cutting never changes bits, since each output is computed whole by one kernel; tasks
 //! write disjoint parts of the output.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::activations::{Activations, Tile};
+use super::activations::{Activations, Shared, TileValues};
 use super::finish::Finish;
 use super::kernel::Panel;
 use super::packing::{COLUMNS, LINE};
 use super::product::Product;
 use super::simd::Level;
-use crate::operators::parallel::{Guard, Parallel};
+use crate::operators::parallel::{Guard, Parallel, Phase};
 
-/// Rows that a tile of any level holds.
-const MAX_ROWS: usize = 32;
-/// Below this many values, one thread quantises them all.
-const MIN_PARALLEL_VALUES: usize = 1 << 15;
+/// Tiles that a panel is multiplied with at once, and the rows that they hold at any level.
+const TILES: usize = 8;
+const MAX_ROWS: usize = 16 * TILES;
 /// Below this many products, waking other threads costs more than they save.
 const MIN_PARALLEL_PRODUCTS: usize = 1 << 18;
-/// Pieces of work that a thread should find, so that a slow thread does not hold up the others.
-const TASKS_PER_THREAD: usize = 4;
 /// Bytes of quantised rows that all panels pass by in turn: they are to stay in a core's cache.
 const GROUP_BYTES: usize = 512 << 10;
-/// How far ahead weights are asked for where each is used once.
+/// How far ahead weights are asked for, where they are used first.
 const AHEAD: usize = 4096;
-
 /// A call's validated inputs.
 #[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
@@ -53,93 +50,78 @@ pub(super) fn run<L: Level>(
     let rows = call.x.len() / k;
     assert_eq!(output.len(), rows * call.product.width());
     assert_eq!(call.weights.len(), call.product.num_panels() * call.product.panel_bytes());
-    activations.reserve(level.tiles(rows, format.block_size), k, format.block_size);
-
-    let guard = Guard::default();
-    let num_tiles = activations.tiles().len();
-    let writer = activations.writer();
-    let quantise = |i: usize| {
-        guard.call(&|| {
-            // SAFETY: each tile is asked for once.
-            let mut tile = unsafe { writer.tile(i) };
-            level.quantise(&mut tile, call.x, k, format.block_size);
-        });
-    };
-    if call.x.len() < MIN_PARALLEL_VALUES {
-        (0..num_tiles).for_each(quantise);
-    } else {
-        threads.run(num_tiles, &quantise)?;
-    }
+    activations.reserve(level.tiles(rows), k, format.block_size);
 
     let products = rows * k * call.product.n;
     let num_threads = if products < MIN_PARALLEL_PRODUCTS { 1 } else { threads.num_threads() };
-    let cuts = Cuts::new(call.product, activations.tiles(), num_threads);
-    let job = Job { call, activations, cuts, output: output.as_mut_ptr() };
-    // Workers take tasks as they get to them.
-    let next = AtomicUsize::new(0);
+    let activations = activations.share();
+    let job = Job { call, num_threads, output: output.as_mut_ptr(), activations, taken: AtomicUsize::new(0) };
+    let (guard, quantised) = (Guard::default(), Phase::default());
+    // Workers take what is to be done as they get to it.
     let work = |_: usize| {
-        guard.call(&|| {
-            loop {
-                match next.fetch_add(1, Ordering::Relaxed) {
-                    task if task < job.cuts.num_tasks() => job.work(level, task),
-                    _ => break,
-                }
-            }
+        quantised.run(job.activations.num_strips(), &guard, |i| {
+            // SAFETY: each strip is taken once.
+            let mut strip = unsafe { job.activations.strip(i) };
+            level.quantise(&mut strip, call.x);
         });
+        guard.call(&|| job.multiply(level));
     };
-    match num_threads.min(job.cuts.num_tasks()) {
+    match num_threads {
         1 => work(0),
-        num_workers => threads.run(num_workers, &work)?,
+        _ => threads.run(num_threads, &work)?,
     }
     guard.finish()
 }
 
-/// How a call is cut: groups of tiles times chunks of panels.
-#[derive(Clone, Copy)]
-struct Cuts {
-    num_tiles: usize,
-    num_groups: usize,
-    num_panels: usize,
-    num_chunks: usize,
-}
-
-impl Cuts {
-    fn new(product: Product, tiles: &[Tile], num_threads: usize) -> Self {
-        let num_panels = product.num_panels();
-        let rows: usize = tiles.iter().map(|tile| tile.height).sum();
-        let num_groups = (rows * product.k).div_ceil(GROUP_BYTES).clamp(1, tiles.len());
-        let wanted = if num_threads == 1 { 1 } else { num_threads * TASKS_PER_THREAD };
-        let num_chunks = wanted.div_ceil(num_groups).min(num_panels);
-        Self { num_tiles: tiles.len(), num_groups, num_panels, num_chunks }
-    }
-
-    fn num_tasks(self) -> usize {
-        self.num_groups * self.num_chunks
-    }
-}
-
-/// What the tasks of a call share.
+/// What the threads of a call share.
 struct Job<'a> {
     call: &'a Call<'a>,
-    activations: &'a Activations,
-    cuts: Cuts,
+    num_threads: usize,
     output: *mut f32,
+    activations: Shared<'a>,
+    /// Panels, of all groups, that threads took.
+    taken: AtomicUsize,
 }
 
-// SAFETY: tasks write disjoint parts of `output`; see `work`.
+// SAFETY: threads write disjoint parts of `output`; see `multiply_group`.
 unsafe impl Sync for Job<'_> {}
 
 impl Job<'_> {
-    /// Does a task: some tiles times some panels.
-    fn work<L: Level>(&self, level: L, task: usize) {
-        let Cuts { num_tiles, num_groups, num_panels, num_chunks } = self.cuts;
-        let (group, chunk) = (task / num_chunks, task % num_chunks);
-        let tiles =
-            &self.activations.tiles()[group * num_tiles / num_groups..(group + 1) * num_tiles / num_groups];
-        let panels = chunk * num_panels / num_chunks..(chunk + 1) * num_panels / num_chunks;
+    /// Multiplies until all is done: large parts first, so that threads read long stretches of weights,
+    /// then small ones, so that they end together. All rows are quantised by then.
+    fn multiply<L: Level>(&self, level: L) {
+        let product = self.call.product;
+        let (num_panels, num_tiles) = (product.num_panels(), self.activations.tiles().len());
+        let rows = self.call.x.len() / product.k;
+        let num_groups = (rows * product.k).div_ceil(GROUP_BYTES).clamp(1, num_tiles);
+        let total = num_groups * num_panels;
+        let part = |taken: usize| ((total - taken) / (2 * self.num_threads)).max(1);
+        let take = |taken: usize| (taken < total).then(|| taken + part(taken));
+        while let Ok(start) = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+            let end = start + part(start);
+            for group in start / num_panels..end.div_ceil(num_panels) {
+                let first = group * num_panels;
+                let panels = start.max(first) - first..end.min(first + num_panels) - first;
+                let tiles = group * num_tiles / num_groups..(group + 1) * num_tiles / num_groups;
+                self.multiply_group(level, tiles, panels);
+            }
+        }
+    }
+
+    /// Multiplies some tiles with some panels.
+    fn multiply_group<L: Level>(&self, level: L, tiles: Range<usize>, panels: Range<usize>) {
         let product = self.call.product;
         let (bytes, width) = (product.panel_bytes(), product.width());
-        let mut sums = [[0.0; COLUMNS]; MAX_ROWS];
+        // Sums of few rows are not to cost the clearing of many.
+        let (mut few, mut many);
+        let sums: &mut [[f32; COLUMNS]] = if tiles.len() == 1 {
+            few = [[0.0; COLUMNS]; MAX_ROWS / TILES];
+            &mut few
+        } else {
+            many = [[0.0; COLUMNS]; MAX_ROWS];
+            &mut many
+        };
+        let tiles = &self.activations.tiles()[tiles];
         for p in panels {
             let lines = self.call.weights[p * bytes..(p + 1) * bytes].as_chunks::<LINE>().0;
             let what = Finish {
@@ -149,21 +131,26 @@ impl Job<'_> {
             };
             let first = p * product.panel_width();
             let columns = product.panel_width().min(width - first);
-            for (i, tile) in tiles.iter().enumerate() {
-                // The first of many tiles fetches the next panel for all of them.
-                let ahead = match (tiles.len(), i) {
-                    (1, _) => AHEAD,
-                    (_, 0) => bytes,
-                    _ => 0,
-                };
-                let panel = Panel { lines, format: product.format, ahead };
-                level.multiply(tile.height, &panel, &self.activations.tile(*tile), &mut sums);
-                let rows = (tile.first..tile.first + tile.rows).map(|row| {
+            for (i, tiles) in tiles.chunks(TILES).enumerate() {
+                let first_row = tiles[0].first;
+                let num_rows: usize = tiles.iter().map(|tile| tile.rows).sum();
+                let mut content = [TileValues::default(); TILES];
+                for (content, tile) in content.iter_mut().zip(tiles) {
+                    // SAFETY: all strips are quantised.
+                    *content = unsafe { self.activations.tile(*tile) };
+                }
+                let sums = &mut sums[..num_rows];
+                for row in first_row..first_row + num_rows {
+                    level.prefetch_write(self.output.wrapping_add(row * width + first), columns);
+                }
+                let panel = Panel { lines, format: product.format, ahead: if i == 0 { AHEAD } else { 0 } };
+                level.multiply(&panel, &content[..tiles.len()], sums);
+                let rows = (first_row..first_row + num_rows).map(|row| {
                     // SAFETY: `run` checked that the output holds all rows of this width; tiles have
-                    // rows of their own and panels columns, and each pair of them is in one task.
+                    // rows of their own and panels columns, and each pair of them is taken once.
                     unsafe { std::slice::from_raw_parts_mut(self.output.add(row * width + first), columns) }
                 });
-                level.finish(&mut sums, &what, rows);
+                level.finish(sums, &what, rows);
             }
         }
     }

@@ -11,7 +11,7 @@ pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
 
-use super::activations::{Activations, TileMut, TileValues};
+use super::activations::{Activations, Strip, TileValues};
 use super::finish::{Finish, finish};
 use super::kernel::{Panel, multiply, multiply_rows};
 use super::multiply::{Call, run};
@@ -24,13 +24,16 @@ pub(super) trait Level: Copy + Sync {
     const MAX_ROWS: usize;
 
     /// Rows of each tile that a call's rows are cut into, and rows that the tile has room for.
-    fn tiles(self, rows: usize, _block_size: usize) -> impl Iterator<Item = (usize, usize)> {
+    fn tiles(self, rows: usize) -> impl Iterator<Item = (usize, usize)> {
         even_tiles(rows, Self::MAX_ROWS)
     }
-    /// See [`TileMut::quantise`].
-    fn quantise(self, tile: &mut TileMut, x: &[f32], k: usize, block_size: usize);
-    /// See [`super::kernel::multiply`], for a tile of `height` rows.
-    fn multiply(self, height: usize, panel: &Panel, tile: &TileValues, sums: &mut [[f32; COLUMNS]]);
+    /// See [`Strip::quantise`].
+    fn quantise(self, strip: &mut Strip, x: &[f32]);
+    /// Multiplies neighbouring tiles of a call with a panel; `sums` has a row for each of theirs. See
+    /// [`super::kernel::multiply`].
+    fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]);
+    /// Asks to own the lines of `len` floats from `at` on, which are written soon: another core may have them.
+    fn prefetch_write(self, _at: *const f32, _len: usize) {}
     /// See [`super::finish::finish`].
     fn finish<'a>(
         self,
@@ -47,6 +50,21 @@ pub(super) fn even_tiles(rows: usize, max_rows: usize) -> impl Iterator<Item = (
         let rows = (i + 1) * rows / num - i * rows / num;
         (rows, rows)
     })
+}
+
+/// Multiplies tiles one after the other; the first fetches the next panel for all of them.
+fn for_each_tile(
+    panel: &Panel,
+    tiles: &[TileValues],
+    mut sums: &mut [[f32; COLUMNS]],
+    multiply: impl Fn(&Panel, &TileValues, &mut [[f32; COLUMNS]]),
+) {
+    let mut panel = *panel;
+    for tile in tiles {
+        let (first, rest) = sums.split_at_mut(tile.rows);
+        multiply(&panel, tile, first);
+        (sums, panel.ahead) = (rest, 0);
+    }
 }
 
 /// The instruction set that a kernel uses. A value exists only if this CPU has it.
@@ -136,15 +154,15 @@ macro_rules! x86_level {
         impl Level for $level {
             const MAX_ROWS: usize = $max_rows;
 
-            fn quantise(self, tile: &mut TileMut, x: &[f32], k: usize, block_size: usize) {
+            fn quantise(self, strip: &mut Strip, x: &[f32]) {
                 #[target_feature(enable = $features)]
-                fn compiled(tile: &mut TileMut, x: &[f32], k: usize, block_size: usize) {
-                    tile.quantise(x, k, block_size);
+                fn compiled(strip: &mut Strip, x: &[f32]) {
+                    strip.quantise(x);
                 }
                 // SAFETY: see above.
-                unsafe { compiled(tile, x, k, block_size) }
+                unsafe { compiled(strip, x) }
             }
-            fn multiply(self, height: usize, panel: &Panel, tile: &TileValues, sums: &mut [[f32; COLUMNS]]) {
+            fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]) {
                 #[target_feature(enable = $features)]
                 fn compiled<const BITS: usize, const ROWS: usize>(
                     level: $level,
@@ -154,10 +172,18 @@ macro_rules! x86_level {
                 ) {
                     multiply::<_, BITS, ROWS>(level, panel, tile, sums);
                 }
-                // SAFETY: see above.
-                unsafe {
-                    multiply_rows!(compiled, height, panel.format.bits, (self, panel, tile, sums), $rows);
-                }
+                for_each_tile(panel, tiles, sums, |panel, tile, sums| {
+                    // SAFETY: see above.
+                    unsafe {
+                        multiply_rows!(
+                            compiled,
+                            tile.height,
+                            panel.format.bits,
+                            (self, panel, tile, sums),
+                            $rows
+                        );
+                    }
+                });
             }
             fn finish<'a>(
                 self,

@@ -28,7 +28,7 @@ pub(super) struct Device {
 
 impl Device {
     pub(super) fn new(provider: Provider, options: &OrtOptions) -> Self {
-        Self { provider, id: options.device_id }
+        Self { provider, id: device_id(options) }
     }
 
     /// Memory of the caches and of whole rows of logits.
@@ -59,6 +59,29 @@ impl Device {
     }
 }
 
+/// The first GPU unless another one is named.
+fn device_id(options: &OrtOptions) -> i32 {
+    options.device_id.unwrap_or(0)
+}
+
+/// Refuses options that a provider would take no notice of.
+///
+/// # Errors
+/// [`LoadError::Config`] names the first.
+pub(super) fn check_options(provider: Provider, options: &OrtOptions) -> Result<(), LoadError> {
+    let of_cuda = [
+        ("--device", options.device_id.is_some()),
+        ("--gpu-memory", options.device_memory_bytes.is_some()),
+        ("--cuda-graphs", options.cuda_graphs),
+    ];
+    match of_cuda.iter().find(|(_, is_given)| *is_given) {
+        Some((name, _)) if provider == Provider::Cpu => Err(LoadError::Config(format!(
+            "{name} is for graphs of the CUDA provider, this one is the CPU's"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Opens the graph at `path` for its provider.
 ///
 /// # Errors
@@ -71,9 +94,6 @@ pub(super) fn open(
 ) -> Result<Session, LoadError> {
     let builder = Session::builder(environment).map_err(super::runtime)?;
     match provider {
-        Provider::Cpu if options.cuda_graphs => Err(LoadError::Config(
-            "CUDA graphs are for graphs of the CUDA provider, this one is the CPU's".into(),
-        )),
         Provider::Cpu => on_cpu(builder, path, options).map_err(super::runtime),
         Provider::Cuda => on_cuda(builder, path, options).map_err(|error| explain(&error)),
     }
@@ -91,7 +111,7 @@ fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Re
 
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
     let mut provider = CUDA::default()
-        .with_device_id(options.device_id)
+        .with_device_id(device_id(options))
         .with_cuda_graph(options.cuda_graphs)
         // The default doubles at each growth, which next to a large cache runs out of memory early.
         .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
@@ -180,5 +200,33 @@ pub(super) fn element_type(dtype: Dtype) -> TensorElementType {
         Dtype::Float8e4m3fn => TensorElementType::Float8E4M3FN,
         Dtype::Int8 => TensorElementType::Int8,
         Dtype::Int4 => TensorElementType::Uint8,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_a_gpu_are_refused_by_name_for_the_cpu() {
+        let none = OrtOptions {
+            library: "no/such/library".into(),
+            num_threads: 1,
+            kv_cache_bytes: 1,
+            device_id: None,
+            device_memory_bytes: None,
+            cuda_graphs: false,
+        };
+        assert!(check_options(Provider::Cpu, &none).is_ok());
+        for (name, options) in [
+            // The very device that is the default: what is given is meant.
+            ("--device ", OrtOptions { device_id: Some(0), ..none.clone() }),
+            ("--gpu-memory ", OrtOptions { device_memory_bytes: Some(1), ..none.clone() }),
+            ("--cuda-graphs ", OrtOptions { cuda_graphs: true, ..none.clone() }),
+        ] {
+            let error = check_options(Provider::Cpu, &options).unwrap_err().to_string();
+            assert!(error.starts_with(name), "{error}");
+            assert!(check_options(Provider::Cuda, &options).is_ok());
+        }
     }
 }

@@ -28,7 +28,7 @@ pub(super) struct Completion {
 }
 
 impl Completion {
-    pub(super) fn from_json(body: &[u8], state: &AppState) -> Result<Self, ApiError> {
+    pub(super) fn from_json(body: Value, state: &AppState) -> Result<Self, ApiError> {
         let request = ChatCompletionRequest::parse(body)?;
         let Some(model) = request.model.clone() else {
             return Err(ApiError::invalid_value("model", "model is missing"));
@@ -187,7 +187,8 @@ fn sampling(
         None => generation.top_k.unwrap_or(defaults.top_k),
         Some(-1) => 0,
         Some(top_k) => u32::try_from(top_k).map_err(|_| {
-            ApiError::invalid_value("top_k", format!("top_k must be -1, 0 or a count, not {top_k}"))
+            let message = format!("top_k must be an integer from -1 to {}, not {top_k}", u32::MAX);
+            ApiError::invalid_value("top_k", message)
         })?,
     };
     Ok(SamplingParams {

@@ -42,8 +42,12 @@ pub(in crate::routes) const HONOURED: [&str; 18] = [
     "priority",
 ];
 
-/// A request without the fields that have no effect; refuses those that can't be honoured.
-pub(super) fn checked(mut body: Value) -> Result<Value, ApiError> {
+/// A request's body without the fields that have no effect; refuses those that can't be honoured.
+pub(super) fn read(body: &[u8]) -> Result<Value, ApiError> {
+    checked(serde_json::from_slice(body).map_err(|error| ApiError::invalid_json(&error))?)
+}
+
+fn checked(mut body: Value) -> Result<Value, ApiError> {
     let request = as_object(&mut body, "body")?;
     check(request, "", of_request)?;
     if let Some(options) = request.get_mut("stream_options") {
@@ -213,6 +217,20 @@ mod tests {
             "messages": [{"role": "user", "content": "x", "name": "n", "tool_calls": []}]});
         let expected = json!({"model": "m", "messages": [{"role": "user", "content": "x"}]});
         assert_eq!(run(request), Ok(expected));
+    }
+
+    #[test]
+    fn only_objects_of_json_are_read() {
+        let error = |body: &[u8]| (read(body).unwrap_err().code(), read(body).unwrap_err().body());
+        assert_eq!(error(b"{").0, "invalid_json");
+        for (body, param) in [
+            ("[]", "body"),
+            (r#"{"messages": [["user", "x"]]}"#, "messages[0]"),
+            (r#"{"stream_options": [true]}"#, "stream_options"),
+        ] {
+            let (code, body) = error(body.as_bytes());
+            assert_eq!((code, &body["error"]["param"]), ("invalid_value", &json!(param)), "{body}");
+        }
     }
 
     #[test]

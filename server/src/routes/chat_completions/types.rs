@@ -1,11 +1,11 @@
 //! Owns the JSON shapes of chat completions, in and out.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::fields;
 use crate::error::ApiError;
 use crate::stream::event_log;
 use crate::stream::reply_stream::StreamOptions;
@@ -45,15 +45,30 @@ pub(super) struct RequestMessage {
 }
 
 impl ChatCompletionRequest {
-    /// Reads a body. Errors name the field by its path.
-    pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let value = serde_json::from_slice(body).map_err(|error| ApiError::invalid_json(&error))?;
-        let value = fields::checked(value)?;
-        serde_path_to_error::deserialize(value).map_err(|error| {
+    /// Reads a checked body. Errors name the field by its path.
+    pub(super) fn parse(body: Value) -> Result<Self, ApiError> {
+        serde_path_to_error::deserialize(body).map_err(|error| {
             let path = error.path().to_string();
-            let message = format!("{path}: {}", error.inner());
+            let message = error.inner().to_string();
+            let message = match message.rsplit_once(", expected ") {
+                Some((_, expected)) => format!("{path} must be {}", in_json_terms(expected)),
+                None => format!("{path}: {message}"),
+            };
             ApiError::invalid_value(path, message)
         })
+    }
+}
+
+/// serde expects Rust's types; a client knows JSON's.
+fn in_json_terms(expected: &str) -> Cow<'_, str> {
+    match expected {
+        "f32" => "a number".into(),
+        "i32" => format!("an integer from {} to {}", i32::MIN, i32::MAX).into(),
+        "i64" => format!("an integer from {} to {}", i64::MIN, i64::MAX).into(),
+        "usize" => format!("an integer from 0 to {}", usize::MAX).into(),
+        "a sequence" => "a list".into(),
+        "a map" => "an object".into(),
+        other => other.into(),
     }
 }
 
@@ -150,28 +165,38 @@ pub(super) struct ReplyMessage {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
-    fn type_errors_name_the_path() {
+    fn type_errors_name_the_path_and_what_json_may_stand_there() {
         let cases = [
-            (r#"{"temperature": "hot"}"#, "temperature"),
-            (r#"{"max_tokens": -1}"#, "max_tokens"),
-            (r#"{"messages": {}}"#, "messages"),
-            (r#"{"messages": [{"role": "user", "content": "x"}, {"role": 3}]}"#, "messages[1].role"),
-            (r#"{"logit_bias": {"7": "x"}}"#, "logit_bias.7"),
-            (r#"{"stream_options": {"include_usage": 1}}"#, "stream_options.include_usage"),
-            (r#"{"seed": 1.5}"#, "seed"),
-            (r#"{"messages": [["user", "x"]]}"#, "messages[0]"),
-            (r#"{"stream_options": [true]}"#, "stream_options"),
+            (json!({"temperature": ", expected x"}), "temperature", "must be a number"),
+            (json!({"max_tokens": -1}), "max_tokens", "must be an integer from 0 to 18446744073709551615"),
+            (json!({"messages": {}}), "messages", "must be a list"),
+            (json!({"messages": [{"role": "user"}, {"role": 3}]}), "messages[1].role", "must be a string"),
+            (json!({"messages": [{}]}), "messages[0]", "missing field `role`"),
+            (json!({"logit_bias": {"7": "x"}}), "logit_bias.7", "must be a number"),
+            (json!({"logit_bias": []}), "logit_bias", "must be an object"),
+            (
+                json!({"stream_options": {"include_usage": 1}}),
+                "stream_options.include_usage",
+                "must be a boolean",
+            ),
+            (json!({"seed": 1.5}), "seed", "-9223372036854775808 to 9223372036854775807"),
+            (json!({"top_k": "all"}), "top_k", "must be an integer"),
+            (
+                json!({"priority": 1u64 << 40}),
+                "priority",
+                "must be an integer from -2147483648 to 2147483647",
+            ),
         ];
-        for (body, param) in cases {
-            let error = ChatCompletionRequest::parse(body.as_bytes()).unwrap_err().body();
+        for (body, param, words) in cases {
+            let error = ChatCompletionRequest::parse(body).unwrap_err().body();
             assert_eq!(error["error"]["param"], param, "{error}");
             assert_eq!(error["error"]["code"], "invalid_value", "{error}");
+            assert!(error["error"]["message"].as_str().unwrap().contains(words), "{error}");
         }
-        let error = ChatCompletionRequest::parse(b"{").unwrap_err();
-        assert_eq!(error.code(), "invalid_json");
-        assert_eq!(ChatCompletionRequest::parse(b"[]").unwrap_err().code(), "invalid_value");
     }
 }

@@ -1,25 +1,31 @@
-//! Owns the kernel's arithmetic in AMX: 16 or 32 rows at once, for steps that have as many; AVX-512 does
-//! the rest, to the same bits.
+//! Owns the kernel's arithmetic in AMX: 16 rows at once. Calls of very few rows are faster in AVX-512, and
+//! give the same bits.
 //!
-//! Invariant: a value of [`Amx`] exists only on a CPU with AMX-INT8 and AVX-512 VNNI, after Linux allowed
-//! this process the use of tiles. The compiler knows nothing of tiles: each function that sets them up
-//! also releases them.
+//! Codes become signed, with 4 bits in the high half of a byte: then no sum needs a correction. Sums of 4
+//! bits are 16 times too large for all columns, which goes away with powers of 2: see [`unpack`].
+//!
+//! Invariant: a value of [`Amx`] exists only on a CPU with AMX-INT8, GFNI and AVX-512 VNNI, after Linux
+//! allowed this process the use of tiles. The compiler knows nothing of tiles: each function that sets them
+//! up also releases them.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::avx512::Avx512;
-use super::{COLUMNS, Finish, Level, Panel, TileMut, TileValues, even_tiles};
-use crate::operators::quantized_matmul::activations::Values;
+use super::{COLUMNS, Finish, Level, Panel, Strip, TileValues, even_tiles};
+use crate::operators::quantized_matmul::activations::{RowBlock, Values};
 use crate::operators::quantized_matmul::kernel::Lanes;
 use crate::operators::quantized_matmul::packing::{HALF, LINE, Line, STEP};
 
 /// Rows of a tile.
 const HEIGHT: usize = 16;
 /// Fewer rows than this are faster in AVX-512.
-const MIN_ROWS: usize = 5;
-/// Values of K that a tile of rows holds; a block is one or two of them.
+const MIN_ROWS: usize = 3;
+/// Most values of K that a tile of rows holds.
 const WIDTH: usize = 64;
+/// The largest block.
+const MAX_BLOCK: usize = 128;
 
 /// The proof that this process may use AMX.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +36,7 @@ impl Amx {
     pub(in super::super) fn detect() -> Option<Self> {
         const TILE_AND_INT8: u32 = 0b11 << 24;
         let found = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILE_AND_INT8 == TILE_AND_INT8;
+        let found = found && is_x86_feature_detected!("gfni");
         Avx512::detect().filter(|_| found && allowed()).map(Self)
     }
 }
@@ -60,7 +67,7 @@ fn allowed() -> bool {
     false
 }
 
-/// What `ldtilecfg` reads: every tile has 16 rows of 64 bytes.
+/// What `ldtilecfg` reads.
 #[repr(C, align(64))]
 struct Shapes {
     palette: u8,
@@ -70,50 +77,62 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-static SHAPES: Shapes = {
-    let mut shapes =
-        Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    let mut tile = 0;
-    while tile < 8 {
-        shapes.row_bytes[tile] = 64;
-        shapes.rows[tile] = HEIGHT as u8;
-        tile += 1;
+impl Shapes {
+    /// Tiles for `height` rows of `width` values: tmm0 and tmm1 hold sums of 16 columns, tmm4 and tmm5
+    /// values, tmm6 and tmm7 codes.
+    fn new(height: usize, width: usize) -> Self {
+        let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
+        for (tile, bytes, num) in [
+            (0, LINE, height),
+            (1, LINE, height),
+            (4, width, height),
+            (5, width, height),
+            (6, LINE, width / STEP),
+            (7, LINE, width / STEP),
+        ] {
+            (row_bytes[tile], rows[tile]) = (bytes as u16, num as u8);
+        }
+        Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
     }
-    shapes
-};
+}
 
-/// The codes of a block of 4 bits, columns below 16 and the others apart.
+/// Signed codes of a block, columns below 16 and the others apart.
 #[repr(C, align(64))]
-struct Codes([[Line; 128 / STEP]; 2]);
+struct Codes([[Line; MAX_BLOCK / STEP]; 2]);
 
-/// Sums of a block: those of 16 rows and 16 columns, by rows and halves of the panel.
+/// Sums of a block, columns below 16 and the others apart.
 #[repr(C, align(64))]
-struct Sums([[[[i32; HALF]; HEIGHT]; 2]; 2]);
+struct Sums([[[i32; HALF]; HEIGHT]; 2]);
 
 impl Level for Amx {
-    const MAX_ROWS: usize = 2 * HEIGHT;
+    const MAX_ROWS: usize = HEIGHT;
 
-    fn tiles(self, rows: usize, block_size: usize) -> impl Iterator<Item = (usize, usize)> {
-        let full = if block_size < WIDTH { 0 } else { rows / Self::MAX_ROWS };
-        let rest = rows - full * Self::MAX_ROWS;
-        let padded = (block_size >= WIDTH && rest >= MIN_ROWS).then(|| (rest, rest.next_multiple_of(HEIGHT)));
-        let vnni = if padded.is_some() { 0 } else { rest };
-        let full = std::iter::repeat_n((Self::MAX_ROWS, Self::MAX_ROWS), full);
-        full.chain(padded).chain(even_tiles(vnni, Avx512::MAX_ROWS))
+    fn tiles(self, rows: usize) -> impl Iterator<Item = (usize, usize)> {
+        let (amx, avx512) = if rows < MIN_ROWS { (0, rows) } else { (rows, 0) };
+        let full = std::iter::repeat_n((HEIGHT, HEIGHT), amx / HEIGHT);
+        let rest = amx % HEIGHT;
+        // Tiles of a call have one shape.
+        let height = if amx < HEIGHT { rest } else { HEIGHT };
+        full.chain((rest > 0).then_some((rest, height))).chain(even_tiles(avx512, Avx512::MAX_ROWS))
     }
-    fn quantise(self, tile: &mut TileMut, x: &[f32], k: usize, block_size: usize) {
-        self.0.quantise(tile, x, k, block_size);
+    fn quantise(self, strip: &mut Strip, x: &[f32]) {
+        self.0.quantise(strip, x);
     }
-    fn multiply(self, height: usize, panel: &Panel, tile: &TileValues, sums: &mut [[f32; COLUMNS]]) {
-        // SAFETY: `self` is the proof that the CPU has AVX-512 with VNNI, and AMX with leave to use it.
-        unsafe {
-            match (panel.format.bits, height) {
-                (4, HEIGHT) => multiply::<4, 1>(self.0, panel, tile, sums),
-                (_, HEIGHT) => multiply::<8, 1>(self.0, panel, tile, sums),
-                (4, Self::MAX_ROWS) => multiply::<4, 2>(self.0, panel, tile, sums),
-                (_, Self::MAX_ROWS) => multiply::<8, 2>(self.0, panel, tile, sums),
-                _ => self.0.multiply(height, panel, tile, sums),
-            }
+    fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]) {
+        match (tiles[0].height, panel.format.bits) {
+            (..MIN_ROWS, _) => self.0.multiply(panel, tiles, sums),
+            // SAFETY: `self` is the proof that the CPU has AVX-512 with VNNI, and AMX with leave to use it.
+            (_, 4) => unsafe { multiply::<4>(self.0, panel, tiles, sums) },
+            // SAFETY: as above.
+            _ => unsafe { multiply::<8>(self.0, panel, tiles, sums) },
+        }
+    }
+    fn prefetch_write(self, at: *const f32, len: usize) {
+        for line in (0..len).step_by(LINE / size_of::<f32>()) {
+            // SAFETY: prefetching touches nothing, wherever it points.
+            unsafe {
+                asm!("prefetchw [{}]", in(reg) at.wrapping_add(line), options(nostack, preserves_flags))
+            };
         }
     }
     fn finish<'a>(
@@ -126,140 +145,146 @@ impl Level for Amx {
     }
 }
 
-/// As [`super::multiply`], for `TILES` times 16 rows.
+/// As [`super::kernel::multiply`], for tiles of one height; codes are unpacked once for all of them.
 ///
 /// # Safety
 /// This process may use AMX.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn multiply<const BITS: usize, const TILES: usize>(
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,gfni")]
+unsafe fn multiply<const BITS: usize>(
     lanes: Avx512,
     panel: &Panel,
-    tile: &TileValues,
+    tiles: &[TileValues],
     sums: &mut [[f32; COLUMNS]],
 ) {
-    let height = TILES * HEIGHT;
-    let parts = panel.format.block_size / WIDTH;
-    let mut codes = Codes([[[0; LINE]; 128 / STEP]; 2]);
-    let mut whole = Sums([[[[0; HALF]; HEIGHT]; 2]; 2]);
-    for row in &mut sums[..tile.rows] {
-        row.fill(0.0);
-    }
+    let (height, block_size) = (tiles[0].height, panel.format.block_size);
+    let (mut codes, mut whole) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    sums.fill([0.0; COLUMNS]);
+    let shapes = Shapes::new(height, block_size.min(WIDTH));
     // SAFETY: the caller vouches for AMX; the shapes are valid ones.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &SHAPES, options(nostack, readonly)) };
-    let blocks = panel.lines.chunks_exact(panel.format.block_lines());
-    let values = tile.values.chunks_exact(parts * height);
-    for ((block, values), rows) in blocks.zip(values).zip(tile.blocks.chunks_exact(height)) {
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
+    for (b, block) in panel.lines.chunks_exact(panel.format.block_lines()).enumerate() {
         let Some((scales, lines)) = block.split_last() else { break };
-        for line in lines {
-            lanes.prefetch(line, panel.ahead);
-        }
-        let first = if BITS == 4 {
-            for (s, line) in lines.as_chunks::<1>().0.iter().enumerate() {
-                let [low, high] = lanes.codes::<4>(line, 0);
-                for (to, from) in codes.0.iter_mut().zip([low, high]) {
-                    // SAFETY: AVX-512 is there, and a line is as long as a register.
-                    unsafe { _mm512_storeu_si512(to[s].as_mut_ptr().cast(), from) };
-                }
-            }
-            codes.0[0].as_ptr()
-        } else {
-            lines.as_ptr()
-        };
-        // SAFETY: the block has lines, and the tile values, for `parts` times 64 of K; tiles are set up.
-        unsafe { dot::<BITS, TILES>(values, first, parts, &mut whole) };
-        for r in 0..tile.rows {
-            for (half, start) in lanes.start::<BITS>(&rows[r]).into_iter().enumerate() {
-                let column = half * HALF;
-                let whole = whole.0[r / HEIGHT][half][r % HEIGHT].as_ptr();
-                // SAFETY: AVX-512 is there, and the sums are as long as a register.
-                let whole = unsafe { _mm512_add_epi32(start, _mm512_load_si512(whole.cast())) };
-                let to = &mut sums[r][column..column + HALF];
-                let scales = &scales[2 * column..2 * (column + HALF)];
-                lanes.fold::<BITS>(half == 1, whole, scales, rows[r].scale, to);
-            }
+        let scales = unpack::<BITS>(lanes, lines, scales, panel.ahead, &mut codes);
+        let mut sums = &mut *sums;
+        for tile in tiles {
+            // Two blocks of 32 share the lines of their rows.
+            let at = b * block_size;
+            let values = &tile.values[at / WIDTH * height..][..block_size.div_ceil(WIDTH) * height];
+            // SAFETY: tiles are set up, for rows of as many values as there are from `at` on.
+            unsafe { dot(values, at % WIDTH, &codes, block_size.div_ceil(WIDTH), &mut whole) };
+            let (these, rest) = sums.split_at_mut(tile.rows);
+            // SAFETY: `dot` wrote sums of every row.
+            let whole = unsafe { &*whole.as_ptr() };
+            fold(whole, &tile.blocks[b * height..][..tile.rows], scales, these);
+            sums = rest;
         }
     }
     // SAFETY: tiles were set up above.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// Sums of a block: `parts` times 64 values of `TILES` times 16 rows with codes from `codes` on.
+/// Writes a block's codes as signed numbers, 16 times as large at 4 bits. Returns the scales for sums of
+/// them, except that columns from 16 on stay 16 times too large, as [`Lanes::fold`] leaves them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,gfni")]
+#[inline]
+fn unpack<const BITS: usize>(
+    lanes: Avx512,
+    lines: &[Line],
+    scales: &Line,
+    ahead: usize,
+    codes: &mut MaybeUninit<Codes>,
+) -> [__m512; 2] {
+    // As a matrix of bits: moves the low half of a byte to its high half, and 0 to the low one.
+    const LOW_TO_HIGH: i64 = 0x0102_0408;
+    let (sign, high) = (_mm512_set1_epi8(-0x80), _mm512_set1_epi8(-0x10));
+    let sign_of_high = _mm512_set1_epi8(-0x78);
+    let codes = codes.as_mut_ptr().cast::<__m512i>();
+    for (s, step) in lines.chunks_exact(BITS / 4).take(MAX_BLOCK / STEP).enumerate() {
+        for line in step {
+            lanes.prefetch(line, ahead);
+        }
+        // SAFETY: a line is as long as a register, and each half of the codes has room for this one.
+        unsafe {
+            let load = |line: &Line| _mm512_loadu_si512(line.as_ptr().cast());
+            let line = load(&step[0]);
+            let both = if BITS == 4 {
+                let low = _mm512_gf2p8affine_epi64_epi8::<0x80>(line, _mm512_set1_epi64(LOW_TO_HIGH));
+                // (line ^ sign) & high
+                [low, _mm512_ternarylogic_epi64::<0x28>(line, sign_of_high, high)]
+            } else {
+                [_mm512_xor_si512(line, sign), _mm512_xor_si512(load(&step[1]), sign)]
+            };
+            codes.add(s).write(both[0]);
+            codes.add(MAX_BLOCK / STEP + s).write(both[1]);
+        }
+    }
+    // SAFETY: a line holds 32 scales.
+    unsafe {
+        let scales = scales.as_ptr().cast::<__m256i>();
+        let unit = _mm512_set1_ps(if BITS == 4 { 1.0 / 16.0 } else { 1.0 });
+        let first = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(scales)), unit);
+        [first, _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(1)))]
+    }
+}
+
+/// Sums of a block: `parts` times as many values of each row as a tile holds, with as many codes.
 ///
 /// # Safety
-/// Tiles have the shapes of [`SHAPES`]. At 4 bits `codes` starts a [`Codes`], at 8 bits a block of a panel.
+/// Tiles are set up by [`Shapes::new`] for `values.len() / parts` rows, of as many values as are in
+/// `codes`, which are written, for each part, and as there are from `start` on in each line of `values`.
 #[inline(always)]
-unsafe fn dot<const BITS: usize, const TILES: usize>(
+unsafe fn dot(
     values: &[Values],
-    codes: *const Line,
+    start: usize,
+    codes: &MaybeUninit<Codes>,
     parts: usize,
-    sums: &mut Sums,
+    sums: &mut MaybeUninit<Sums>,
 ) {
-    // Bytes from a step's codes to the next one's, and from columns below 16 to the others.
-    let (stride, half) = if BITS == 4 { (LINE, size_of::<Codes>() / 2) } else { (2 * LINE, LINE) };
-    // SAFETY: the caller vouches for the shapes and the memory; `values` and `sums` are as long as what is
-    // read of them and written to them.
+    // SAFETY: the caller vouches for the shapes; all that is read and written is inside of the arguments.
     unsafe {
-        if TILES == 1 {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "2:",
-                "tileloadd tmm6, [{codes} + {stride}]",
-                "tileloadd tmm4, [{values} + {line}]",
-                "tdpbsud tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{others} + {stride}]",
-                "tdpbsud tmm1, tmm4, tmm7",
-                "add {values}, 1024",
-                "add {codes}, {next}",
-                "add {others}, {next}",
-                "dec {parts}",
-                "jnz 2b",
-                "tilestored [{sums} + {line}], tmm0",
-                "tilestored [{sums} + {line} + 1024], tmm1",
-                values = inout(reg) values.as_ptr() => _,
-                codes = inout(reg) codes => _,
-                others = inout(reg) codes.byte_add(half) => _,
-                parts = inout(reg) parts => _,
-                stride = in(reg) stride,
-                next = in(reg) HEIGHT * stride,
-                line = in(reg) LINE,
-                sums = in(reg) sums,
-                options(nostack),
-            );
-        } else {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "2:",
-                "tileloadd tmm6, [{codes} + {stride}]",
-                "tileloadd tmm4, [{values} + {line}]",
-                "tdpbsud tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{others} + {stride}]",
-                "tdpbsud tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{values} + {line} + 1024]",
-                "tdpbsud tmm2, tmm5, tmm6",
-                "tdpbsud tmm3, tmm5, tmm7",
-                "add {values}, 2048",
-                "add {codes}, {next}",
-                "add {others}, {next}",
-                "dec {parts}",
-                "jnz 2b",
-                "tilestored [{sums} + {line}], tmm0",
-                "tilestored [{sums} + {line} + 1024], tmm1",
-                "tilestored [{sums} + {line} + 2048], tmm2",
-                "tilestored [{sums} + {line} + 3072], tmm3",
-                values = inout(reg) values.as_ptr() => _,
-                codes = inout(reg) codes => _,
-                others = inout(reg) codes.byte_add(half) => _,
-                parts = inout(reg) parts => _,
-                stride = in(reg) stride,
-                next = in(reg) HEIGHT * stride,
-                line = in(reg) LINE,
-                sums = in(reg) sums,
-                options(nostack),
-            );
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tileloadd tmm4, [{values} + {line}]",
+            "tileloadd tmm6, [{codes} + {line}]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{codes} + {line} + 2048]",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "dec {parts}",
+            "jz 2f",
+            "tileloadd tmm5, [{others} + {line}]",
+            "tileloadd tmm6, [{codes} + {line} + 1024]",
+            "tdpbssd tmm0, tmm5, tmm6",
+            "tileloadd tmm7, [{codes} + {line} + 3072]",
+            "tdpbssd tmm1, tmm5, tmm7",
+            "2:",
+            "tilestored [{sums} + {line}], tmm0",
+            "tilestored [{sums} + {line} + 1024], tmm1",
+            values = in(reg) values.as_ptr().byte_add(start),
+            others = in(reg) values[values.len() / 2..].as_ptr(),
+            codes = in(reg) codes.as_ptr(),
+            parts = inout(reg) parts => _,
+            line = in(reg) LINE,
+            sums = in(reg) sums.as_mut_ptr(),
+            options(nostack),
+        );
+    }
+}
+
+/// `to = fma(sums, scales * row's scale, to)`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn fold(sums: &Sums, rows: &[RowBlock], scales: [__m512; 2], to: &mut [[f32; COLUMNS]]) {
+    let [first, second] = &sums.0;
+    for (((row, first), second), to) in rows.iter().zip(first).zip(second).zip(to) {
+        for (half, (sums, scales)) in [first, second].into_iter().zip(scales).enumerate() {
+            let to = to[half * HALF..][..HALF].as_mut_ptr();
+            // SAFETY: both arrays are as long as a register.
+            unsafe {
+                let sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.as_ptr().cast()));
+                let scales = _mm512_mul_ps(scales, _mm512_set1_ps(row.scale));
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(sums, scales, _mm512_loadu_ps(to)));
+            }
         }
     }
 }

@@ -4,7 +4,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Finish, Level, Panel, TileMut, TileValues, finish, multiply, multiply_rows, x86_level};
+use super::{
+    COLUMNS, Finish, Level, Panel, Strip, TileValues, finish, for_each_tile, multiply, multiply_rows,
+    x86_level,
+};
 use crate::operators::quantized_matmul::activations::RowBlock;
 use crate::operators::quantized_matmul::kernel::Lanes;
 use crate::operators::quantized_matmul::packing::{HALF, Line};
@@ -70,7 +73,7 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn prefetch(self, line: &Line, ahead: usize) {
         // SAFETY: prefetching touches nothing, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(ahead).cast()) }
     }
 }
 

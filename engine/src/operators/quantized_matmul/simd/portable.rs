@@ -2,7 +2,9 @@
 //!
 //! Invariant: it needs no instruction beyond the target's baseline and no unsafe code.
 
-use super::{COLUMNS, Finish, Level, Panel, TileMut, TileValues, finish, multiply, multiply_rows};
+use super::{
+    COLUMNS, Finish, Level, Panel, Strip, TileValues, finish, for_each_tile, multiply, multiply_rows,
+};
 use crate::operators::quantized_matmul::activations::RowBlock;
 use crate::operators::quantized_matmul::kernel::Lanes;
 use crate::operators::quantized_matmul::packing::{HALF, Line, STEP, half_to_float};
@@ -58,10 +60,10 @@ impl Lanes for Portable {
 impl Level for Portable {
     const MAX_ROWS: usize = 4;
 
-    fn quantise(self, tile: &mut TileMut, x: &[f32], k: usize, block_size: usize) {
-        tile.quantise(x, k, block_size);
+    fn quantise(self, strip: &mut Strip, x: &[f32]) {
+        strip.quantise(x);
     }
-    fn multiply(self, height: usize, panel: &Panel, tile: &TileValues, sums: &mut [[f32; COLUMNS]]) {
+    fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]) {
         fn kernel<const BITS: usize, const ROWS: usize>(
             panel: &Panel,
             tile: &TileValues,
@@ -69,7 +71,9 @@ impl Level for Portable {
         ) {
             multiply::<_, BITS, ROWS>(Portable, panel, tile, sums);
         }
-        multiply_rows!(kernel, height, panel.format.bits, (panel, tile, sums), [1 2 3 4]);
+        for_each_tile(panel, tiles, sums, |panel, tile, sums| {
+            multiply_rows!(kernel, tile.height, panel.format.bits, (panel, tile, sums), [1 2 3 4]);
+        });
     }
     fn finish<'a>(
         self,
