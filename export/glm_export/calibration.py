@@ -40,9 +40,32 @@ NUM_ARBITRARY = 4
 NUM_PANELS = 16
 
 
-def refine(config: Config, checkpoint: Mapping[str, Source], text: Path, folder: Path) -> None:
-    """Rewrites the 4-bit weights of the engine's products in a folder that holds graph and tokenizer."""
-    sequences = _sequences(config, text, folder)
+def sequences(config: Config, text: Path, folder: Path) -> list[list[int]]:
+    """What to read: a text in parts of one length, each begun as the model knows it, and arbitrary tokens.
+
+    The folder holds the tokenizer.
+    """
+    special = config.chat.special_tokens
+    prefix = [special[name] for name in PREFIX if name in special]
+    try:
+        content = text.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ExportError(f"--calibrate {text}: not a text: {error}") from None
+    ids = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode(content).ids
+    length = min(LENGTH, config.geometry.max_model_len) - len(prefix)
+    starts = range(0, len(ids) - length + 1, length)[:NUM_SEQUENCES]
+    if not starts:
+        raise ExportError(f"--calibrate {text}: {len(ids)} tokens, and {length} are the least")
+    parts = [ids[start : start + length] for start in starts]
+    shape = (NUM_ARBITRARY, length)
+    parts += np.random.default_rng(0).integers(0, config.geometry.vocab_size, shape).tolist()
+    return [prefix + part for part in parts]
+
+
+def refine(
+    config: Config, checkpoint: Mapping[str, Source], sequences: list[list[int]], folder: Path
+) -> None:
+    """Rewrites the 4-bit weights of the engine's products in a folder that holds the graph."""
     written = onnx.load(folder / graph.GRAPH_FILE, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in written.initializer}
     sources = _sources(config)
@@ -66,25 +89,6 @@ def refine(config: Config, checkpoint: Mapping[str, Source], text: Path, folder:
             if graph.NAMES["logits"] in node.output:
                 # Nobody reads them, and they are the largest values of all.
                 break
-
-
-def _sequences(config: Config, text: Path, folder: Path) -> list[list[int]]:
-    """The text in parts of one length, each as the model knows the beginning of a text."""
-    special = config.chat.special_tokens
-    prefix = [special[name] for name in PREFIX if name in special]
-    try:
-        content = text.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ExportError(f"--calibrate {text}: not a text: {error}") from None
-    ids = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode(content).ids
-    length = min(LENGTH, config.geometry.max_model_len) - len(prefix)
-    starts = range(0, len(ids) - length + 1, length)[:NUM_SEQUENCES]
-    if not starts:
-        raise ExportError(f"--calibrate {text}: {len(ids)} tokens, and {length} are the least")
-    parts = [ids[start : start + length] for start in starts]
-    shape = (NUM_ARBITRARY, length)
-    parts += np.random.default_rng(0).integers(0, config.geometry.vocab_size, shape).tolist()
-    return [prefix + part for part in parts]
 
 
 def _sources(config: Config) -> dict[str, str]:

@@ -85,9 +85,11 @@ def export(
     tensors = weights.open_checkpoint(settings, checkpoint, lora)
     with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
         tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
+        # Before the weights, so that a text which does not serve is refused at once.
+        sequences = None if calibrate is None else calibration.sequences(settings, calibrate, folder)
         graph.write(settings, tensors, scheme, made_for, folder)
-        if calibrate is not None:
-            calibration.refine(settings, tensors, calibrate, folder)
+        if sequences is not None:
+            calibration.refine(settings, tensors, sequences, folder)
         known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():

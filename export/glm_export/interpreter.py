@@ -87,10 +87,10 @@ def walk(
     uses = Counter(name for node in graph.node for name in node.input)
     with progress.phase(title, weights.num_bytes) as advance:
         for node in graph.node:
+            yield node, values
             compute = NODES.get(node.op_type)
             if compute is None:
                 raise ExportError(f"known answer: no rule for the node {node.op_type}")
-            yield node, values
             attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
             outputs = compute(_Inputs(node, values, weights, types, roundings), attributes)
             for array in outputs:
