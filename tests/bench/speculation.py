@@ -7,15 +7,11 @@ the runtime's product of a row depends on how many rows are beside it.
 """
 
 import argparse
-import contextlib
-import re
-import subprocess
 import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
+from serving import counter, serve
 
 TEXT = (
     "The lighthouse stood on a narrow rock two miles from the harbour. Every evening the keeper climbed the "
@@ -47,29 +43,10 @@ PROMPTS = {
 }
 
 
-@contextlib.contextmanager
-def serve(arguments: list[str]) -> Iterator[str]:
-    """A server on a free port: its address."""
-    command = ["target/release/glmserve", "serve", "--port", "0", "--log-format", "json", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            address = None
-            for line in process.stderr:
-                address = address or re.search(r"127\.0\.0\.1:\d+", line)
-                if '"ready"' in line:
-                    yield f"http://{address[0]}"
-                    return
-            raise SystemExit(f"{' '.join(command)} ended")
-        finally:
-            process.terminate()
-
-
 def counts(url: str) -> list[int]:
     """Tokens guessed, and tokens of those that were sampled."""
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        text = answer.read().decode()
     names = ["glmserve_draft_tokens_total", "glmserve_accepted_draft_tokens_total"]
-    return [int(re.search(rf"^{name} (\d+)", text, re.M)[1]) for name in names]
+    return [counter(url, name) for name in names]
 
 
 class Bench:

@@ -23,6 +23,7 @@ const MIN_PARALLEL_PRODUCTS: usize = 1 << 18;
 const GROUP_BYTES: usize = 512 << 10;
 /// How far ahead weights are asked for, where they are used first.
 const AHEAD: usize = 4096;
+
 /// A call's validated inputs.
 #[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
