@@ -3,7 +3,7 @@
 //! Invariant: no panic reaches ONNX Runtime, which is not Rust.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use ort::operator::ComputeContext;
 
@@ -42,6 +42,37 @@ pub(super) fn threads_of_session(num_threads: usize) -> usize {
     match num_threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         some => some,
+    }
+}
+
+/// Numbers that a thread takes from the front, in order, as long as others leave it some; they take from the
+/// back. A line of its own, since each is one thread's most of the time.
+#[repr(align(64))]
+pub(super) struct Stretch(AtomicU64);
+
+impl Stretch {
+    /// `start` to `end - 1`.
+    pub(super) fn new(start: usize, end: usize) -> Self {
+        Self(AtomicU64::new((start as u64) << 32 | end as u64))
+    }
+
+    pub(super) fn take_first(&self) -> Option<usize> {
+        self.take(|start, end| (start, start + 1, end))
+    }
+
+    pub(super) fn take_last(&self) -> Option<usize> {
+        self.take(|start, end| (end - 1, start, end - 1))
+    }
+
+    /// What `part` takes first, and what it leaves.
+    fn take(&self, part: impl Fn(u64, u64) -> (u64, u64, u64)) -> Option<usize> {
+        let cut = |both: u64| {
+            let (start, end) = (both >> 32, both & u64::from(u32::MAX));
+            (start < end).then(|| part(start, end))
+        };
+        let leave = |both| cut(both).map(|(_, start, end)| start << 32 | end);
+        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, leave).ok()?;
+        cut(before).map(|(taken, ..)| taken as usize)
     }
 }
 
@@ -95,5 +126,53 @@ impl Guard {
             true => Err("a task panicked".into()),
             false => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stretch_gives_each_number_once_from_both_ends() {
+        let stretch = Stretch::new(3, 7);
+        let taken = [stretch.take_first(), stretch.take_last(), stretch.take_first(), stretch.take_last()];
+        assert_eq!(taken, [Some(3), Some(6), Some(4), Some(5)]);
+        assert_eq!((stretch.take_first(), stretch.take_last()), (None, None));
+    }
+
+    #[test]
+    fn threads_share_a_stretch_out() {
+        let (stretch, sum) = (Stretch::new(0, 10_000), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while let Some(i) = stretch.take_first() {
+                    sum.fetch_add(i + 1, Ordering::Relaxed);
+                }
+            });
+            while let Some(i) = stretch.take_last() {
+                sum.fetch_add(i + 1, Ordering::Relaxed);
+            }
+        });
+        assert_eq!(sum.into_inner(), 10_000 * 10_001 / 2);
+    }
+
+    #[test]
+    fn a_phase_ends_when_all_is_done_even_if_some_of_it_panics() {
+        let (phase, guard, count) = (Phase::default(), Guard::default(), AtomicUsize::new(0));
+        let run = || {
+            phase.run(100, &guard, |i| {
+                assert_ne!(i, 50, "this one panics");
+                count.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(count.load(Ordering::Relaxed), 99);
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(run);
+            run();
+        });
+        // One thread after the other, as a pool may run them.
+        run();
+        assert!(guard.finish().is_err());
     }
 }
