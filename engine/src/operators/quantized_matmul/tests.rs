@@ -143,6 +143,28 @@ fn extreme_codes_and_values_do_not_saturate() {
 }
 
 #[test]
+fn levels_agree_where_products_come_near_the_ends_of_float32() {
+    let random = &mut Random(7);
+    for format in FORMATS {
+        // A block a row.
+        let product = Product { k: format.block_size, n: 33, format, swiglu: false };
+        let World { codes, scales, x, .. } = World::new(random, product, 40);
+        // The smallest float16 and the largest.
+        let scales = scales.iter().map(|_| random.pick(&[1, 0x7bff])).collect();
+        let sizes = [1e-29, 1e-20, 1e-19, 1e33, 3e34, 1e36, 1e38];
+        let x = x.iter().enumerate().map(|(i, x)| x * sizes[i / product.k % sizes.len()]).collect();
+        let mut world = World::with(product, codes, scales, None, x);
+        let mut first: Option<Vec<u32>> = None;
+        for (name, simd) in levels() {
+            // A number that is none may be written in several ways.
+            let output =
+                world.run(simd, 0..40, 1).iter().map(|x| if x.is_nan() { 0 } else { x.to_bits() }).collect();
+            assert_eq!(*first.get_or_insert_with(|| Vec::clone(&output)), output, "{name} {format:?}");
+        }
+    }
+}
+
+#[test]
 fn what_is_not_a_number_stays_in_its_row() {
     let random = &mut Random(5);
     for format in FORMATS {
