@@ -97,3 +97,37 @@ impl Guard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operators::testing::Threads;
+
+    #[test]
+    fn a_phase_is_over_when_all_of_it_is_done_whoever_did_it() {
+        for num_threads in 1..=4 {
+            let (guard, phase, sum) = (Guard::default(), Phase::default(), AtomicUsize::new(0));
+            let work = |_: usize| {
+                phase.run(100, &guard, |i| _ = sum.fetch_add(i, Ordering::Relaxed));
+                assert_eq!(sum.load(Ordering::Relaxed), 99 * 100 / 2, "{num_threads} threads");
+            };
+            // More calls than threads: the last ones find nothing left to do.
+            Threads(num_threads).run(5, &work).unwrap();
+            assert_eq!(guard.finish(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn what_panics_is_waited_for_by_nobody_and_reported() {
+        for num_threads in [1, 3] {
+            let (guard, phase, num_done) = (Guard::default(), Phase::default(), AtomicUsize::new(0));
+            let part = |i: usize| {
+                assert_ne!(i, 3, "meant to fail");
+                num_done.fetch_add(1, Ordering::Relaxed);
+            };
+            Threads(num_threads).run(num_threads, &|_| phase.run(8, &guard, part)).unwrap();
+            assert_eq!(num_done.into_inner(), 7);
+            assert_eq!(guard.finish(), Err("a task panicked".into()));
+        }
+    }
+}
