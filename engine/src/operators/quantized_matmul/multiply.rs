@@ -113,6 +113,7 @@ impl Job<'_> {
     fn multiply_group<L: Level>(&self, level: L, tiles: Range<usize>, panels: Range<usize>) {
         let product = self.call.product;
         let (bytes, width) = (product.panel_bytes(), product.width());
+        const { assert!(L::MAX_ROWS <= MAX_ROWS / TILES) };
         // Sums of few rows are not to cost the clearing of many.
         let (mut few, mut many);
         let sums: &mut [[f32; COLUMNS]] = if tiles.len() == 1 {
