@@ -53,6 +53,8 @@ def sequences(config: Config, text: Path, folder: Path) -> list[list[int]]:
         raise ExportError(f"--calibrate {text}: not a text: {error}") from None
     ids = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode(content).ids
     length = min(LENGTH, config.geometry.max_model_len) - len(prefix)
+    if length < 1:
+        raise ExportError("--calibrate: --max-model-len leaves no room for a text")
     starts = range(0, len(ids) - length + 1, length)[:NUM_SEQUENCES]
     if not starts:
         raise ExportError(f"--calibrate {text}: {len(ids)} tokens, and {length} are the least")

@@ -187,7 +187,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ExportError(f"{path}: not a safetensors file: the header is cut off")
     try:
         header = json.loads(buffer[8:start])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not a safetensors file: the header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise ExportError(f"{path}: not a safetensors file: the header is not an object")

@@ -19,7 +19,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ExportError(f"{path} is missing") from None
     except UnicodeDecodeError:
         raise ExportError(f"{path}: not JSON: not text in UTF-8") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not JSON: {error}") from None
     except OSError as error:
         raise ExportError(f"{path}: {error}") from None

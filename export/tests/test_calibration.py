@@ -60,6 +60,8 @@ def test_another_text_may_be_given(tiny_checkpoint, folders, tmp_path):
 
 
 def test_a_text_that_says_too_little_is_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(ExportError, match="--max-model-len leaves no room for a text"):
+        cli.export(tiny_checkpoint, tmp_path / "out", "int4", calibrate=calibration.TEXT, max_model_len=2)
     text = tmp_path / "text.txt"
     text.write_text("Too short.", encoding="utf-8")
     with pytest.raises(ExportError, match=r"--calibrate .*text.txt: \d+ tokens, and \d+ are the least"):

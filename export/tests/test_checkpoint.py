@@ -190,7 +190,8 @@ PYTHON = re.compile("object|indices|attribute|argument|iterable|integers|NoneTyp
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "null", "1", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "\udcff"]
+    "content",
+    ["[]", "null", "1", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "[" * 100_000, "\udcff"],
 )
 def test_an_index_of_another_shape_is_named(tmp_path, content):
     index = tmp_path / "model.safetensors.index.json"

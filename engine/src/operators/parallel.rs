@@ -132,6 +132,7 @@ impl Guard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::operators::testing::Threads;
 
     #[test]
     fn a_stretch_gives_each_number_once_from_both_ends() {
@@ -158,21 +159,30 @@ mod tests {
     }
 
     #[test]
-    fn a_phase_ends_when_all_is_done_even_if_some_of_it_panics() {
-        let (phase, guard, count) = (Phase::default(), Guard::default(), AtomicUsize::new(0));
-        let run = || {
-            phase.run(100, &guard, |i| {
-                assert_ne!(i, 50, "this one panics");
-                count.fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(count.load(Ordering::Relaxed), 99);
-        };
-        std::thread::scope(|scope| {
-            scope.spawn(run);
-            run();
-        });
-        // One thread after the other, as a pool may run them.
-        run();
-        assert!(guard.finish().is_err());
+    fn a_phase_is_over_when_all_of_it_is_done_whoever_did_it() {
+        for num_threads in 1..=4 {
+            let (guard, phase, sum) = (Guard::default(), Phase::default(), AtomicUsize::new(0));
+            let work = |_: usize| {
+                phase.run(100, &guard, |i| _ = sum.fetch_add(i, Ordering::Relaxed));
+                assert_eq!(sum.load(Ordering::Relaxed), 99 * 100 / 2, "{num_threads} threads");
+            };
+            // More calls than threads: the last ones find nothing left to do.
+            Threads(num_threads).run(5, &work).unwrap();
+            assert_eq!(guard.finish(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn what_panics_is_waited_for_by_nobody_and_reported() {
+        for num_threads in [1, 3] {
+            let (guard, phase, num_done) = (Guard::default(), Phase::default(), AtomicUsize::new(0));
+            let part = |i: usize| {
+                assert_ne!(i, 3, "meant to fail");
+                num_done.fetch_add(1, Ordering::Relaxed);
+            };
+            Threads(num_threads).run(num_threads, &|_| phase.run(8, &guard, part)).unwrap();
+            assert_eq!(num_done.into_inner(), 7);
+            assert_eq!(guard.finish(), Err("a task panicked".into()));
+        }
     }
 }

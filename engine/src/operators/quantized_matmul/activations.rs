@@ -1,8 +1,8 @@
 //! Owns activations as whole numbers: for each row and block of K, int8 values and one scale.
 //!
 //! Invariant: a row's values depend on that row only, and are the same to the bit in every instruction
-//! set: each step is one IEEE operation or one of whole numbers. A block that holds NaN or infinity has
-//! the scale NaN, so what it touches is NaN and nothing hides.
+//! set: each step is one IEEE operation or one of whole numbers. A block that holds NaN or infinity, or
+//! comes near it, has the scale NaN, so what it touches is NaN and nothing hides.
 
 use std::ops::Range;
 
@@ -15,6 +15,9 @@ const TOP: f32 = 127.0;
 /// Blocks whose largest magnitude is below this are 0: the product of their scale with that of a weight, and
 /// with a sixteenth of it, is then never subnormal, so kernels may move powers of 2 from one to the other.
 const LEAST: f32 = 1e-20;
+/// Blocks whose largest magnitude is above this count as infinite: else that product might be so, and a
+/// sixteenth of it not.
+const MOST: f32 = 1e35;
 
 /// Values of a strip, about: as many as are worth a thread's while.
 const STRIP_VALUES: usize = 8192;
@@ -243,9 +246,9 @@ fn quantise_block<const B: usize>(x: &[f32; B], values: &mut [i8; B]) -> RowBloc
     }
     let top = f32::from_bits(top.cast_unsigned());
     let (factor, scale) = match top {
-        _ if !top.is_finite() => (0.0, f32::NAN),
+        LEAST..=MOST => (TOP / top, top / TOP),
         _ if top < LEAST => (0.0, 0.0),
-        _ => (TOP / top, top / TOP),
+        _ => (0.0, f32::NAN),
     };
     let mut sum = 0;
     for (x, value) in x.iter().zip(values) {
@@ -280,7 +283,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_makes_the_scale_nan_and_what_is_tiny_is_nothing() {
-        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX] {
             let mut x = [1.0; 32];
             x[17] = bad;
             assert!(block(x).0.scale.is_nan());
@@ -289,7 +292,7 @@ mod tests {
             let (about, values) = block([small; 32]);
             assert_eq!((about.scale, values), (0.0, [0; 32]));
         }
-        let (about, values) = block([f32::MAX; 32]);
-        assert_eq!((about.scale, values), (f32::MAX / 127.0, [127; 32]));
+        let (about, values) = block([MOST; 32]);
+        assert_eq!((about.scale, values), (MOST / 127.0, [127; 32]));
     }
 }

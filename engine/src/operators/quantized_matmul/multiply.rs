@@ -116,6 +116,7 @@ impl Job<'_> {
         let (group, p) = (i / product.num_panels(), i % product.num_panels());
         let tiles = group * num_tiles / self.num_groups..(group + 1) * num_tiles / self.num_groups;
         let (bytes, width) = (product.panel_bytes(), product.width());
+        const { assert!(L::MAX_ROWS <= MAX_ROWS / TILES) };
         // Sums of few rows are not to cost the clearing of many.
         let (mut few, mut many);
         let sums: &mut [[f32; COLUMNS]] = if tiles.len() == 1 {

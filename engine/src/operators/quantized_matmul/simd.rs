@@ -44,7 +44,7 @@ pub(super) trait Level: Copy + Sync {
 }
 
 /// As few tiles as there must be, of nearly equal size.
-pub(super) fn even_tiles(rows: usize, max_rows: usize) -> impl Iterator<Item = (usize, usize)> {
+fn even_tiles(rows: usize, max_rows: usize) -> impl Iterator<Item = (usize, usize)> {
     let num = rows.div_ceil(max_rows);
     (0..num).map(move |i| {
         let rows = (i + 1) * rows / num - i * rows / num;

@@ -70,8 +70,8 @@ fn every_level_computes_what_is_defined_to_the_bit() {
 fn a_row_is_the_same_in_any_batch() {
     for (seed, format) in FORMATS.into_iter().enumerate() {
         let random = &mut Random(seed as u64);
-        // Wide enough for groups of tiles, threads and a last panel that is not full.
-        let product = Product { k: 1152, n: 2 * 49, format, swiglu: seed % 2 == 0 };
+        // Wide enough for groups of tiles, parts of two groups, threads and a last panel that is not full.
+        let product = Product { k: 1152, n: 2 * 120, format, swiglu: seed % 2 == 0 };
         let mut world = World::new(random, product, 512);
         let width = product.width();
         for (name, simd) in levels() {
@@ -138,6 +138,33 @@ fn extreme_codes_and_values_do_not_saturate() {
             let output = world.run(simd, 0..4, 1);
             let want: Vec<f32> = (0..4).flat_map(|row| world.plain(row)).collect();
             assert_eq!(bits(&output), bits(&want), "{name} {format:?}: {output:?}, not {want:?}");
+        }
+    }
+}
+
+#[test]
+fn levels_agree_where_products_come_near_the_ends_of_float32() {
+    let random = &mut Random(7);
+    for format in FORMATS {
+        // A block a row.
+        let product = Product { k: format.block_size, n: 33, format, swiglu: false };
+        let World { mut codes, scales, x, .. } = World::new(random, product, 40);
+        // A column of nothing, which infinity would make no number.
+        codes[..product.k].fill(1 << (format.bits - 1));
+        // The largest float16 and the smallest.
+        let scales = (0..scales.len()).map(|i| [0x7bff, 1][i % 2]).collect();
+        let sizes = [1e-29, 1e-20, 1e-19, 1e33, 3e34, 1e36, 1e38];
+        let x = x.iter().enumerate().map(|(i, x)| x * sizes[i / product.k % sizes.len()]).collect();
+        let mut world = World::with(product, codes, scales, None, x);
+        let mut first: Option<Vec<u32>> = None;
+        for (name, simd) in levels() {
+            // A number that is none may be written in several ways.
+            let output = world
+                .run(simd, 0..40, 1)
+                .iter()
+                .map(|x| if x.is_nan() { u32::MAX } else { x.to_bits() })
+                .collect();
+            assert_eq!(*first.get_or_insert_with(|| Vec::clone(&output)), output, "{name} {format:?}");
         }
     }
 }

@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::avx512::Avx512;
-use super::{COLUMNS, Finish, Level, Panel, Strip, TileValues, even_tiles};
+use super::{COLUMNS, Finish, Level, Panel, Strip, TileValues};
 use crate::operators::quantized_matmul::activations::{RowBlock, Values};
 use crate::operators::quantized_matmul::kernel::Lanes;
 use crate::operators::quantized_matmul::packing::{HALF, LINE, Line, STEP};
@@ -108,12 +108,9 @@ impl Level for Amx {
     const MAX_ROWS: usize = HEIGHT;
 
     fn tiles(self, rows: usize) -> impl Iterator<Item = (usize, usize)> {
-        let (amx, avx512) = if rows < MIN_ROWS { (0, rows) } else { (rows, 0) };
-        let full = std::iter::repeat_n((HEIGHT, HEIGHT), amx / HEIGHT);
-        let rest = amx % HEIGHT;
         // Tiles of a call have one shape.
-        let height = if amx < HEIGHT { rest } else { HEIGHT };
-        full.chain((rest > 0).then_some((rest, height))).chain(even_tiles(avx512, Avx512::MAX_ROWS))
+        let height = rows.min(HEIGHT);
+        (0..rows).step_by(HEIGHT).map(move |first| (height.min(rows - first), height))
     }
     fn quantise(self, strip: &mut Strip, x: &[f32]) {
         self.0.quantise(strip, x);
@@ -145,7 +142,7 @@ impl Level for Amx {
     }
 }
 
-/// As [`super::kernel::multiply`], for tiles of one height; codes are unpacked once for all of them.
+/// As [`Level::multiply`], for tiles of one height; codes are unpacked once for all of them.
 ///
 /// # Safety
 /// This process may use AMX.
@@ -157,11 +154,13 @@ unsafe fn multiply<const BITS: usize>(
     sums: &mut [[f32; COLUMNS]],
 ) {
     let (height, block_size) = (tiles[0].height, panel.format.block_size);
-    let (mut codes, mut whole) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    let mut codes = MaybeUninit::uninit();
+    let mut whole = Sums([[[0; HALF]; HEIGHT]; 2]);
     sums.fill([0.0; COLUMNS]);
     let shapes = Shapes::new(height, block_size.min(WIDTH));
-    // SAFETY: the caller vouches for AMX; the shapes are valid ones.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
+    // SAFETY: the caller vouches for AMX; the shapes are valid ones. All tiles are set to 0, which are among
+    // what the convention says a call may change.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, clobber_abi("sysv64"), options(nostack, readonly)) };
     for (b, block) in panel.lines.chunks_exact(panel.format.block_lines()).enumerate() {
         let Some((scales, lines)) = block.split_last() else { break };
         let scales = unpack::<BITS>(lanes, lines, scales, panel.ahead, &mut codes);
@@ -173,14 +172,12 @@ unsafe fn multiply<const BITS: usize>(
             // SAFETY: tiles are set up, for rows of as many values as there are from `at` on.
             unsafe { dot(values, at % WIDTH, &codes, block_size.div_ceil(WIDTH), &mut whole) };
             let (these, rest) = sums.split_at_mut(tile.rows);
-            // SAFETY: `dot` wrote sums of every row.
-            let whole = unsafe { &*whole.as_ptr() };
-            fold(whole, &tile.blocks[b * height..][..tile.rows], scales, these);
+            fold(&whole, &tile.blocks[b * height..][..tile.rows], scales, these);
             sums = rest;
         }
     }
     // SAFETY: tiles were set up above.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    unsafe { asm!("tilerelease", clobber_abi("sysv64"), options(nostack, nomem)) };
 }
 
 /// Writes a block's codes as signed numbers, 16 times as large at 4 bits. Returns the scales for sums of
@@ -233,13 +230,7 @@ fn unpack<const BITS: usize>(
 /// Tiles are set up by [`Shapes::new`] for `values.len() / parts` rows, of as many values as are in
 /// `codes`, which are written, for each part, and as there are from `start` on in each line of `values`.
 #[inline(always)]
-unsafe fn dot(
-    values: &[Values],
-    start: usize,
-    codes: &MaybeUninit<Codes>,
-    parts: usize,
-    sums: &mut MaybeUninit<Sums>,
-) {
+unsafe fn dot(values: &[Values], start: usize, codes: &MaybeUninit<Codes>, parts: usize, sums: &mut Sums) {
     // SAFETY: the caller vouches for the shapes; all that is read and written is inside of the arguments.
     unsafe {
         asm!(
@@ -265,7 +256,13 @@ unsafe fn dot(
             codes = in(reg) codes.as_ptr(),
             parts = inout(reg) parts => _,
             line = in(reg) LINE,
-            sums = in(reg) sums.as_mut_ptr(),
+            sums = in(reg) sums,
+            out("tmm0") _,
+            out("tmm1") _,
+            out("tmm4") _,
+            out("tmm5") _,
+            out("tmm6") _,
+            out("tmm7") _,
             options(nostack),
         );
     }
