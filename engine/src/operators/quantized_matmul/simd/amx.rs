@@ -100,9 +100,9 @@ impl Shapes {
 #[repr(C, align(64))]
 struct Codes([[Line; MAX_BLOCK / STEP]; 2]);
 
-/// Sums of a block, columns below 16 and the others apart.
+/// Sums of a block, columns below 16 and the others apart, in the rows that tiles have.
 #[repr(C, align(64))]
-struct Sums([[[i32; HALF]; HEIGHT]; 2]);
+struct Sums([[MaybeUninit<[i32; HALF]>; HEIGHT]; 2]);
 
 impl Level for Amx {
     const MAX_ROWS: usize = HEIGHT;
@@ -155,7 +155,7 @@ unsafe fn multiply<const BITS: usize>(
 ) {
     let (height, block_size) = (tiles[0].height, panel.format.block_size);
     let mut codes = MaybeUninit::uninit();
-    let mut whole = Sums([[[0; HALF]; HEIGHT]; 2]);
+    let mut whole = Sums([[MaybeUninit::uninit(); HEIGHT]; 2]);
     sums.fill([0.0; COLUMNS]);
     let shapes = Shapes::new(height, block_size.min(WIDTH));
     // SAFETY: the caller vouches for AMX; the shapes are valid ones. All tiles are set to 0, which are among
@@ -172,7 +172,8 @@ unsafe fn multiply<const BITS: usize>(
             // SAFETY: tiles are set up, for rows of as many values as there are from `at` on.
             unsafe { dot(values, at % WIDTH, &codes, block_size.div_ceil(WIDTH), &mut whole) };
             let (these, rest) = sums.split_at_mut(tile.rows);
-            fold(&whole, &tile.blocks[b * height..][..tile.rows], scales, these);
+            // SAFETY: a tile has no more rows than room for them, and `dot` wrote sums of all of that.
+            unsafe { fold(&whole, &tile.blocks[b * height..][..tile.rows], scales, these) };
             sums = rest;
         }
     }
@@ -269,14 +270,17 @@ unsafe fn dot(values: &[Values], start: usize, codes: &MaybeUninit<Codes>, parts
 }
 
 /// `to = fma(sums, scales * row's scale, to)`.
+///
+/// # Safety
+/// Sums of as many rows are written.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn fold(sums: &Sums, rows: &[RowBlock], scales: [__m512; 2], to: &mut [[f32; COLUMNS]]) {
+unsafe fn fold(sums: &Sums, rows: &[RowBlock], scales: [__m512; 2], to: &mut [[f32; COLUMNS]]) {
     let [first, second] = &sums.0;
     for (((row, first), second), to) in rows.iter().zip(first).zip(second).zip(to) {
         for (half, (sums, scales)) in [first, second].into_iter().zip(scales).enumerate() {
             let to = to[half * HALF..][..HALF].as_mut_ptr();
-            // SAFETY: both arrays are as long as a register.
+            // SAFETY: both arrays are as long as a register; the caller vouches for the sums.
             unsafe {
                 let sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.as_ptr().cast()));
                 let scales = _mm512_mul_ps(scales, _mm512_set1_ps(row.scale));
