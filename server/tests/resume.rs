@@ -333,7 +333,7 @@ fn a_request_that_ran_out_of_its_own_time_is_made_again_under_its_key() {
         // A complete one is kept, however little time the next one has.
         let again: Value = server.chat(&hurry, &body).await.json().await.unwrap();
         assert_eq!(again, answer);
-        // A stream that broke off is read on to its error; from the start it is made again.
+        // Of a stream that broke off somebody has a part: it is read on to its error, and replayed.
         let (key, body) = (("idempotency-key", "s"), streaming("fail"));
         let first = Events::of(server.chat(&[key], &body).await);
         let id = first.stream_id();
@@ -343,7 +343,14 @@ fn a_request_that_ran_out_of_its_own_time_is_made_again_under_its_key() {
         for rest in [server.chat(&[key, part], &body).await, server.get_stream(&id, &[part]).await] {
             assert_eq!(Events::of(rest).rest().await, read[2..]);
         }
-        assert_ne!(Events::of(server.chat(&[key], &body).await).stream_id(), id);
-        assert_eq!(Events::of(server.get_stream(&id, &[]).await).rest().await, read);
+        let again = Events::of(server.chat(&[key], &body).await);
+        assert_eq!(again.stream_id(), id);
+        assert_eq!(again.rest().await, read);
+        // Another body is no new try.
+        let key = ("idempotency-key", "t");
+        let hurry = [key, ("glm-timeout", "total=0.2")];
+        assert_eq!(error(server.chat(&hurry, &request("slow 200")).await).await.0, 504);
+        let other = error(server.chat(&[key], &request("say ok")).await).await;
+        assert_eq!(other, (422, "idempotency_key_reused".into()));
     });
 }

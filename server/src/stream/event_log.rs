@@ -258,6 +258,11 @@ impl EventLog {
         matches!(self.0.log.borrow().terminal(), Some(Event::Error(error)) if error.may_pass())
     }
 
+    /// Whether the reply said anything, if only its end.
+    pub fn has_spoken(&self) -> bool {
+        self.0.log.borrow().opening().is_some_and(|event| !matches!(event, Event::Error(_)))
+    }
+
     /// Memory that the events take.
     pub fn num_bytes(&self) -> usize {
         let log = self.0.log.borrow();
@@ -390,7 +395,9 @@ mod tests {
             (finish(), false),
         ] {
             let (mut writer, log) = event_log(LIMITS);
+            assert!(!log.has_spoken());
             writer.append(delta("a")).unwrap();
+            assert!(log.has_spoken());
             assert!(!log.is_worth_another_try(), "it goes on");
             writer.close(end.clone());
             assert_eq!(log.is_worth_another_try(), expected, "{end:?}");

@@ -115,8 +115,9 @@ impl StreamStore for MemoryStore {
         if let Some(key) = &stream.key {
             let name = (stream.owner, key.key.clone());
             let existing = inner.keys.get(&name).and_then(|id| inner.streams.get(id));
-            // Who has a part of a failed one reads on by its name and sees how it ended.
-            if let Some(existing) = existing.filter(|stream| !stream.log.is_worth_another_try()) {
+            let is_new_try =
+                |existing: &&Arc<ReplyStream>| existing.gives_key_up() && existing.key.as_ref() == Some(key);
+            if let Some(existing) = existing.filter(|existing| !is_new_try(existing)) {
                 return Registered::Existing(Arc::clone(existing));
             }
             inner.keys.insert(name, stream.id.clone());

@@ -67,6 +67,7 @@ pub struct ReplyStream {
     pub log: EventLog,
     abort: watch::Sender<Option<AbortReason>>,
     is_promised: AtomicBool,
+    was_streamed: AtomicBool,
     questions: mpsc::Sender<oneshot::Sender<Progress>>,
 }
 
@@ -91,8 +92,8 @@ impl ReplyStream {
     ) -> (Self, Wishes) {
         let (abort, aborted) = watch::channel(None);
         let (questions, asked) = mpsc::channel(MAX_QUESTIONS);
-        let is_promised = AtomicBool::new(false);
-        let stream = Self { id, owner, key, head, form, log, abort, is_promised, questions };
+        let (is_promised, was_streamed) = (AtomicBool::new(false), AtomicBool::new(false));
+        let stream = Self { id, owner, key, head, form, log, abort, is_promised, was_streamed, questions };
         (stream, Wishes { abort: aborted, questions: asked })
     }
 
@@ -109,6 +110,18 @@ impl ReplyStream {
     /// Whether a client was told to fetch the reply later.
     pub fn is_promised(&self) -> bool {
         self.is_promised.load(Ordering::Acquire)
+    }
+
+    /// A client reads it in parts from now on.
+    pub fn streamed(&self) {
+        self.was_streamed.store(true, Ordering::Release);
+    }
+
+    /// Whether the same request under its key is a new try: it failed, as another may not, and nobody has a
+    /// part of it, to which the rest of another reply could be added.
+    pub fn gives_key_up(&self) -> bool {
+        let has_parts = self.was_streamed.load(Ordering::Acquire) && self.log.has_spoken();
+        self.log.is_worth_another_try() && !has_parts
     }
 
     /// Whether a client can come back to it.

@@ -74,8 +74,8 @@ pub enum Registered {
 
 /// Where replies are found again. Calls are short and never wait.
 pub trait StreamStore: fmt::Debug + Send + Sync {
-    /// Registers a reply, unless its owner's key names one already: of two at once, one is new. One that
-    /// failed, as another may not, gives its key up.
+    /// Registers a reply, unless its owner's key names one already: of two at once, one is new. See
+    /// [`ReplyStream::gives_key_up`].
     fn register(&self, stream: ReplyStream) -> Registered;
 
     /// The reply of this name, if it is this owner's.
