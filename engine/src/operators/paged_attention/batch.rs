@@ -2,6 +2,9 @@
 //!
 //! Invariant: whatever passed [`Batch::check`] keeps every later address in bounds: lengths agree,
 //! sequences partition the tokens, and each block, slot and position that will be used exists.
+//!
+//! Not checked: that two tokens have two slots, which is the engine's to see to (every block is written by
+//! one table). A batch in which they share one has no meaning, and leaves either one's key there.
 
 use std::ops::Range;
 

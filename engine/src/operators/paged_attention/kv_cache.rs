@@ -92,7 +92,7 @@ impl<E: Element> KvCache<E> {
                 let value = &packed[value..value + head_dim];
                 for (channel, (key, value)) in turned.iter().zip(value).enumerate() {
                     // SAFETY: the batch's slots are within the cache; other slots and heads,
-                    // which other threads may be writing, lie elsewhere.
+                    // which other threads may be writing, lie elsewhere, as the batch's maker sees to.
                     unsafe {
                         *self.key.add(head + channel * block_size + at) = E::round(*key);
                         *self.value.add(head + at * head_dim + channel) = E::round(*value);
