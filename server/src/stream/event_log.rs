@@ -253,14 +253,11 @@ impl EventLog {
         self.0.log.borrow().events.get(index).map(|(_, event)| event.clone())
     }
 
-    /// Whether the reply failed for a reason that another try may not meet.
-    pub fn is_worth_another_try(&self) -> bool {
-        matches!(self.0.log.borrow().terminal(), Some(Event::Error(error)) if error.may_pass())
-    }
-
-    /// Whether the reply said anything, if only its end.
-    pub fn has_spoken(&self) -> bool {
-        self.0.log.borrow().opening().is_some_and(|event| !matches!(event, Event::Error(_)))
+    /// Whether the reply failed for a reason that another try may not meet; if `unsaid`, before it said anything.
+    pub fn is_worth_another_try(&self, unsaid: bool) -> bool {
+        let log = self.0.log.borrow();
+        let end = if unsaid { log.opening() } else { log.terminal() };
+        matches!(end, Some(Event::Error(error)) if error.may_pass())
     }
 
     /// Memory that the events take.
@@ -384,9 +381,8 @@ mod tests {
 
     #[test]
     fn a_failure_is_worth_another_try_and_a_wanted_or_sure_end_is_not() {
-        let timeout = StreamError::Timeout(Limit::Total, Duration::from_secs(1));
         for (end, expected) in [
-            (Event::Error(timeout), true),
+            (Event::Error(StreamError::Timeout(Limit::Total, Duration::from_secs(1))), true),
             (Event::Error(StreamError::Sequence(SequenceError::Run(String::new()))), true),
             (Event::Error(StreamError::Aborted(AbortReason::GraceOver)), true),
             (Event::Error(StreamError::Lost), true),
@@ -395,12 +391,10 @@ mod tests {
             (finish(), false),
         ] {
             let (mut writer, log) = event_log(LIMITS);
-            assert!(!log.has_spoken());
             writer.append(delta("a")).unwrap();
-            assert!(log.has_spoken());
-            assert!(!log.is_worth_another_try(), "it goes on");
             writer.close(end.clone());
-            assert_eq!(log.is_worth_another_try(), expected, "{end:?}");
+            assert_eq!(log.is_worth_another_try(false), expected, "{end:?}");
+            assert!(!log.is_worth_another_try(true), "it said something");
         }
     }
 }

@@ -120,8 +120,7 @@ impl ReplyStream {
     /// Whether the same request under its key is a new try: it failed, as another may not, and nobody has a
     /// part of it, to which the rest of another reply could be added.
     pub fn gives_key_up(&self) -> bool {
-        let has_parts = self.was_streamed.load(Ordering::Acquire) && self.log.has_spoken();
-        self.log.is_worth_another_try() && !has_parts
+        self.log.is_worth_another_try(self.was_streamed.load(Ordering::Acquire))
     }
 
     /// Whether a client can come back to it.
