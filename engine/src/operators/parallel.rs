@@ -51,8 +51,9 @@ pub(super) fn threads_of_session(num_threads: usize) -> usize {
 pub(super) struct Stretch(AtomicU64);
 
 impl Stretch {
-    /// `start` to `end - 1`.
+    /// `start` to `end - 1`, which fits 32 bits.
     pub(super) fn new(start: usize, end: usize) -> Self {
+        assert!(start <= end && u32::try_from(end).is_ok(), "{start} to {end}");
         Self(AtomicU64::new((start as u64) << 32 | end as u64))
     }
 

@@ -113,7 +113,7 @@ impl ReplyStream {
     }
 
     /// A client reads it in parts from now on.
-    pub fn streamed(&self) {
+    pub fn mark_streamed(&self) {
         self.was_streamed.store(true, Ordering::Release);
     }
 

@@ -59,7 +59,7 @@ struct Writer<R> {
 
 /// A streaming answer that reads the log to its end.
 pub fn respond(session: Session, render: impl Render + 'static) -> HttpResponse {
-    session.stream.streamed();
+    session.stream.mark_streamed();
     let connection = session.connection.clone();
     let (timeout, metrics) = (session.write_timeout, Arc::clone(&session.metrics));
     let id = session.stream.id.to_string();
