@@ -1,8 +1,8 @@
 //! Owns the operators that this engine adds to ONNX Runtime's CPU provider.
 //!
 //! Invariant: PagedAttention's name and contract are ONNX Runtime's own (`com.microsoft`), so one graph
-//! contract serves both providers; what only the CPU has lies in a domain of our own. Register them in
-//! CPU sessions only: in a CUDA session they would shadow the provider's own kernel.
+//! contract serves both providers; what only the CPU has lies in a domain of our own. Only CPU sessions
+//! have them: in a CUDA session they would shadow the provider's own kernel.
 
 mod large_pages;
 mod paged_attention;
@@ -11,7 +11,10 @@ mod quantized_matmul;
 #[cfg(test)]
 mod testing;
 
+use std::sync::{Mutex, PoisonError};
+
 use ort::operator::OperatorDomain;
+use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 
 /// The domain of ONNX Runtime's contributed operators.
@@ -23,16 +26,26 @@ pub const OWN_DOMAIN: &str = "glmserve";
 /// Variable that forces an instruction set: `portable`, `avx2`, `avxvnni`, `avx512` or `amx`.
 pub const SIMD_VARIABLE: &str = "GLMSERVE_SIMD";
 
-/// Adds the operators of CPU sessions. `num_threads` is how many intra-op threads the session has, 0 for
-/// one a core: it guides how work is cut up and never changes a result.
+/// Makes a CPU session that has the operators; `commit` says of what graph. `num_threads` is how many
+/// intra-op threads the session has, 0 for one a core: it guides how work is cut up and never changes a
+/// result.
 ///
 /// # Errors
-/// When ONNX Runtime refuses a domain.
-pub fn register(builder: SessionBuilder, num_threads: usize) -> ort::Result<SessionBuilder> {
+/// When ONNX Runtime refuses a domain or the graph.
+pub fn session(
+    builder: SessionBuilder,
+    num_threads: usize,
+    commit: impl FnOnce(SessionBuilder) -> ort::Result<Session>,
+) -> ort::Result<Session> {
+    // ONNX Runtime looks whether the process knows a domain and adds it, two steps that it does not keep
+    // together: of two sessions made at once, one could be refused because the domain "already exists".
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let matmul = quantized_matmul::QuantizedMatMul::new(num_threads);
-    Ok(builder
+    let builder = builder
         .with_operators(paged_attention::add_to(OperatorDomain::new(DOMAIN)?, num_threads)?)?
-        .with_operators(OperatorDomain::new(OWN_DOMAIN)?.add(matmul)?)?)
+        .with_operators(OperatorDomain::new(OWN_DOMAIN)?.add(matmul)?)?;
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    commit(builder)
 }
 
 /// The instruction set that [`SIMD_VARIABLE`] names.

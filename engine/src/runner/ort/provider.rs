@@ -106,7 +106,7 @@ fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Re
         // product. Without an end they would take the processors from HTTP: tests/bench/NOTES.md.
         .with_config_entry("session.intra_op.spin_duration_us", "100")?
         .with_optimization_level(GraphOptimizationLevel::All)?;
-    operators::register(builder, options.num_threads)?.commit_from_file(path)
+    operators::session(builder, options.num_threads, |mut builder| builder.commit_from_file(path))
 }
 
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
