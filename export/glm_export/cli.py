@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             kernel=options.kernel,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
-            calibrate=options.calibrate,
+            calibrate=options.calibration_text or (calibration.TEXT if options.calibrate else None),
             lora=options.lora,
             max_model_len=options.max_model_len,
             force=options.force,
@@ -188,11 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--calibrate",
-        type=Path,
-        nargs="?",
-        const=calibration.TEXT,
-        metavar="FILE",
-        help="round int4 by what the model computes on a text, ours or FILE: slower, and far more exact",
+        action="store_true",
+        help="round int4 by what the model computes on a text: slower, and far more exact",
+    )
+    parser.add_argument(
+        "--calibration-text", type=Path, metavar="FILE", help="--calibrate on this text in place of ours"
     )
     parser.add_argument(
         "--lora", type=Path, metavar="DIR", help="LoRA adapter (PEFT's folder) to merge into the weights"
