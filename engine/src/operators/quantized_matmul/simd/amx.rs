@@ -255,7 +255,7 @@ unsafe fn dot<const BITS: usize>(
                 "tileloadd tmm4, [{values} + {line}]",
                 "tileloadd tmm6, [{codes} + {step}]",
                 concat!($multiply, " tmm0, tmm4, tmm6"),
-                $($(concat!("prefetcht1 [{codes} + {ahead} + ", $line, "]"),)*)*
+                $($(concat!("prefetcht0 [{codes} + {ahead} + ", $line, "]"),)*)*
                 "tileloadd tmm7, [{codes} + {step} + 64]",
                 concat!($multiply, " tmm1, tmm4, tmm7"),
                 "add {values}, {part}",
