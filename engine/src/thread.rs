@@ -10,6 +10,7 @@ mod progress;
 mod shared;
 mod worker;
 
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -30,19 +31,30 @@ use shared::Shared;
 use worker::Worker;
 
 /// Engine time: since the engine was started.
-#[derive(Debug, Clone, Copy)]
-struct Clock {
-    epoch: Instant,
-}
+#[derive(Clone)]
+pub struct Clock(Arc<dyn Fn() -> Duration + Send + Sync>);
 
 impl Clock {
+    /// Real time from now on.
     #[allow(clippy::disallowed_methods, reason = "the engine's only clock")]
     fn start() -> Self {
-        Self { epoch: Instant::now() }
+        let epoch = Instant::now();
+        Self::new(move || epoch.elapsed())
+    }
+
+    /// Whatever time `now` says, which never goes back: a test's, which no other process delays.
+    pub fn new(now: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+        Self(Arc::new(now))
     }
 
     fn now(&self) -> Duration {
-        self.epoch.elapsed()
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Clock").field(&self.now()).finish()
     }
 }
 
@@ -58,6 +70,20 @@ impl EngineThread {
     /// # Errors
     /// [`LoadError::Config`] if the limits contradict each other, or the thread can't be started.
     pub fn spawn(
+        runner: impl ModelRunner + 'static,
+        config: EngineConfig,
+        vocab_size: usize,
+        observer: Arc<dyn EngineObserver>,
+    ) -> Result<(EngineHandle, Self), LoadError> {
+        Self::spawn_by(Clock::start(), runner, config, vocab_size, observer)
+    }
+
+    /// As [`Self::spawn`], by a clock of the caller's.
+    ///
+    /// # Errors
+    /// As [`Self::spawn`].
+    pub fn spawn_by(
+        clock: Clock,
         runner: impl ModelRunner + 'static,
         mut config: EngineConfig,
         vocab_size: usize,
@@ -92,7 +118,7 @@ impl EngineThread {
         };
         let engine = Engine::new(runner, config.clone(), vocab_size);
         let cached_prefixes = Arc::clone(engine.cached_prefixes());
-        let shared = Arc::new(Shared::new(Clock::start(), limits, bounds, &config, cached_prefixes));
+        let shared = Arc::new(Shared::new(clock, limits, bounds, &config, cached_prefixes));
         // All requests, the probe, and the command to abort them.
         let (commands, receiver) = bounded(max_num_requests + 2);
         let mut worker = Worker::new(engine, config, receiver, Arc::clone(&shared), observer);

@@ -34,6 +34,8 @@ TEXT = Path(__file__).with_name("calibration.txt")
 # Tokens of a sequence, and sequences that are read at most: memory grows with their product.
 LENGTH = 256
 NUM_SEQUENCES = 8
+# Characters of a file that are read at most: few tokens are longer.
+MAX_CHARACTERS = 32 * NUM_SEQUENCES * LENGTH
 # Sequences of arbitrary tokens beside them, so that what the text has not is not rounded at its cost.
 NUM_ARBITRARY = 4
 # Panels that are rounded at once: enough rows for numpy, and few for a wide matrix's memory.
@@ -48,16 +50,17 @@ def sequences(config: Config, text: Path, folder: Path) -> list[list[int]]:
     special = config.chat.special_tokens
     prefix = [special[name] for name in PREFIX if name in special]
     try:
-        content = text.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ExportError(f"--calibrate {text}: not a text: {error}") from None
+        with text.open(encoding="utf-8") as file:
+            content = file.read(MAX_CHARACTERS)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"--calibration-text {text}: not a text that can be read: {error}") from None
     ids = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode(content).ids
     length = min(LENGTH, config.geometry.max_model_len) - len(prefix)
     if length < 1:
         raise ExportError("--calibrate: --max-model-len leaves no room for a text")
     starts = range(0, len(ids) - length + 1, length)[:NUM_SEQUENCES]
     if not starts:
-        raise ExportError(f"--calibrate {text}: {len(ids)} tokens, and {length} are the least")
+        raise ExportError(f"--calibration-text {text}: {len(ids)} tokens, and {length} are the least")
     parts = [ids[start : start + length] for start in starts]
     shape = (NUM_ARBITRARY, length)
     parts += np.random.default_rng(0).integers(0, config.geometry.vocab_size, shape).tolist()
@@ -85,8 +88,13 @@ def refine(
             if node.op_type == "QuantizedMatMul":
                 name = node.input[1].removesuffix(".weight")
                 entering = values[node.input[0]].astype(np.float32)
-                if not np.isfinite(entering).all():
-                    raise ExportError(f"--calibrate: what enters {name} is not finite")
+                # Squares are summed in float32, and none is larger than all.
+                with np.errstate(over="ignore"):
+                    norm = np.linalg.norm(entering)
+                if not np.isfinite(norm):
+                    raise ExportError(
+                        f"--calibrate: what enters {name} is not finite, or its squares are not"
+                    )
                 _round(pool, node, checkpoint[sources[name]], entering, folder, tensors[node.input[1]])
             if graph.NAMES["logits"] in node.output:
                 # Nobody reads them, and they are the largest values of all.

@@ -23,7 +23,7 @@ from glm_export import (
 )
 from glm_export.error import ExportError
 from glm_export.output_folder import output_folder
-from glm_export.quantize import Scheme
+from glm_export.quantize import MAX_BLOCK_SIZE, Scheme
 from glm_export.target import BLOCK_SIZES, KERNELS, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 
 DEFAULT_QUANT_BLOCK_SIZE = 32
@@ -82,6 +82,8 @@ def export(
         settings = replace(settings, name=name)
     bits = PRECISIONS[precision]
     scheme = None if bits is None else Scheme(bits, quant_block_size)
+    if scheme and made_for.kernel == "ort" and quant_block_size > MAX_BLOCK_SIZE:
+        raise ExportError(f"--quant-block-size {quant_block_size}: --kernel ort has up to {MAX_BLOCK_SIZE}")
     tensors = weights.open_checkpoint(settings, checkpoint, lora)
     with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
         tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
@@ -116,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
             kernel=options.kernel,
             block_size=options.block_size,
             quant_block_size=options.quant_block_size,
-            calibrate=options.calibrate,
+            calibrate=options.calibration_text or (calibration.TEXT if options.calibrate else None),
             lora=options.lora,
             max_model_len=options.max_model_len,
             force=options.force,
@@ -182,17 +184,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quant-block-size",
         type=int,
-        choices=(16, 32, 64, 128),
+        choices=(16, 32, 64, 128, 256, 512),
         default=DEFAULT_QUANT_BLOCK_SIZE,
         help="weights that share a scale (%(default)s); larger is faster and less exact",
     )
     parser.add_argument(
         "--calibrate",
-        type=Path,
-        nargs="?",
-        const=calibration.TEXT,
-        metavar="FILE",
-        help="round int4 by what the model computes on a text, ours or FILE: slower, and far more exact",
+        action="store_true",
+        help="round int4 by what the model computes on a text: slower, and far more exact",
+    )
+    parser.add_argument(
+        "--calibration-text", type=Path, metavar="FILE", help="--calibrate on this text in place of ours"
     )
     parser.add_argument(
         "--lora", type=Path, metavar="DIR", help="LoRA adapter (PEFT's folder) to merge into the weights"

@@ -19,18 +19,16 @@ import onnx
 from onnx import GraphProto, NodeProto, helper
 from threadpoolctl import threadpool_limits
 
-from glm_export import progress
+from glm_export import product_weights, progress
 from glm_export.error import ExportError
 from glm_export.initializers import Weights
+from glm_export.product_weights import ReadRows
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # Elements of a weight that are dequantised at once: what a core's cache holds is fastest.
 CHUNK = 1 << 16
-
-# Gives rows of a product's weight in float64: from the first, so many.
-ReadRows = Callable[[int, int], np.ndarray]
 
 
 def logits(graph_file: Path, token_ids: list[int], names: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +57,7 @@ def run(
         if names["logits"] in values:
             break
     if names["logits"] not in values:
-        raise ExportError(f"known answer: the graph has no output {names['logits']}")
+        raise ExportError(f"the graph: no output {names['logits']}")
     return np.split(values[names["logits"]], len(roundings))
 
 
@@ -90,7 +88,7 @@ def walk(
             yield node, values
             compute = NODES.get(node.op_type)
             if compute is None:
-                raise ExportError(f"known answer: no rule for the node {node.op_type}")
+                raise ExportError(f"the graph: no rule for the node {node.op_type}")
             attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
             outputs = compute(_Inputs(node, values, weights, types, roundings), attributes)
             for array in outputs:
@@ -104,13 +102,6 @@ def walk(
             for name in done:
                 values.pop(name, None)
             advance(node.name, sum(map(weights.size, done)))
-
-
-def weight_rows(node: NodeProto, weights: Weights) -> ReadRows | None:
-    """How to read the weight of a product; None if the node is something else."""
-    compute = WEIGHTS.get(node.op_type)
-    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    return compute and compute(_Inputs(node, {}, weights, {}, ()), attributes)
 
 
 class _Inputs:
@@ -206,106 +197,30 @@ def _as_int8(rows: np.ndarray, block_size: int) -> np.ndarray:
 
 def _gemm(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if attributes != {"transB": 1}:
-        raise ExportError(f"known answer: no rule for Gemm with {attributes}")
+        raise ExportError(f"the graph: no rule for Gemm with {attributes}")
     num_rows = inputs.weights.shape(inputs.names[1])[0]
-    return _linear(inputs, inputs[0], num_rows, 2, _gemm_rows(inputs, attributes))
-
-
-def _gemm_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
-    return lambda first, count: inputs.weights.rows(inputs.names[1], first, count).astype(np.float64)
+    read = product_weights.gemm_rows(inputs.names, inputs.weights, attributes)
+    return _linear(inputs, inputs[0], num_rows, 2, read)
 
 
 def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if inputs.has(4):
-        raise ExportError("known answer: no rule for MatMulNBits with g_idx")
+        raise ExportError("the graph: no rule for MatMulNBits with g_idx")
     is_int8 = attributes.get("accuracy_level") == INT8_ACTIVATIONS
     rows = _entering(inputs, attributes["block_size"]) if is_int8 else inputs[0]
-    return _linear(inputs, rows, attributes["N"], 5, _nbits_rows(inputs, attributes))
-
-
-def _nbits_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
-    bits, block_size = attributes["bits"], attributes["block_size"]
-    table = _unpacking(bits)
-
-    def unpacked(position: int, first: int, count: int) -> np.ndarray:
-        # Clipping is what spares numpy a look at every index.
-        packed = inputs.weights.rows(inputs.names[position], first, count)
-        return table.take(packed.astype(np.intp), mode="clip").view(np.float64)
-
-    def read(first: int, count: int) -> np.ndarray:
-        blocks = unpacked(1, first, count)
-        num_rows = len(blocks)
-        scales = inputs.weights.rows(inputs.names[2], first, count).astype(np.float64)
-        scales = scales.reshape(num_rows, -1)
-        zeros: np.ndarray | int = 1 << bits - 1
-        if inputs.has(3):
-            # Whole ones are packed like the weights, others are of the scales' type.
-            zeros = inputs.weights.rows(inputs.names[3], first, count)
-            zeros = unpacked(3, first, count) if zeros.dtype == np.uint8 else zeros.astype(np.float64)
-            zeros = zeros.reshape(num_rows, -1)[:, : scales.shape[1], None]
-        blocks = blocks.reshape(num_rows, -1, block_size)
-        blocks -= zeros
-        blocks *= scales[..., None]
-        # The last block of a row may reach beyond it.
-        return blocks.reshape(num_rows, -1)[:, : attributes["K"]]
-
-    return read
+    read = product_weights.nbits_rows(inputs.names, inputs.weights, attributes)
+    return _linear(inputs, rows, attributes["N"], 5, read)
 
 
 def _quantized_matmul(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     rows = _entering(inputs, attributes["block_size"])
     num_panels, _ = inputs.weights.shape(inputs.names[1])
-    (sums,) = _linear(inputs, rows, 32 * num_panels, 2, _panel_columns(inputs, attributes), multiple=32)
+    read = product_weights.panel_columns(inputs.names, inputs.weights, attributes)
+    (sums,) = _linear(inputs, rows, 32 * num_panels, 2, read, multiple=32)
     if attributes["epilogue"] == b"none":
         return [sums[:, : attributes["N"]]]
     gate, up = sums.reshape(len(sums), num_panels, 2, 16).transpose(2, 0, 1, 3).reshape(2, len(sums), -1)
     return [(gate / (1 + np.exp(-gate)) * up)[:, : attributes["N"] // 2]]
-
-
-def _panel_columns(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
-    bits, block_size, width = attributes["bits"], attributes["block_size"], attributes["K"]
-    name, num_blocks = inputs.names[1], width // block_size
-
-    def read(first: int, count: int) -> np.ndarray:
-        """Columns of the panels, as they come."""
-        panels = inputs.weights.rows(name, first // 32, -(-count // 32))
-        blocks = panels.reshape(len(panels), num_blocks, -1)
-        scales = blocks[..., -64:].copy().view(np.float16).astype(np.float64)
-        lines = blocks[..., :-64]
-        # One code an item, the columns' halves apart: [panel, block, step, half, column and k].
-        if bits == 4:
-            lines = lines.reshape(len(panels), num_blocks, -1, 1, 64)
-            codes = np.concatenate([lines & 15, lines >> 4], axis=3)
-        else:
-            codes = lines.reshape(len(panels), num_blocks, -1, 2, 64)
-        values = codes.astype(np.float64) - (1 << bits - 1)
-        values = values.reshape(len(panels), num_blocks, block_size // 4, 32, 4)
-        values *= scales[:, :, None, :, None]
-        return values.transpose(0, 3, 1, 2, 4).reshape(-1, width)
-
-    return read
-
-
-def _panel_rows(inputs: _Inputs, attributes: dict[str, Any]) -> ReadRows:
-    """Rows of the matrix, which with an epilogue lie in halves of the panels: sixteen of the gate, of up."""
-    columns, num_rows = _panel_columns(inputs, attributes), attributes["N"]
-
-    def read(first: int, count: int) -> np.ndarray:
-        rows = np.arange(first, min(first + count, num_rows))
-        if attributes["epilogue"] != b"none":
-            is_up, rows = np.divmod(rows, num_rows // 2)
-            rows = rows // 16 * 32 + rows % 16 + 16 * is_up
-        start = rows.min() // 32 * 32
-        return columns(start, rows.max() + 1 - start)[rows - start]
-
-    return read
-
-
-def _unpacking(bits: int) -> np.ndarray:
-    """What every byte holds, the lowest bits first, as one item a byte."""
-    shifts = np.arange(0, 8, bits)
-    values = (np.arange(256)[:, None] >> shifts & (1 << bits) - 1).astype(np.float64)
-    return values.view(f"V{8 * len(shifts)}").ravel()
 
 
 def _split(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
@@ -326,7 +241,7 @@ def _add(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
 
 def _paged_attention(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if not attributes.get("do_rotary") or not attributes.get("rotary_interleaved") or inputs.has(1):
-        raise ExportError("known answer: attention is known with packed inputs and interleaved rotary only")
+        raise ExportError("the graph: attention is known with packed inputs and interleaved rotary only")
     num_sequences = len(inputs.roundings)
     count = len(inputs[0]) // num_sequences
     cos, sin = (inputs.weights.rows(name, 0, count).astype(np.float64) for name in inputs.names[8:10])
@@ -392,9 +307,4 @@ NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {
     "SimplifiedLayerNormalization": _rms_norm,
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
     "Split": _split,
-}
-WEIGHTS: dict[str, Callable[[_Inputs, dict[str, Any]], ReadRows]] = {
-    "Gemm": _gemm_rows,
-    "MatMulNBits": _nbits_rows,
-    "QuantizedMatMul": _panel_rows,
 }

@@ -31,7 +31,7 @@ COLUMNS = 32
 HALF = COLUMNS // 2
 # Values of K that one instruction multiplies.
 STEP = 4
-BLOCK_SIZES = (128, 64, 32)
+BLOCK_SIZES = (512, 256, 128, 64, 32)
 SCALE = np.dtype("<f2")
 
 # Codes and scales of rows at 4 bits, given those and the block size.

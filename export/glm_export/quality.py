@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from glm_export import config, graph, interpreter, weights
 from glm_export.initializers import Weights
 from glm_export.manifest import MANIFEST_FILE
+from glm_export.product_weights import weight_rows
 from glm_export.target import Target
 
 TEXT = Path(__file__).with_name("quality.txt")
@@ -115,10 +116,10 @@ def _weight_errors(
     by_name = {_product(node): node for node in written_nodes if len(node.input) > 1}
     sums: dict[str, np.ndarray] = {}
     for node in nodes:
-        read = interpreter.weight_rows(node, source)
+        read = weight_rows(node, source)
         name = _product(node) if len(node.input) > 1 else ""
         other = by_name.get(name)
-        read_other = None if other is None else interpreter.weight_rows(other, written)
+        read_other = None if other is None else weight_rows(other, written)
         if read is None or read_other is None:
             continue
         order = f"{name}.order"

@@ -12,6 +12,7 @@ import numpy as np
 from glm_export.error import ExportError
 
 MIN_BLOCK_SIZE = 16
+MAX_BLOCK_SIZE = 128
 # Ranges tried, in parts of what a block's weights span. A narrower one cuts the ends off and rounds the rest
 # finer; four of them come within 0.3 % of the error that eight leave.
 SHRINKS = (1.04, 0.98, 0.92, 0.86)

@@ -5,7 +5,11 @@ Invariant: codes are chosen by the scale as it is stored, and a row depends on n
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
+
+from glm_export.error import ExportError
 
 LOWEST, HIGHEST = -8, 7
 # Scales tried, in parts of the one at which a block's largest weight is exact. A smaller one cuts that weight
@@ -13,8 +17,9 @@ LOWEST, HIGHEST = -8, 7
 SHRINKS = (0.86, 0.92, 0.98, 1.04)
 # Weights count alike up to so many times their block's root mean square.
 OUTLIER = 1.5
-# Added to the diagonal, in parts of its mean: a short text leaves directions in which it says nothing.
-DAMPING = 0.01
+# Added to the diagonal, in parts of its mean: a short text leaves directions in which it says nothing. The
+# next is taken where few channels have nearly all, and what float32 gets wrong of them leaves no factor.
+DAMPINGS = (0.01, 0.1, 1.0)
 # Columns that share their errors. It bounds memory and time where a matrix is very wide.
 SEGMENT = 4096
 
@@ -54,11 +59,17 @@ class Moments:
         """Of rows float32 [tokens, channels]."""
         moments = (entering.T @ entering).astype(np.float64)
         diagonal = np.einsum("kk->k", moments)
-        # A channel that is always zero weighs little, but is not left out: a factor must exist.
-        diagonal += DAMPING * diagonal.mean() + np.finfo(np.float32).tiny
+        own = diagonal.copy()
+        for damping in DAMPINGS:
+            # A channel that is always zero weighs little, but is not left out: a factor must exist.
+            diagonal[:] = own + (damping * own.mean() + np.finfo(np.float32).tiny)
+            with suppress(np.linalg.LinAlgError):
+                # moments = U D U.T with U upper unit triangular, of which the reversed has the usual factor.
+                factor = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+                break
+        else:
+            raise ExportError("the second moments of what enters a product have no factor")
         self.importance = diagonal.astype(np.float32)
-        # moments = U D U.T with U upper unit triangular, of which the reversed matrix has the usual factor.
-        factor = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
         self.feedback = (factor / np.diag(factor)).astype(np.float32)
 
     @classmethod

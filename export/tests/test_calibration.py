@@ -7,7 +7,7 @@ import shutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from glm_export import calibration, cli, quality
+from glm_export import calibration, cli, config, quality
 from glm_export.error import ExportError
 from glm_export.graph import DATA_FILE, GRAPH_FILE
 
@@ -45,18 +45,25 @@ def test_the_layout_is_the_same_and_bytes_are_the_same_each_time(folders):
 def test_another_text_may_be_given(tiny_checkpoint, folders, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The brown hens of the valley lay in spring. " * 40, encoding="utf-8")
-    arguments = [
-        tiny_checkpoint,
-        tmp_path / "out",
-        "--precision",
-        "int4",
-        "--output",
-        "topk",
-        "--calibrate",
-        text,
-    ]
+    options = ["--precision", "int4", "--output", "topk", "--calibration-text", text]
+    arguments = [*options, tiny_checkpoint, tmp_path / "out"]
     assert cli.main([str(argument) for argument in arguments]) == 0
     assert not filecmp.cmp(tmp_path / "out" / DATA_FILE, folders / "first" / DATA_FILE, shallow=False)
+
+
+def test_the_option_takes_no_path_for_its_own(tiny_checkpoint, folders, tmp_path):
+    arguments = ["--precision", "int4", "--calibrate", tiny_checkpoint, tmp_path / "out"]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert filecmp.cmp(tmp_path / "out" / DATA_FILE, folders / "first" / DATA_FILE, shallow=False)
+
+
+def test_no_more_of_a_text_is_read_than_serves(tiny_checkpoint, folders, tmp_path, monkeypatch):
+    settings = config.load(tiny_checkpoint, None)
+    text = tmp_path / "text.txt"
+    # Not UTF-8 in the end, which nobody gets to: a reader takes some thousand bytes at a time.
+    text.write_bytes("鸡。".encode() * calibration.MAX_CHARACTERS + b"\xff")
+    read = calibration.sequences(settings, text, folders / "plain")
+    assert len(read) == calibration.NUM_SEQUENCES + calibration.NUM_ARBITRARY
 
 
 def test_a_text_that_says_too_little_is_refused(tiny_checkpoint, tmp_path):
@@ -64,12 +71,14 @@ def test_a_text_that_says_too_little_is_refused(tiny_checkpoint, tmp_path):
         cli.export(tiny_checkpoint, tmp_path / "out", "int4", calibrate=calibration.TEXT, max_model_len=2)
     text = tmp_path / "text.txt"
     text.write_text("Too short.", encoding="utf-8")
-    with pytest.raises(ExportError, match=r"--calibrate .*text.txt: \d+ tokens, and \d+ are the least"):
+    with pytest.raises(
+        ExportError, match=r"--calibration-text .*text.txt: \d+ tokens, and \d+ are the least"
+    ):
         cli.export(tiny_checkpoint, tmp_path / "out", "int4", calibrate=text)
     text.write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(ExportError, match=r"text\.txt: not a text"):
+    with pytest.raises(ExportError, match=r"--calibration-text .*text\.txt: not a text"):
         cli.export(tiny_checkpoint, tmp_path / "out", "int4", calibrate=text)
-    with pytest.raises(OSError, match=r"missing\.txt"):
+    with pytest.raises(ExportError, match=r"--calibration-text .*missing\.txt"):
         cli.export(tiny_checkpoint, tmp_path / "out", "int4", calibrate=tmp_path / "missing.txt")
     assert not (tmp_path / "out").exists()
 
@@ -88,3 +97,13 @@ def test_a_weight_that_float16_cannot_scale_names_its_tensor(tiny_checkpoint, tm
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ExportError, match=r"1\.mlp\.dense_4h_to_h\.weight: a scale of .* beyond float16"):
         cli.export(folder, tmp_path / "out", "int4")
+
+
+def test_what_enters_and_has_no_square_names_its_product(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(tiny_checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.encoder.layers.1.input_layernorm.weight"][3] = 1e25
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ExportError, match=r"--calibrate: what enters layers\.1\.\w+ is not finite"):
+        cli.export(folder, tmp_path / "out", "int4", calibrate=calibration.TEXT)

@@ -191,6 +191,14 @@ def test_quantised_weights_are_read_as_they_were_written(exported):
     np.testing.assert_allclose(weight @ solution, exact.T, atol=1e-5)
 
 
+def test_a_node_without_a_rule_is_named_whatever_the_graph_is_read_for(tmp_path):
+    token_ids = helper.make_tensor_value_info("token_ids", TensorProto.INT32, ["n"])
+    graph = helper.make_graph([helper.make_node("Neg", ["token_ids"], ["logits"])], "g", [token_ids], [])
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=r"^the graph: no rule for the node Neg$"):
+        interpreter.logits(tmp_path / "model.onnx", [3], NAMES)
+
+
 def test_the_answer_is_of_real_ids_only(exported):
     known = read(exported["fp32"])
     assert all(index < VOCAB_SIZE for row in known["rows"] for index, _ in row["top"])

@@ -24,6 +24,7 @@ CASES = [
         (4, 128, 70, "swiglu"),
         (8, 64, 50, "swiglu"),
         (8, 128, 33, "none"),
+        (8, 256, 50, "swiglu"),
     ]
 ]
 
@@ -97,6 +98,8 @@ def test_onnx_runtimes_kernel_stays_selectable(tiny_checkpoint, tmp_path):
 def test_what_the_kernel_has_not_is_refused_by_name(tiny_checkpoint, tmp_path):
     with pytest.raises(ExportError, match=r"rows of 64 values in blocks of 16; .*choose --kernel ort"):
         cli.export(tiny_checkpoint, tmp_path / "out", "int4", quant_block_size=16)
+    with pytest.raises(ExportError, match="--quant-block-size 256: --kernel ort has up to 128"):
+        cli.export(tiny_checkpoint, tmp_path / "out", "int8", kernel="ort", quant_block_size=256)
     with pytest.raises(ExportError, match="--kernel glmserve multiplies by weights of int8 or int4"):
         cli.export(tiny_checkpoint, tmp_path / "out", "fp32", kernel="glmserve")
     with pytest.raises(ExportError, match="--kernel glmserve multiplies by weights of int8 or int4"):

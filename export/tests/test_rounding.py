@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from glm_export import rounding
+from glm_export.error import ExportError
 from glm_export.rounding import Moments, compensated, nearest
 
 BLOCK_SIZES = (32, 64, 128)
@@ -110,11 +111,25 @@ def test_the_factor_is_that_of_the_moments():
     np.testing.assert_array_equal(np.tril(feedback, -1), 0)
     np.testing.assert_array_equal(np.diag(feedback), 1)
     expected = entering.astype(np.float64).T @ entering
-    expected += np.eye(64) * rounding.DAMPING * np.diag(expected).mean()
+    expected += np.eye(64) * rounding.DAMPINGS[0] * np.diag(expected).mean()
     inverse = np.linalg.inv(feedback)
     diagonal = inverse @ expected @ inverse.T
     off = diagonal - np.diag(np.diag(diagonal))
     assert np.abs(off).max() < 1e-3 * np.abs(np.diag(diagonal)).max()
+
+
+def test_moments_without_a_factor_are_damped_more(monkeypatch):
+    """-1 takes away the trace, which leaves no factor for sure, as float32's error may."""
+    entering, found = correlated(12, 64), {}
+    for dampings in ((-1.0, 0.1), (0.1,)):
+        monkeypatch.setattr(rounding, "DAMPINGS", dampings)
+        found[dampings] = Moments(entering)
+    first, second = found.values()
+    np.testing.assert_array_equal(first.feedback, second.feedback)
+    np.testing.assert_array_equal(first.importance, second.importance)
+    monkeypatch.setattr(rounding, "DAMPINGS", (-1.0,))
+    with pytest.raises(ExportError, match="have no factor"):
+        Moments(entering)
 
 
 def test_rows_do_not_depend_on_the_chunk():

@@ -10,7 +10,7 @@ use actix_web::{HttpResponse, ResponseError};
 use glm_engine::{SequenceError, SubmitError};
 use serde_json::{Value, json};
 
-use crate::stream::event_log::StreamError;
+use crate::stream::event::StreamError;
 use crate::stream::time_limits::Limit;
 use crate::text::TextError;
 

@@ -2,6 +2,7 @@
 
 pub mod connection;
 pub mod cursor;
+pub mod event;
 pub mod event_log;
 pub mod memory_store;
 pub mod pump;

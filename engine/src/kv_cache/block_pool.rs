@@ -38,7 +38,7 @@ impl BlockPool {
 
     /// What other threads may know of the contents.
     pub fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
-        self.index.names()
+        self.index.cached_prefixes()
     }
 
     /// Tokens a block holds.

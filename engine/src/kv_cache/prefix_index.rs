@@ -59,7 +59,7 @@ pub struct PrefixIndex {
     /// First block of each bucket; a power of two of them.
     buckets: Vec<BlockId>,
     /// Names what is in the index, and tells others.
-    names: Arc<CachedPrefixes>,
+    cached_prefixes: Arc<CachedPrefixes>,
     next_serial: u64,
 }
 
@@ -71,14 +71,14 @@ impl PrefixIndex {
             entries: vec![None; num_blocks],
             tokens: vec![0; num_blocks * block_size],
             buckets: vec![NONE; num_blocks.next_power_of_two()],
-            names: Arc::new(CachedPrefixes::new(num_blocks, block_size)),
+            cached_prefixes: Arc::new(CachedPrefixes::new(num_blocks, block_size)),
             next_serial: 0,
         }
     }
 
     /// What other threads may know of the index.
-    pub fn names(&self) -> &Arc<CachedPrefixes> {
-        &self.names
+    pub fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
+        &self.cached_prefixes
     }
 
     fn bucket(&self, name: u64) -> usize {
@@ -105,7 +105,7 @@ impl PrefixIndex {
 
     /// The block that holds `tokens`, a block full of them, after `prefix`.
     pub fn find(&self, prefix: Prefix, tokens: &[u32]) -> Option<BlockId> {
-        let mut block = self.buckets[self.bucket(self.names.name(prefix.name(), tokens))];
+        let mut block = self.buckets[self.bucket(self.cached_prefixes.name(prefix.name(), tokens))];
         while let Some(entry) = self.entry(block) {
             if entry.prefix == prefix && self.tokens(block) == tokens {
                 return Some(block);
@@ -118,13 +118,13 @@ impl PrefixIndex {
     /// Adds a block that is not in the index; its content is not there either. Returns the prefix
     /// that it ends.
     pub fn insert(&mut self, block: BlockId, prefix: Prefix, tokens: &[u32]) -> Prefix {
-        let name = self.names.name(prefix.name(), tokens);
+        let name = self.cached_prefixes.name(prefix.name(), tokens);
         let bucket = self.bucket(name);
         let serial = self.next_serial;
         self.next_serial += 1;
         let next = std::mem::replace(&mut self.buckets[bucket], block);
         self.entries[block as usize] = Some(Entry { prefix, serial, name, next });
-        self.names.add(name);
+        self.cached_prefixes.add(name);
         self.tokens[block as usize * self.block_size..][..self.block_size].copy_from_slice(tokens);
         Prefix::Block { serial, name }
     }
@@ -132,7 +132,7 @@ impl PrefixIndex {
     /// Forgets a block. What follows it is never found again.
     pub fn remove(&mut self, block: BlockId) {
         let Some(entry) = self.entries[block as usize].take() else { return };
-        self.names.remove(entry.name);
+        self.cached_prefixes.remove(entry.name);
         let bucket = self.bucket(entry.name);
         let mut previous = self.buckets[bucket];
         if previous == block {
@@ -165,7 +165,7 @@ mod tests {
         assert_eq!(index.find(second, &[1, 2]), None);
         assert_eq!(index.find(first, &[1, 3]), None);
         assert_eq!(index.find(Prefix::Empty { salt: 7 }, &[1, 2]), None);
-        let known = |index: &PrefixIndex| index.names().num_cached_tokens(0, &[1, 2, 1, 2, 3]);
+        let known = |index: &PrefixIndex| index.cached_prefixes().num_cached_tokens(0, &[1, 2, 1, 2, 3]);
         assert_eq!(known(&index), 4);
         index.remove(3);
         // None, if that one hid the first.

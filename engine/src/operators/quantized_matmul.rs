@@ -5,7 +5,7 @@
 //! inputs      x float32 [T, K]; weights uint8 [panels, panel bytes], see `packing`;
 //!             bias float32 [panels, 32], optional, in the order of the packed columns
 //! output      float32 [T, N]; with the epilogue swiglu [T, N / 2]: silu(first half) * second half
-//! attributes  K, N, bits (4, 8), block_size (32, 64, 128; divides K), epilogue (none, swiglu)
+//! attributes  K, N, bits (4, 8), block_size (32 to 512, a power of 2; divides K), epilogue (none, swiglu)
 //! ```
 //!
 //! Rows become int8 with a scale for each row and block of K.

@@ -215,7 +215,7 @@ impl EngineHandle {
         if !shared.alive.load(Ordering::SeqCst) {
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
-        Ok(EventReceiver { events, state, clock: shared.clock, has_ended: false })
+        Ok(EventReceiver { events, state, clock: shared.clock.clone(), has_ended: false })
     }
 
     /// Predicted time to the first token of the first tenant's request without a deadline, submitted now,

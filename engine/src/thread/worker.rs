@@ -101,7 +101,7 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     pub(super) fn run(&mut self) {
-        let clock = self.shared.clock;
+        let clock = self.shared.clock.clone();
         loop {
             if self.engine.is_idle() {
                 self.observer.gauges(&self.engine.gauges());
@@ -127,7 +127,7 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn step(&mut self) {
-        let clock = self.shared.clock;
+        let clock = self.shared.clock.clone();
         let start = clock.now();
         let decodes = self.engine.decodes();
         let prefill_budget = self.costs.prefill_budget(&decodes, &self.shared.bounds);

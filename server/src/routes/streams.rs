@@ -11,7 +11,7 @@ use super::answer::{Wanted, answer};
 use super::request_headers::RequestHeaders;
 use crate::error::ApiError;
 use crate::state::AppState;
-use crate::stream::event_log::AbortReason;
+use crate::stream::event::AbortReason;
 use crate::stream::reply_stream::{Form, ReplyStream, StreamOptions};
 use crate::stream::store::{Owner, StreamId};
 

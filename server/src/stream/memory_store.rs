@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::event_log::AbortReason;
+use super::event::AbortReason;
 use super::reply_stream::ReplyStream;
 use super::store::{Owner, Registered, StreamId, StreamStore};
 use crate::metrics::Metrics;

@@ -13,7 +13,8 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
-use super::event_log::{AbortReason, EndReason, Event, LogWriter, StreamError, Usage};
+use super::event::{AbortReason, EndReason, Event, StreamError, Usage};
+use super::event_log::LogWriter;
 use super::reply_stream::{ReplyStream, Wishes};
 use super::store::{StreamStore, hex};
 use super::time_limits::{Limit, TimeLimits};

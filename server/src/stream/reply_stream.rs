@@ -9,7 +9,8 @@ use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::cursor::Cursor;
-use super::event_log::{AbortReason, Event, EventLog};
+use super::event::{AbortReason, Event};
+use super::event_log::EventLog;
 use super::store::{Owner, RequestKey, StreamId};
 use glm_engine::Progress;
 

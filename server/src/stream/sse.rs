@@ -18,7 +18,8 @@ use serde_json::json;
 
 use super::connection::{self, Connection};
 use super::cursor::Cursor;
-use super::event_log::{Event, LogReader};
+use super::event::Event;
+use super::event_log::LogReader;
 use super::reply_stream::ReplyStream;
 use crate::metrics::{Delivery, Metrics};
 
@@ -139,7 +140,8 @@ mod tests {
 
     use super::*;
     use crate::fixtures;
-    use crate::stream::event_log::{LogLimits, LogWriter, StreamError, event_log};
+    use crate::stream::event::StreamError;
+    use crate::stream::event_log::{LogLimits, LogWriter, event_log};
     use crate::stream::reply_stream::{Form, ReplyHead, Wishes};
     use crate::stream::store::{Owner, StreamId};
 

@@ -5,6 +5,9 @@
 use std::fmt;
 use std::time::Duration;
 
+/// The shortest that a request may ask for: no reply comes sooner.
+const LEAST: Duration = Duration::from_millis(1);
+
 /// One of the limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
@@ -85,9 +88,10 @@ impl TimeLimits {
             let limit = limit.ok_or_else(|| {
                 format!("{name:?} is not one of {}", Limit::ALL.map(Limit::name).join(", "))
             })?;
-            let seconds = value.parse().ok().filter(|seconds: &f64| *seconds > 0.0);
-            let value = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-            let value = value.ok_or_else(|| format!("{name} must be a positive number of seconds"))?;
+            let value = value.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+            let value = value.filter(|value| *value >= LEAST).ok_or_else(|| {
+                format!("{name} must be a number of seconds, at least {}", LEAST.as_secs_f64())
+            })?;
             if given.slot(limit).replace(value).is_some() {
                 return Err(format!("{name} is given twice"));
             }
@@ -117,10 +121,13 @@ mod tests {
                 total: Some(2 * second)
             }
         );
-        for wrong in
-            ["", "queue", "queue=", "queue=0", "queue=-1", "queue=NaN", "queue=inf", "x=1", "total=1,total=1"]
-        {
+        for wrong in ["", "queue", "x=1", "total=1,total=1"] {
             assert!(config.shortened(wrong).is_err(), "{wrong}");
         }
+        for wrong in ["", "0", "-1", "NaN", "inf", "1e-10", "0.00099"] {
+            let error = config.shortened(&format!("queue=1, total={wrong}")).unwrap_err();
+            assert_eq!(error, "total must be a number of seconds, at least 0.001", "{wrong}");
+        }
+        assert_eq!(config.shortened("total=0.001").unwrap().total, Some(LEAST));
     }
 }

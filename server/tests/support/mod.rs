@@ -214,7 +214,7 @@ impl Server {
     /// Waits until a metric has a value.
     pub(crate) async fn until(&self, metric: &str, value: u64) {
         let line = format!("{metric} {value}");
-        for _ in 0..1000 {
+        for _ in 0..12_000 {
             if self.state.metrics.encode().unwrap().lines().any(|l| l == line) {
                 return;
             }
@@ -222,7 +222,7 @@ impl Server {
         }
         let text = self.state.metrics.encode().unwrap();
         let found: Vec<&str> = text.lines().filter(|l| l.starts_with(metric)).collect();
-        panic!("{metric} is not {value} after 5 s: {found:?}");
+        panic!("{metric} is not {value} after a minute: {found:?}");
     }
 
     /// Waits for the server's end.

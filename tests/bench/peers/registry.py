@@ -8,7 +8,8 @@ from .vllm_cpu import VllmCpu
 OURS = {
     "glmserve-int4": lambda: Glmserve("int4", 128),
     "glmserve-int4-b32": lambda: Glmserve("int4", 32),
-    "glmserve-int8": lambda: Glmserve("int8", 128),
+    "glmserve-int8": lambda: Glmserve("int8", 512),
+    "glmserve-int8-b128": lambda: Glmserve("int8", 128),
     "glmserve-int8-b64": lambda: Glmserve("int8", 64),
 }
 PEERS = {

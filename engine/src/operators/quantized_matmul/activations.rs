@@ -22,7 +22,7 @@ const MOST: f32 = 1e35;
 /// Values of a strip, about: as many as are worth a thread's while.
 const STRIP_VALUES: usize = 8192;
 /// The width of a strip is a multiple of any block and line.
-const STRIP_STEP: usize = 128;
+const STRIP_STEP: usize = 512;
 
 /// 64 values of a row, as words of 4.
 #[derive(Clone, Copy)]
@@ -211,7 +211,9 @@ impl Strip<'_> {
             match self.block_size {
                 32 => self.quantise_row::<32>(r, row),
                 64 => self.quantise_row::<64>(r, row),
-                _ => self.quantise_row::<128>(r, row),
+                128 => self.quantise_row::<128>(r, row),
+                256 => self.quantise_row::<256>(r, row),
+                _ => self.quantise_row::<512>(r, row),
             }
         }
     }

@@ -34,7 +34,7 @@ pub(super) type Line = [u8; LINE];
 pub(super) struct Format {
     /// Bits of a code: 4 or 8.
     pub(super) bits: usize,
-    /// Neighbours along K that share a scale: 32, 64 or 128.
+    /// Neighbours along K that share a scale: 32, 64, 128, 256 or 512: sums of whole numbers stay below 2^24, which float32 holds.
     pub(super) block_size: usize,
 }
 

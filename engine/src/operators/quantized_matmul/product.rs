@@ -38,8 +38,8 @@ impl Product {
         if ![4, 8].contains(&format.bits) {
             return Err(format!("bits is {}, not 4 or 8", format.bits));
         }
-        if ![32, 64, 128].contains(&format.block_size) {
-            return Err(format!("block_size is {}, not 32, 64 or 128", format.block_size));
+        if ![32, 64, 128, 256, 512].contains(&format.block_size) {
+            return Err(format!("block_size is {}, not 32, 64, 128, 256 or 512", format.block_size));
         }
         if !k.is_multiple_of(format.block_size) {
             return Err(format!("K {k} is not a multiple of block_size {}", format.block_size));

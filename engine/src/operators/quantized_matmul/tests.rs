@@ -21,11 +21,22 @@ fn levels() -> impl Iterator<Item = (&'static str, Simd)> {
     })
 }
 
-const FORMATS: [Format; 6] = {
+const FORMATS: [Format; 10] = {
     const fn format(bits: usize, block_size: usize) -> Format {
         Format { bits, block_size }
     }
-    [format(4, 32), format(4, 64), format(4, 128), format(8, 32), format(8, 64), format(8, 128)]
+    [
+        format(4, 32),
+        format(4, 64),
+        format(4, 128),
+        format(4, 256),
+        format(4, 512),
+        format(8, 32),
+        format(8, 64),
+        format(8, 128),
+        format(8, 256),
+        format(8, 512),
+    ]
 };
 
 fn random_product(random: &mut Random, format: Format) -> Product {
@@ -43,7 +54,7 @@ fn random_product(random: &mut Random, format: Format) -> Product {
 fn every_level_computes_what_is_defined_to_the_bit() {
     for seed in 0..60 {
         let random = &mut Random(seed);
-        let product = random_product(random, FORMATS[seed as usize % 6]);
+        let product = random_product(random, FORMATS[seed as usize % FORMATS.len()]);
         let rows = 1 + random.below(40);
         let mut world = World::new(random, product, rows);
         let mut first: Option<Vec<u32>> = None;
@@ -72,7 +83,8 @@ fn a_row_is_the_same_in_any_batch() {
     for (seed, format) in FORMATS.into_iter().enumerate() {
         let random = &mut Random(seed as u64);
         // Wide enough for groups of tiles, parts of two groups, threads and a last panel that is not full.
-        let product = Product { k: 1152, n: 2 * 120, format, swiglu: seed % 2 == 0 };
+        let k = 1152_usize.next_multiple_of(format.block_size);
+        let product = Product { k, n: 2 * 120, format, swiglu: seed % 2 == 0 };
         let mut world = World::new(random, product, 512);
         let width = product.width();
         for (name, simd) in levels() {
@@ -107,7 +119,8 @@ fn errors_against_float64_are_those_of_eight_bits() {
         let bound = match format.block_size {
             32 => 0.013,
             64 => 0.02,
-            _ => 0.028,
+            128 => 0.028,
+            _ => 0.04,
         };
         println!("{format:?}: {error:.5}");
         assert!((bound / 4.0..bound).contains(&error), "{format:?} seed {seed}: {error}");
@@ -172,17 +185,18 @@ fn levels_agree_where_products_come_near_the_ends_of_float32() {
 
 #[test]
 fn what_is_not_a_number_stays_in_its_row() {
+    const K: usize = 512;
     let random = &mut Random(5);
     for format in FORMATS {
         for swiglu in [false, true] {
-            let product = Product { k: 256, n: 70, format, swiglu };
+            let product = Product { k: K, n: 70, format, swiglu };
             let mut world = World::new(random, product, 20);
             let clean = world.x.clone();
             for (name, simd) in levels() {
                 world.x.clone_from(&clean);
                 let before = bits(&world.run(simd, 0..20, 1));
-                world.x[3 * 256 + 77] = f32::NAN;
-                world.x[18 * 256 + 200] = f32::INFINITY;
+                world.x[3 * K + 77] = f32::NAN;
+                world.x[18 * K + 400] = f32::INFINITY;
                 let after = world.run(simd, 0..20, 1);
                 for (r, row) in after.chunks_exact(product.width()).enumerate() {
                     match r {
@@ -218,7 +232,7 @@ fn the_golden_packing_of_the_exporter_is_this_one() {
     use sha2::{Digest, Sha256};
     let golden = include_str!("../../../../export/tests/golden/packing.json");
     let golden: Vec<serde_json::Value> = serde_json::from_str(golden).unwrap();
-    assert_eq!(golden.len(), 4);
+    assert_eq!(golden.len(), 5);
     for case in golden {
         let int = |name: &str| case[name].as_i64();
         let product = Product::check(int, |name| case[name].as_str().map(Into::into)).unwrap();

@@ -3,6 +3,8 @@
 //! Invariant: what passes here is complete: every default is filled in and every limit checked that
 //! the engine does not check itself. CPU work in proportion to the body.
 
+use std::num::NonZeroUsize;
+
 use glm_engine::{Request, SamplingParams};
 use serde_json::Value;
 
@@ -167,8 +169,7 @@ fn sampling(
 ) -> Result<SamplingParams, ApiError> {
     let limit = state.engine.limits().max_model_len;
     let room = limit - num_prompt_tokens;
-    let within = |max: usize, param: &'static str| match max {
-        0 => Err(ApiError::invalid_value(param, format!("{param} must be at least 1"))),
+    let within = |max: NonZeroUsize, param: &'static str| match max.get() {
         max if max > room => Err(ApiError::reply_too_long(limit, num_prompt_tokens, max, param)),
         max => Ok(max),
     };

@@ -7,7 +7,8 @@ use super::types::{
     ChatCompletion, ChatCompletionChunk, Choice, ChunkChoice, Delta, Glm, ReplyMessage, Usage,
 };
 use crate::error::ApiError;
-use crate::stream::event_log::{self, EndReason, Event, LogReader, StreamError};
+use crate::stream::event::{self, EndReason, Event, StreamError};
+use crate::stream::event_log::LogReader;
 use crate::stream::reply_stream::{ReplyHead, StreamOptions};
 use crate::stream::sse::Render;
 
@@ -49,7 +50,7 @@ impl Chunks {
         to_json(&chunk)
     }
 
-    fn usage(&self, usage: event_log::Usage) -> Option<Option<Usage>> {
+    fn usage(&self, usage: event::Usage) -> Option<Option<Usage>> {
         match self.options {
             StreamOptions { include_usage: false, .. } => None,
             StreamOptions { continuous_usage_stats, .. } => {
@@ -58,7 +59,7 @@ impl Chunks {
         }
     }
 
-    fn delta(&self, delta: Delta<'_>, usage: event_log::Usage) -> String {
+    fn delta(&self, delta: Delta<'_>, usage: event::Usage) -> String {
         self.chunk(&[ChunkChoice { index: 0, delta, finish_reason: None }], self.usage(usage), None)
     }
 }
@@ -67,9 +68,9 @@ impl Render for Chunks {
     fn render(&mut self, event: Event, documents: &mut Vec<String>) {
         match event {
             Event::Role => {
-                let usage = event_log::Usage {
+                let usage = event::Usage {
                     num_prompt_tokens: self.head.num_prompt_tokens,
-                    ..event_log::Usage::default()
+                    ..event::Usage::default()
                 };
                 documents.push(self.delta(Delta { role: Some("assistant"), content: None }, usage));
             }
@@ -89,7 +90,7 @@ impl Render for Chunks {
     }
 }
 
-fn glm(usage: event_log::Usage, text_sha256: &str) -> Glm<'_> {
+fn glm(usage: event::Usage, text_sha256: &str) -> Glm<'_> {
     Glm { completion_tokens: usage.num_generated_tokens, text_sha256 }
 }
 

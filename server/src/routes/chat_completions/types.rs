@@ -2,12 +2,13 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::ApiError;
-use crate::stream::event_log;
+use crate::stream::event;
 use crate::stream::reply_stream::StreamOptions;
 
 /// The fields that count.
@@ -18,8 +19,8 @@ pub(super) struct ChatCompletionRequest {
     pub(super) messages: Vec<RequestMessage>,
     pub(super) stream: bool,
     pub(super) stream_options: Option<StreamOptions>,
-    pub(super) max_tokens: Option<usize>,
-    pub(super) max_completion_tokens: Option<usize>,
+    pub(super) max_tokens: Option<NonZeroUsize>,
+    pub(super) max_completion_tokens: Option<NonZeroUsize>,
     pub(super) temperature: Option<f32>,
     pub(super) top_p: Option<f32>,
     /// -1 and 0 keep all candidates.
@@ -66,6 +67,7 @@ fn in_json_terms(expected: &str) -> Cow<'_, str> {
         "i32" => format!("an integer from {} to {}", i32::MIN, i32::MAX).into(),
         "i64" => format!("an integer from {} to {}", i64::MIN, i64::MAX).into(),
         "usize" => format!("an integer from 0 to {}", usize::MAX).into(),
+        "a nonzero usize" => format!("an integer from 1 to {}", usize::MAX).into(),
         "a sequence" => "a list".into(),
         "a map" => "an object".into(),
         other => other.into(),
@@ -85,8 +87,8 @@ struct PromptTokensDetails {
     cached_tokens: usize,
 }
 
-impl From<event_log::Usage> for Usage {
-    fn from(usage: event_log::Usage) -> Self {
+impl From<event::Usage> for Usage {
+    fn from(usage: event::Usage) -> Self {
         Self {
             prompt_tokens: usage.num_prompt_tokens,
             completion_tokens: usage.num_generated_tokens,
@@ -173,7 +175,10 @@ mod tests {
     fn type_errors_name_the_path_and_what_json_may_stand_there() {
         let cases = [
             (json!({"temperature": ", expected x"}), "temperature", "must be a number"),
-            (json!({"max_tokens": -1}), "max_tokens", "must be an integer from 0 to 18446744073709551615"),
+            (json!({"min_tokens": -1}), "min_tokens", "must be an integer from 0 to 18446744073709551615"),
+            (json!({"max_tokens": -1}), "max_tokens", "must be an integer from 1 to 18446744073709551615"),
+            (json!({"max_tokens": 0}), "max_tokens", "must be an integer from 1 to"),
+            (json!({"max_completion_tokens": "9"}), "max_completion_tokens", "must be an integer from 1 to"),
             (json!({"messages": {}}), "messages", "must be a list"),
             (json!({"messages": [{"role": "user"}, {"role": 3}]}), "messages[1].role", "must be a string"),
             (json!({"messages": [{}]}), "messages[0]", "missing field `role`"),

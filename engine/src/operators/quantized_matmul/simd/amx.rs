@@ -1,8 +1,9 @@
 //! Owns the kernel's arithmetic in AMX: 16 rows at once. Calls of very few rows are faster in AVX-512, and
 //! give the same bits.
 //!
-//! Codes become signed, with 4 bits in the high half of a byte: then no sum needs a correction. Sums of 4
-//! bits are 16 times too large for all columns, which goes away with powers of 2: see [`unpack`].
+//! Codes of 4 bits become signed, in the high half of a byte: their sums need no correction, and are 16 times
+//! too large for all columns, which goes away with powers of 2: see [`widen`]. Codes of 8 bits are read where
+//! they lie.
 //!
 //! Invariant: a value of [`Amx`] exists only on a CPU with AMX-INT8, GFNI and AVX-512 VNNI, after Linux
 //! allowed this process the use of tiles. The compiler knows nothing of tiles: each function that sets them
@@ -20,12 +21,12 @@ use crate::operators::quantized_matmul::packing::{HALF, LINE, Line, STEP};
 
 /// Rows of a tile.
 const HEIGHT: usize = 16;
-/// Fewer rows than this are faster in AVX-512.
-const MIN_ROWS: usize = 3;
+/// Fewer rows than this are faster in AVX-512: of 4 and of 8 bits.
+const MIN_ROWS: [usize; 2] = [3, 5];
 /// Most values of K that a tile of rows holds.
 const WIDTH: usize = 64;
 /// The largest block.
-const MAX_BLOCK: usize = 128;
+const MAX_BLOCK: usize = 512;
 
 /// The proof that this process may use AMX.
 #[derive(Debug, Clone, Copy)]
@@ -96,9 +97,9 @@ impl Shapes {
     }
 }
 
-/// Signed codes of a block, columns below 16 and the others apart.
+/// Signed codes of a block: for each step columns below 16, then the others.
 #[repr(C, align(64))]
-struct Codes([[Line; MAX_BLOCK / STEP]; 2]);
+struct Codes([[Line; 2]; MAX_BLOCK / STEP]);
 
 /// Sums of a block, columns below 16 and the others apart, in the rows that tiles have.
 #[repr(C, align(64))]
@@ -116,10 +117,11 @@ impl Level for Amx {
         self.0.quantise(strip, x);
     }
     fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]) {
-        match (tiles[0].height, panel.format.bits) {
-            (..MIN_ROWS, _) => self.0.multiply(panel, tiles, sums),
+        let bits = panel.format.bits;
+        match bits {
+            _ if tiles[0].height < MIN_ROWS[bits / 8] => self.0.multiply(panel, tiles, sums),
             // SAFETY: `self` is the proof that the CPU has AVX-512 with VNNI, and AMX with leave to use it.
-            (_, 4) => unsafe { multiply::<4>(self.0, panel, tiles, sums) },
+            4 => unsafe { multiply::<4>(self.0, panel, tiles, sums) },
             // SAFETY: as above.
             _ => unsafe { multiply::<8>(self.0, panel, tiles, sums) },
         }
@@ -161,61 +163,63 @@ unsafe fn multiply<const BITS: usize>(
     // SAFETY: the caller vouches for AMX; the shapes are valid ones. All tiles are set to 0, which are among
     // what the convention says a call may change.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, clobber_abi("sysv64"), options(nostack, readonly)) };
+    let parts = block_size.div_ceil(WIDTH);
     for (b, block) in panel.lines.chunks_exact(panel.format.block_lines()).enumerate() {
         let Some((scales, lines)) = block.split_last() else { break };
-        let scales = unpack::<BITS>(lanes, lines, scales, panel.ahead, &mut codes);
+        let mut ahead = panel.ahead;
+        lanes.prefetch(scales, ahead);
+        let (scales, steps) = (
+            widen::<BITS>(scales),
+            match BITS {
+                4 => unpack(lanes, lines, ahead, &mut codes),
+                _ => lines.as_ptr(),
+            },
+        );
         let mut sums = &mut *sums;
         for tile in tiles {
             // Two blocks of 32 share the lines of their rows.
             let at = b * block_size;
-            let values = &tile.values[at / WIDTH * height..][..block_size.div_ceil(WIDTH) * height];
-            // SAFETY: tiles are set up, for rows of as many values as there are from `at` on.
-            unsafe { dot(values, at % WIDTH, &codes, block_size.div_ceil(WIDTH), &mut whole) };
+            let values = &tile.values[at / WIDTH * height..][..parts * height];
+            // SAFETY: tiles are set up, for rows of as many values as there are from `at` on; a block has
+            // two lines a step, of codes that are signed at 4 bits.
+            unsafe { dot::<BITS>(values, at % WIDTH, steps, parts, ahead, &mut whole) };
             let (these, rest) = sums.split_at_mut(tile.rows);
             // SAFETY: a tile has no more rows than room for them, and `dot` wrote sums of all of that.
-            unsafe { fold(&whole, &tile.blocks[b * height..][..tile.rows], scales, these) };
-            sums = rest;
+            unsafe { fold::<BITS>(&whole, &tile.blocks[b * height..][..tile.rows], scales, these) };
+            (sums, ahead) = (rest, 0);
         }
     }
     // SAFETY: tiles were set up above.
     unsafe { asm!("tilerelease", clobber_abi("sysv64"), options(nostack, nomem)) };
 }
 
-/// Writes a block's codes as signed numbers, 16 times as large at 4 bits. Returns the scales for sums of
-/// them, except that columns from 16 on stay 16 times too large, as [`Lanes::fold`] leaves them.
+/// Writes a block's codes of 4 bits as signed numbers, 16 times as large, and returns where.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,gfni")]
 #[inline]
-fn unpack<const BITS: usize>(
-    lanes: Avx512,
-    lines: &[Line],
-    scales: &Line,
-    ahead: usize,
-    codes: &mut MaybeUninit<Codes>,
-) -> [__m512; 2] {
+fn unpack(lanes: Avx512, lines: &[Line], ahead: usize, codes: &mut MaybeUninit<Codes>) -> *const Line {
     // As a matrix of bits: moves the low half of a byte to its high half, and 0 to the low one.
     const LOW_TO_HIGH: i64 = 0x0102_0408;
-    let (sign, high) = (_mm512_set1_epi8(-0x80), _mm512_set1_epi8(-0x10));
-    let sign_of_high = _mm512_set1_epi8(-0x78);
+    let (high, sign_of_high) = (_mm512_set1_epi8(-0x10), _mm512_set1_epi8(-0x78));
     let codes = codes.as_mut_ptr().cast::<__m512i>();
-    for (s, step) in lines.chunks_exact(BITS / 4).take(MAX_BLOCK / STEP).enumerate() {
-        for line in step {
-            lanes.prefetch(line, ahead);
-        }
-        // SAFETY: a line is as long as a register, and each half of the codes has room for this one.
+    for (s, line) in lines.iter().take(MAX_BLOCK / STEP).enumerate() {
+        lanes.prefetch(line, ahead);
+        // SAFETY: a line is as long as a register, and the codes have room for two of each step.
         unsafe {
-            let load = |line: &Line| _mm512_loadu_si512(line.as_ptr().cast());
-            let line = load(&step[0]);
-            let both = if BITS == 4 {
-                let low = _mm512_gf2p8affine_epi64_epi8::<0x80>(line, _mm512_set1_epi64(LOW_TO_HIGH));
-                // (line ^ sign) & high
-                [low, _mm512_ternarylogic_epi64::<0x28>(line, sign_of_high, high)]
-            } else {
-                [_mm512_xor_si512(line, sign), _mm512_xor_si512(load(&step[1]), sign)]
-            };
-            codes.add(s).write(both[0]);
-            codes.add(MAX_BLOCK / STEP + s).write(both[1]);
+            let line = _mm512_loadu_si512(line.as_ptr().cast());
+            let low = _mm512_gf2p8affine_epi64_epi8::<0x80>(line, _mm512_set1_epi64(LOW_TO_HIGH));
+            codes.add(2 * s).write(low);
+            // (line ^ sign) & high
+            codes.add(2 * s + 1).write(_mm512_ternarylogic_epi64::<0x28>(line, sign_of_high, high));
         }
     }
+    codes.cast()
+}
+
+/// The scales for sums of a block, except that columns from 16 on stay 16 times too large at 4 bits, as
+/// [`Lanes::fold`] leaves them.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn widen<const BITS: usize>(scales: &Line) -> [__m512; 2] {
     // SAFETY: a line holds 32 scales.
     unsafe {
         let scales = scales.as_ptr().cast::<__m256i>();
@@ -225,64 +229,96 @@ fn unpack<const BITS: usize>(
     }
 }
 
-/// Sums of a block: `parts` times as many values of each row as a tile holds, with as many codes.
+/// Sums of a block: `parts` times as many values of each row as a tile holds, with as many codes. Those of 8
+/// bits are as they are stored, so their sums lack the rows' `offset_8`; the same bytes `ahead` of them are
+/// asked for, unless it is 0.
 ///
 /// # Safety
-/// Tiles are set up by [`Shapes::new`] for `values.len() / parts` rows, of as many values as are in
-/// `codes`, which are written, for each part, and as there are from `start` on in each line of `values`.
+/// Tiles are set up by [`Shapes::new`] for `values.len() / parts` rows, of as many values as there are from
+/// `start` on in each line of `values`; `codes` has two lines for each 4 of them, in each part.
 #[inline(always)]
-unsafe fn dot(values: &[Values], start: usize, codes: &MaybeUninit<Codes>, parts: usize, sums: &mut Sums) {
+unsafe fn dot<const BITS: usize>(
+    values: &[Values],
+    start: usize,
+    codes: *const Line,
+    parts: usize,
+    ahead: usize,
+    sums: &mut Sums,
+) {
+    macro_rules! dot {
+        // The instruction, and what is asked for beside it.
+        ($multiply:literal $([$($line:literal)*])*) => {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "2:",
+                "tileloadd tmm4, [{values} + {line}]",
+                "tileloadd tmm6, [{codes} + {step}]",
+                concat!($multiply, " tmm0, tmm4, tmm6"),
+                $($(concat!("prefetcht1 [{codes} + {ahead} + ", $line, "]"),)*)*
+                "tileloadd tmm7, [{codes} + {step} + 64]",
+                concat!($multiply, " tmm1, tmm4, tmm7"),
+                "add {values}, {part}",
+                "add {codes}, 2048",
+                "dec {parts}",
+                "jnz 2b",
+                "tilestored [{sums} + {line}], tmm0",
+                "tilestored [{sums} + {line} + 1024], tmm1",
+                "# {ahead}",
+                values = inout(reg) values.as_ptr().byte_add(start) => _,
+                part = in(reg) size_of_val(values) / parts,
+                codes = inout(reg) codes => _,
+                parts = inout(reg) parts => _,
+                ahead = in(reg) ahead,
+                line = in(reg) LINE,
+                step = in(reg) 2 * LINE,
+                sums = in(reg) sums,
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm4") _,
+                out("tmm6") _,
+                out("tmm7") _,
+                options(nostack),
+            )
+        };
+    }
     // SAFETY: the caller vouches for the shapes; all that is read and written is inside of the arguments.
     unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tileloadd tmm4, [{values} + {line}]",
-            "tileloadd tmm6, [{codes} + {line}]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{codes} + {line} + 2048]",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "dec {parts}",
-            "jz 2f",
-            "tileloadd tmm5, [{others} + {line}]",
-            "tileloadd tmm6, [{codes} + {line} + 1024]",
-            "tdpbssd tmm0, tmm5, tmm6",
-            "tileloadd tmm7, [{codes} + {line} + 3072]",
-            "tdpbssd tmm1, tmm5, tmm7",
-            "2:",
-            "tilestored [{sums} + {line}], tmm0",
-            "tilestored [{sums} + {line} + 1024], tmm1",
-            values = in(reg) values.as_ptr().byte_add(start),
-            others = in(reg) values[values.len() / 2..].as_ptr(),
-            codes = in(reg) codes.as_ptr(),
-            parts = inout(reg) parts => _,
-            line = in(reg) LINE,
-            sums = in(reg) sums,
-            out("tmm0") _,
-            out("tmm1") _,
-            out("tmm4") _,
-            out("tmm5") _,
-            out("tmm6") _,
-            out("tmm7") _,
-            options(nostack),
-        );
+        match (BITS, ahead) {
+            (4, _) => dot!("tdpbssd"),
+            (_, 0) => dot!("tdpbsud"),
+            _ => dot!("tdpbsud" 
+                [0 64 128 192 256 320 384 448]
+                [512 576 640 704 768 832 896 960]
+                [1024 1088 1152 1216 1280 1344 1408 1472]
+                [1536 1600 1664 1728 1792 1856 1920 1984]),
+        }
     }
 }
 
-/// `to = fma(sums, scales * row's scale, to)`.
+/// `to = fma(sums, scales * row's scale, to)`, with what `sums` lack.
 ///
 /// # Safety
 /// Sums of as many rows are written.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn fold(sums: &Sums, rows: &[RowBlock], scales: [__m512; 2], to: &mut [[f32; COLUMNS]]) {
+unsafe fn fold<const BITS: usize>(
+    sums: &Sums,
+    rows: &[RowBlock],
+    scales: [__m512; 2],
+    to: &mut [[f32; COLUMNS]],
+) {
     let [first, second] = &sums.0;
     for (((row, first), second), to) in rows.iter().zip(first).zip(second).zip(to) {
         for (half, (sums, scales)) in [first, second].into_iter().zip(scales).enumerate() {
             let to = to[half * HALF..][..HALF].as_mut_ptr();
             // SAFETY: both arrays are as long as a register; the caller vouches for the sums.
             unsafe {
-                let sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.as_ptr().cast()));
+                let mut sums = _mm512_loadu_si512(sums.as_ptr().cast());
+                if BITS == 8 {
+                    sums = _mm512_add_epi32(sums, _mm512_set1_epi32(row.offset_8));
+                }
+                let sums = _mm512_cvtepi32_ps(sums);
                 let scales = _mm512_mul_ps(scales, _mm512_set1_ps(row.scale));
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(sums, scales, _mm512_loadu_ps(to)));
             }
