@@ -21,11 +21,11 @@ ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
 CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
 WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
 
-.PHONY: help serve test lint deny test-rust test-python test-cuda test-deploy gpu-check bench bench-peers bench-scale \
-  quality build model clean
+.PHONY: help serve test lint deny test-rust test-asan test-sanitizers test-python test-cuda test-deploy gpu-check \
+  bench bench-peers bench-scale quality build model clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
 
 serve: build model ## set up everything and serve the default chat model on 127.0.0.1:8000
 	$(WITH_ORT) exec $(GLMSERVE) serve --model "$${GLMSERVE_MODEL:-$(MODEL)}" $(ARGS)
@@ -60,7 +60,7 @@ PRECISION ?= --precision int8 --quant-block-size 64
 	tests/tools/fetch.sh
 
 test: .venv/test.stamp .tools/stamp build model ## set up everything and run every test
-	$(MAKE) --no-print-directory lint test-rust test-python test-cuda test-deploy
+	$(MAKE) --no-print-directory lint test-rust test-asan test-python test-cuda test-deploy
 
 # ruff's settings: .ruff.toml, and export/pyproject.toml for the package.
 lint: ## formatting and lints, warnings are errors
@@ -87,6 +87,20 @@ test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention --test quantized_matmul; done
 	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$< cargo test --release --locked --quiet -p glmserve --lib -- --ignored,\
 	  @echo "SKIPPED: tests with ChatGLM3's own tokenizer, which is not here")
+
+# The stable toolchain has the sanitizers' libraries but not, without RUSTC_BOOTSTRAP, the option.
+SANITIZED = RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$(1)" cargo test --release --locked --quiet \
+  --target "$$(rustc --print host-tuple)" --target-dir target/sanitize -p glm-engine
+
+test-asan: ## the operators' tests under AddressSanitizer
+	$(call SANITIZED,address) --lib operators
+
+# ThreadSanitizer goes without ONNX Runtime, whose threads it does not know. Nor does it know the standard
+# library, which is not built for it: hence the leave to mix.
+test-sanitizers: test-asan ## the same, then inside ONNX Runtime, then under ThreadSanitizer (minutes)
+	$(WITH_ORT) $(call SANITIZED,address) --test paged_attention --test quantized_matmul --test sessions_at_once
+	TSAN_OPTIONS="suppressions=$(CURDIR)/engine/tests/tsan.supp" \
+	  $(call SANITIZED,thread -Cunsafe-allow-abi-mismatch=sanitizer) --lib operators
 
 test-python:
 	cd export && ../.venv/bin/pytest -q

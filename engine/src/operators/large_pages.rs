@@ -34,7 +34,7 @@ struct Chunk {
     len: usize,
 }
 
-// SAFETY: memory of its own, which is written under the lock before anybody may read it.
+// SAFETY: memory of its own, which any thread may unmap. Who may use what of it is not the chunk's to say.
 unsafe impl Send for Chunk {}
 
 /// A copy, and the pages that it lies in.
@@ -45,9 +45,9 @@ pub(super) struct Copied {
     _pages: Arc<LargePages>,
 }
 
-// SAFETY: it is only read.
+// SAFETY: `new` wrote it before there was a value; from then on it is only read.
 unsafe impl Send for Copied {}
-// SAFETY: it is only read.
+// SAFETY: as above.
 unsafe impl Sync for Copied {}
 
 impl Copied {
@@ -55,7 +55,7 @@ impl Copied {
     /// None if there is no memory.
     pub(super) fn new(pages: &Arc<LargePages>, bytes: &[u8]) -> Option<Self> {
         let start = pages.0.lock().unwrap_or_else(PoisonError::into_inner).take(bytes.len())?;
-        // SAFETY: `take` gave this much to nobody else.
+        // SAFETY: `take` found room for this much, and gives it to nobody else.
         unsafe { start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         drop_pages(bytes);
         Some(Self { start, len: bytes.len(), _pages: Arc::clone(pages) })
@@ -66,7 +66,7 @@ impl std::ops::Deref for Copied {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: that much was written, and lives as long as the pages do.
+        // SAFETY: that much was written, is not written again, and lives as long as the pages do.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }
@@ -123,7 +123,7 @@ fn drop_pages(bytes: &[u8]) {
         const SMALL_PAGE: usize = 4096;
         let first = bytes.as_ptr().align_offset(SMALL_PAGE).min(bytes.len());
         let len = (bytes.len() - first) / SMALL_PAGE * SMALL_PAGE;
-        // SAFETY: whole pages within the slice, which keep their content.
+        // SAFETY: pages keep their content under this advice, whoever else has a part of them.
         unsafe { libc::madvise(bytes[first..].as_ptr().cast_mut().cast(), len, libc::MADV_PAGEOUT) };
     }
     #[cfg(not(target_os = "linux"))]

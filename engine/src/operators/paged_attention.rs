@@ -118,7 +118,11 @@ impl<E: Element> Operator for PagedAttention<E> {
     }
 
     fn infer_shape(&self, ctx: &mut ShapeInferenceContext) -> ort::Result<()> {
-        let (heads, kv_heads): (i64, i64) = (ctx.attr("num_heads")?, ctx.attr("kv_num_heads")?);
+        // What is missing is refused when the kernel is made: ONNX Runtime never frees an error from here.
+        let (Ok(heads), Ok(kv_heads)) = (ctx.attr::<i64>("num_heads"), ctx.attr::<i64>("kv_num_heads"))
+        else {
+            return Ok(());
+        };
         let inputs = ctx.inputs();
         let Some(ValueType::Tensor { ty, shape, dimension_symbols }) = inputs.first() else {
             return Ok(());
@@ -206,8 +210,8 @@ impl<E: Element> PagedAttentionKernel<E> {
             return Ok(());
         }
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
-        // SAFETY: the contract of the operator is that both caches are updated in place, so the
-        // caller gives memory of this shape that nobody else uses during the run.
+        // SAFETY: the contract of the operator is that both caches are updated in place, each slot by one token
+        // at most. So the caller gives two tensors of this shape, which nobody else uses during the run.
         let cache = unsafe { KvCache::new(elements::<E>(key_cache)?, elements(value_cache)?, geometry) };
         let scale = self.attributes.scale;
         let threads = SessionThreads { ctx, num_threads: self.num_threads };

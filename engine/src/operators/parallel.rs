@@ -147,7 +147,7 @@ mod tests {
     fn threads_share_a_stretch_out() {
         let (stretch, sum) = (Stretch::new(0, 10_000), AtomicUsize::new(0));
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let other = scope.spawn(|| {
                 while let Some(i) = stretch.take_first() {
                     sum.fetch_add(i + 1, Ordering::Relaxed);
                 }
@@ -155,6 +155,8 @@ mod tests {
             while let Some(i) = stretch.take_last() {
                 sum.fetch_add(i + 1, Ordering::Relaxed);
             }
+            // By hand, as in `Threads`.
+            other.join().unwrap();
         });
         assert_eq!(sum.into_inner(), 10_000 * 10_001 / 2);
     }

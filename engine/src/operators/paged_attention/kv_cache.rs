@@ -47,8 +47,8 @@ pub(super) struct KvCache<E> {
     geometry: Geometry,
 }
 
-// SAFETY: the pointers are to memory that outlives the call, see `new`; `write` and reading are
-// ordered by the caller and distinct writers write distinct heads.
+// SAFETY: the pointers are to memory that outlives the call, and no two writes meet: see `new`. That reading
+// begins after writing is the caller's to see to.
 unsafe impl<E> Sync for KvCache<E> {}
 
 /// Where a head's keys and values of a tile lie, run by run. The last run is the next tile's first, to
@@ -63,8 +63,9 @@ pub(super) struct Runs<E> {
 
 impl<E: Element> KvCache<E> {
     /// # Safety
-    /// Both pointers are valid for reading and writing `geometry`'s whole cache while the value
-    /// lives, and nobody else uses the memory.
+    /// Each pointer is valid for reading and writing `geometry`'s whole cache, of which every element holds
+    /// some number, while the value lives; the caches lie apart, and nobody else uses the memory. The value is
+    /// used with batches of this geometry, in which no two tokens have one slot.
     pub(super) unsafe fn new(key: *mut E, value: *mut E, geometry: Geometry) -> Self {
         Self { key, value, geometry }
     }
@@ -91,8 +92,8 @@ impl<E: Element> KvCache<E> {
                 let at = slot % block_size;
                 let value = &packed[value..value + head_dim];
                 for (channel, (key, value)) in turned.iter().zip(value).enumerate() {
-                    // SAFETY: the batch's slots are within the cache; other slots and heads,
-                    // which other threads may be writing, lie elsewhere, as the batch's maker sees to.
+                    // SAFETY: the batch's slots are within the cache. Other threads may be writing other slots
+                    // and heads, which lie elsewhere; nobody else writes this one: see `new`.
                     unsafe {
                         *self.key.add(head + channel * block_size + at) = E::round(*key);
                         *self.value.add(head + at * head_dim + channel) = E::round(*value);

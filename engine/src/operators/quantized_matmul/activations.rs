@@ -147,7 +147,8 @@ impl Shared<'_> {
         let strips_per_tile = self.k.div_ceil(self.strip_width);
         let (tile, start) = (self.tiles[i / strips_per_tile], i % strips_per_tile * self.strip_width);
         let end = (start + self.strip_width).min(self.k);
-        // SAFETY: the caller vouches that what is given out is given out once.
+        // SAFETY: `reserve` made room for every tile, one after the other, and strips end at whole steps, so no two
+        // share a line or a block. The caller vouches that none is given out twice.
         let (values, blocks) = unsafe {
             let [values, blocks] = self.range(tile, start, end);
             (
@@ -161,10 +162,10 @@ impl Shared<'_> {
     /// The content of a tile of the call.
     ///
     /// # Safety
-    /// Its strips are written, and nobody has one of them any more.
+    /// It is a tile of this call, its strips are written, and nobody has one of them any more.
     pub(super) unsafe fn tile(&self, tile: Tile) -> TileValues<'_> {
         let [values, blocks] = self.range(tile, 0, self.k);
-        // SAFETY: `reserve` made room for every tile, one after the other.
+        // SAFETY: `reserve` made room for the tile; the caller vouches that it is only read by now.
         unsafe {
             TileValues {
                 rows: tile.rows,

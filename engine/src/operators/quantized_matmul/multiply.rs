@@ -67,7 +67,7 @@ pub(super) fn run<L: Level>(
     // Workers take what is to be done as they get to it.
     let work = |worker: usize| {
         quantised.run(job.activations.num_strips(), &guard, |i| {
-            // SAFETY: each strip is taken once.
+            // SAFETY: each strip is taken once, and no tile before all of them are done.
             let mut strip = unsafe { job.activations.strip(i) };
             level.quantise(&mut strip, call.x);
         });
@@ -140,7 +140,7 @@ impl Job<'_> {
             let num_rows: usize = tiles.iter().map(|tile| tile.rows).sum();
             let mut content = [TileValues::default(); TILES];
             for (content, tile) in content.iter_mut().zip(tiles) {
-                // SAFETY: all strips are quantised.
+                // SAFETY: all strips of this call's tiles are quantised and given back: see `run`.
                 *content = unsafe { self.activations.tile(*tile) };
             }
             let sums = &mut sums[..num_rows];

@@ -7,6 +7,7 @@
 use crate::operators::paged_attention::attend;
 use crate::operators::paged_attention::attributes::Attributes;
 use crate::operators::paged_attention::batch::{Batch, Inputs, Tensor};
+use crate::operators::paged_attention::element::Element;
 use crate::operators::paged_attention::kv_cache::KvCache;
 use crate::operators::paged_attention::simd::Simd;
 use crate::operators::paged_attention::workspace::Workspace;
@@ -155,12 +156,26 @@ impl World {
             + position % self.block_size
     }
 
-    /// Runs the kernel.
+    /// Runs the kernel over the world's caches.
     pub(super) fn run(&mut self, call: &Call, simd: Simd, threads: usize) -> Result<Vec<f32>, String> {
+        let (mut key, mut value) = (std::mem::take(&mut self.key), std::mem::take(&mut self.value));
+        let output = self.run_over([&mut key, &mut value], call, simd, threads);
+        (self.key, self.value) = (key, value);
+        output
+    }
+
+    /// Runs the kernel over these caches.
+    pub(super) fn run_over<E: Element>(
+        &mut self,
+        [key, value]: [&mut [E]; 2],
+        call: &Call,
+        simd: Simd,
+        threads: usize,
+    ) -> Result<Vec<f32>, String> {
         let shape = self.shape;
         let slot_floats = shape.kv_heads * shape.head_dim;
         let cache = [
-            (self.key.len() / slot_floats / self.block_size) as i64,
+            (key.len() / slot_floats / self.block_size) as i64,
             self.block_size as i64,
             shape.kv_heads as i64,
             shape.head_dim as i64,
@@ -189,8 +204,9 @@ impl World {
         )?;
         let mut output = vec![f32::NAN; num_tokens * batch.geometry.output_width()];
         let scale = 1.0 / (shape.head_dim as f32).sqrt();
-        // SAFETY: the caches have this shape and are not used otherwise during the call.
-        let cache = unsafe { KvCache::new(self.key.as_mut_ptr(), self.value.as_mut_ptr(), batch.geometry) };
+        // SAFETY: the caches have this shape and are not used otherwise during the call, in which each slot
+        // is written once.
+        let cache = unsafe { KvCache::new(key.as_mut_ptr(), value.as_mut_ptr(), batch.geometry) };
         let threads = Threads(threads);
         attend::run(simd, &batch, cache, scale, &mut output, &mut self.workspace, &threads)?;
         Ok(output)

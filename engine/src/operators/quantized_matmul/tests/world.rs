@@ -1,6 +1,7 @@
 //! Owns random products for the tests, packed by a plain reading of the drawing, and what they are.
 //!
-//! Invariant: nothing here shares code with the kernels but sizes.
+//! Invariant: nothing here shares code with the kernels but sizes. What they read and write ends where its
+//! allocation ends, so that a sanitizer sees a step beyond.
 
 use crate::operators::quantized_matmul::activations::Activations;
 use crate::operators::quantized_matmul::multiply::Call;
@@ -20,8 +21,8 @@ pub(super) struct World {
     pub(super) bias: Option<Vec<f32>>,
     /// `[rows, k]`.
     pub(super) x: Vec<f32>,
-    weights: Vec<u8>,
-    packed_bias: Option<Vec<f32>>,
+    weights: Box<[u8]>,
+    packed_bias: Option<Box<[f32]>>,
     activations: Activations,
 }
 
@@ -63,7 +64,7 @@ impl World {
             scales,
             bias,
             x,
-            weights: vec![],
+            weights: Box::default(),
             packed_bias: None,
             activations: Activations::default(),
         };
@@ -85,7 +86,7 @@ impl World {
     fn pack(&mut self) {
         let Product { k, format, .. } = self.product;
         let blocks = k / format.block_size;
-        let mut bias = vec![];
+        let (mut weights, mut bias) = (vec![], vec![]);
         for p in 0..self.product.num_panels() {
             let rows: Vec<_> = (0..COLUMNS).map(|c| self.row_of(p, c)).collect();
             let zero = 1u8 << (format.bits - 1);
@@ -94,20 +95,25 @@ impl World {
                 for s in 0..format.block_size / 4 {
                     let at = |byte: usize| b * format.block_size + 4 * s + byte % 4;
                     if format.bits == 4 {
-                        self.weights
-                            .extend((0..64).map(|i| code(i / 4, at(i)) | code(16 + i / 4, at(i)) << 4));
+                        weights.extend((0..64).map(|i| code(i / 4, at(i)) | code(16 + i / 4, at(i)) << 4));
                     } else {
-                        self.weights.extend((0..128).map(|i| code(i / 4, at(i))));
+                        weights.extend((0..128).map(|i| code(i / 4, at(i))));
                     }
                 }
                 let scales = rows.iter().map(|row| row.map_or(0, |row| self.scales[row * blocks + b]));
-                self.weights.extend(scales.flat_map(u16::to_le_bytes));
+                weights.extend(scales.flat_map(u16::to_le_bytes));
             }
             if let Some(values) = &self.bias {
                 bias.extend(rows.iter().map(|row| row.map_or(0.0, |row| values[row])));
             }
         }
-        self.packed_bias = self.bias.is_some().then_some(bias);
+        self.weights = weights.into_boxed_slice();
+        self.packed_bias = self.bias.is_some().then_some(bias.into_boxed_slice());
+    }
+
+    /// Gives the memory of quantised rows back, so that the next call has as much as it needs and no more.
+    pub(super) fn forget(&mut self) {
+        self.activations = Activations::default();
     }
 
     pub(super) fn weights(&self) -> &[u8] {
