@@ -168,13 +168,11 @@ unsafe fn multiply<const BITS: usize>(
         let Some((scales, lines)) = block.split_last() else { break };
         let mut ahead = panel.ahead;
         lanes.prefetch(scales, ahead);
-        let (scales, steps) = (
-            widen::<BITS>(scales),
-            match BITS {
-                4 => unpack(lanes, lines, ahead, &mut codes),
-                _ => lines.as_ptr(),
-            },
-        );
+        let steps = match BITS {
+            4 => unpack(lanes, lines, ahead, &mut codes),
+            _ => lines.as_ptr(),
+        };
+        let scales = widen::<BITS>(scales);
         let mut sums = &mut *sums;
         for tile in tiles {
             // Two blocks of 32 share the lines of their rows.
@@ -264,6 +262,7 @@ unsafe fn dot<const BITS: usize>(
                 "jnz 2b",
                 "tilestored [{sums} + {line}], tmm0",
                 "tilestored [{sums} + {line} + 1024], tmm1",
+                // An operand has to be named, whether lines are asked for or not.
                 "# {ahead}",
                 values = inout(reg) values.as_ptr().byte_add(start) => _,
                 part = in(reg) size_of_val(values) / parts,
@@ -287,7 +286,7 @@ unsafe fn dot<const BITS: usize>(
         match (BITS, ahead) {
             (4, _) => dot!("tdpbssd"),
             (_, 0) => dot!("tdpbsud"),
-            _ => dot!("tdpbsud" 
+            _ => dot!("tdpbsud"
                 [0 64 128 192 256 320 384 448]
                 [512 576 640 704 768 832 896 960]
                 [1024 1088 1152 1216 1280 1344 1408 1472]
