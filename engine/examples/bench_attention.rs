@@ -1,13 +1,13 @@
 //! Owns the timings of the attention operator, through a real session: one layer, a call at a time.
 //!
 //! `cargo run --release -p glm-engine --example bench_attention [THREADS] [CASE]`, with `GLMSERVE_SIMD`
-//! to force an instruction set and `CASE` to run but one, by its number from 0. Figures are the median and the best of many calls; the limits at the
-//! top are what this machine does in plain loops, measured just before.
+//! to force an instruction set and `CASE` to run but one, by its number from 0. Figures are the median and
+//! the best of many calls; the limits at the top are what this machine does in plain loops, just before.
 
 #[path = "../tests/graph/mod.rs"]
 mod graph;
+mod limits;
 
-use std::hint::black_box;
 use std::time::Instant;
 
 use graph::attention::session;
@@ -50,8 +50,8 @@ fn main() -> ort::Result<()> {
     let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     println!(
         "{threads} threads; limits: {:.0} GFLOP/s, {:.0} GB/s of main memory",
-        threads as f64 * peak_flops() / 1e9,
-        bandwidth(threads) / 1e9
+        limits::fp32_gflops(threads).unwrap_or(0.0),
+        limits::read_gb_per_s(threads)
     );
     println!(
         "{:<20} {:<5} {:>3} {:>6} {:>5} {:>9} {:>9} {:>9} {:>7}",
@@ -159,56 +159,4 @@ fn bench<E: PrimitiveTensorElementType + Element + Copy + std::fmt::Debug + 'sta
         bytes / best / 1e9
     );
     Ok(())
-}
-
-/// What one thread multiplies and adds a second, in registers.
-fn peak_flops() -> f64 {
-    const LANES: usize = 16 * 12;
-    const ROUNDS: usize = 2_000_000;
-    #[inline(always)]
-    fn rounds(x: &mut [f32; LANES], factor: f32) {
-        for _ in 0..ROUNDS {
-            for x in x.iter_mut() {
-                *x = x.mul_add(factor, 0.5);
-            }
-        }
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    fn wide(x: &mut [f32; LANES], factor: f32) {
-        rounds(x, factor);
-    }
-    let mut x = [1f32; LANES];
-    let mut best = f64::MAX;
-    for _ in 0..5 {
-        let begin = now();
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the CPU has it.
-            unsafe { wide(&mut x, black_box(0.5)) };
-        } else {
-            rounds(&mut x, black_box(0.5));
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        rounds(&mut x, black_box(0.5));
-        black_box(&x);
-        best = best.min(begin.elapsed().as_secs_f64());
-    }
-    (2 * LANES * ROUNDS) as f64 / best
-}
-
-/// Bytes a second that `threads` threads read from main memory.
-fn bandwidth(threads: usize) -> f64 {
-    let data = vec![1u64; 32 << 20];
-    let mut best = f64::MAX;
-    for _ in 0..3 {
-        let begin = now();
-        std::thread::scope(|scope| {
-            for part in data.chunks(data.len().div_ceil(threads)) {
-                scope.spawn(move || black_box(part.iter().fold(0u64, |sum, x| sum ^ x)));
-            }
-        });
-        best = best.min(begin.elapsed().as_secs_f64());
-    }
-    (data.len() * 8) as f64 / best
 }

@@ -4,10 +4,11 @@
 //! where KERNEL is `ours`, `ort` (MatMulNBits) or `both`, with `GLMSERVE_SIMD` to force an instruction
 //! set. The graph is that of an export without attention: 24 layers of width 1024 (8 heads of 128, 2 key
 //! heads, ffn 3072) and a head of 65024, on every row. Weights are random. The limits are what plain
-//! loops reach on this machine between the measurements.
+//! loops reach on this machine before each row.
 
 #[path = "../tests/graph/mod.rs"]
 mod graph;
+mod limits;
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -69,11 +70,10 @@ fn now() -> Instant {
 fn bench(session: &mut Session, format: Format, num_bytes: usize, rows: usize) -> ort::Result<()> {
     let noise = (0..rows * HIDDEN).map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0);
     let x = Tensor::from_array(([rows, HIDDEN], noise.collect::<Vec<_>>()))?;
-    let (mut seconds, mut read, mut peak) = (vec![], 0f64, 0f64);
+    let (read, peak) = (limits::read_gb_per_s(THREADS), limits::int8_vnni_gops(THREADS).unwrap_or(0.0));
+    let mut seconds = vec![];
     let start = now();
     while seconds.len() < 3 || start.elapsed().as_secs_f64() < SECONDS {
-        read = read.max(bandwidth());
-        peak = peak.max(peak_ops());
         let begin = now();
         black_box(session.run(ort::inputs!["x" => &x])?);
         seconds.push(begin.elapsed().as_secs_f64());
@@ -89,9 +89,9 @@ fn bench(session: &mut Session, format: Format, num_bytes: usize, rows: usize) -
         rows as f64 / median,
         2e-9 * (weights * rows) as f64 / best,
         speed / 1e9,
-        read / 1e9,
-        100.0 * speed / read,
-        peak / 1e9,
+        read,
+        speed / read / 1e7,
+        peak,
     );
     Ok(())
 }
@@ -184,47 +184,4 @@ fn linear(graph: &mut Graph, format: Format, x: &str, y: &str, k: usize, n: usiz
         graph.node((PLAIN, "Mul"), &[&part("silu"), &part("other")], &[y], &[]);
     }
     content.len() + 4 * n * blocks
-}
-
-/// Bytes a second that two threads read from main memory.
-fn bandwidth() -> f64 {
-    static DATA: std::sync::OnceLock<Vec<u64>> = std::sync::OnceLock::new();
-    let data = DATA.get_or_init(|| vec![1; 16 << 20]);
-    let begin = now();
-    std::thread::scope(|scope| {
-        for part in data.chunks(data.len().div_ceil(THREADS)) {
-            scope.spawn(move || black_box(part.iter().fold(0u64, |sum, x| sum ^ x)));
-        }
-    });
-    (data.len() * 8) as f64 / begin.elapsed().as_secs_f64()
-}
-
-/// Operations of whole numbers of 8 bits that two threads do a second in AVX-512 with VNNI; 0 without.
-fn peak_ops() -> f64 {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512vnni") {
-        use std::arch::x86_64::*;
-        const ROUNDS: usize = 200_000;
-        const SUMS: usize = 24;
-        #[target_feature(enable = "avx512f,avx512vnni")]
-        fn rounds(seed: i32) -> i32 {
-            let (a, b) = (_mm512_set1_epi32(seed), _mm512_set1_epi32(seed + 1));
-            let mut sums = [_mm512_setzero_si512(); SUMS];
-            for _ in 0..ROUNDS {
-                for sum in &mut sums {
-                    *sum = _mm512_dpbusd_epi32(*sum, a, b);
-                }
-            }
-            sums.into_iter().map(|sum| _mm512_reduce_add_epi32(sum)).fold(0, i32::wrapping_add)
-        }
-        let begin = now();
-        std::thread::scope(|scope| {
-            for _ in 0..THREADS {
-                // SAFETY: the CPU has it.
-                scope.spawn(|| black_box(unsafe { rounds(black_box(3)) }));
-            }
-        });
-        return (2 * 64 * SUMS * ROUNDS * THREADS) as f64 / begin.elapsed().as_secs_f64();
-    }
-    0.0
 }
