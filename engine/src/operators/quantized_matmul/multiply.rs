@@ -99,33 +99,34 @@ impl Job<'_> {
     /// Multiplies what is `worker`'s, then what others have left: each thread reads one stretch of weights from
     /// one end to the other, and all end together. All rows are quantised by then.
     fn multiply<L: Level>(&self, level: L, worker: usize) {
-        while let Some(i) = self.stretches[worker].take_first() {
-            self.multiply_group(level, i);
-        }
-        for stretch in &self.stretches[..self.num_threads] {
-            while let Some(i) = stretch.take_last() {
-                self.multiply_group(level, i);
-            }
-        }
-    }
-
-    /// Multiplies a group of tiles with a panel: number `i` of all pairs of them.
-    fn multiply_group<L: Level>(&self, level: L, i: usize) {
-        let product = self.call.product;
-        let num_tiles = self.activations.tiles().len();
-        let (group, p) = (i / product.num_panels(), i % product.num_panels());
-        let tiles = group * num_tiles / self.num_groups..(group + 1) * num_tiles / self.num_groups;
-        let (bytes, width) = (product.panel_bytes(), product.width());
         const { assert!(L::MAX_ROWS <= MAX_ROWS / TILES) };
         // Sums of few rows are not to cost the clearing of many.
         let (mut few, mut many);
-        let sums: &mut [[f32; COLUMNS]] = if tiles.len() == 1 {
+        let sums: &mut [[f32; COLUMNS]] = if self.activations.tiles().len() == 1 {
             few = [[0.0; COLUMNS]; MAX_ROWS / TILES];
             &mut few
         } else {
             many = [[0.0; COLUMNS]; MAX_ROWS];
             &mut many
         };
+        while let Some(i) = self.stretches[worker].take_first() {
+            self.multiply_group(level, i, sums);
+        }
+        for stretch in &self.stretches[..self.num_threads] {
+            while let Some(i) = stretch.take_last() {
+                self.multiply_group(level, i, sums);
+            }
+        }
+    }
+
+    /// Multiplies a group of tiles with a panel: number `i` of all pairs of them. `sums` has room for
+    /// [`TILES`] of them, or for the only one.
+    fn multiply_group<L: Level>(&self, level: L, i: usize, sums: &mut [[f32; COLUMNS]]) {
+        let product = self.call.product;
+        let num_tiles = self.activations.tiles().len();
+        let (group, p) = (i / product.num_panels(), i % product.num_panels());
+        let tiles = group * num_tiles / self.num_groups..(group + 1) * num_tiles / self.num_groups;
+        let (bytes, width) = (product.panel_bytes(), product.width());
         let tiles = &self.activations.tiles()[tiles];
         let lines = self.call.weights[p * bytes..(p + 1) * bytes].as_chunks::<LINE>().0;
         let what = Finish {
