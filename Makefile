@@ -99,7 +99,8 @@ test-asan: ## the operators' tests under AddressSanitizer
 
 # ThreadSanitizer goes without ONNX Runtime, whose threads it does not know. Nor does it know the standard
 # library, which is not built for it: hence the leave to mix.
-test-sanitizers: test-asan ## the same, then inside ONNX Runtime, then under ThreadSanitizer (minutes)
+test-sanitizers: .venv/serve.stamp ## the same, then inside ONNX Runtime, then under ThreadSanitizer (minutes)
+	$(call SANITIZED,address) --lib operators
 	$(WITH_ORT) $(call SANITIZED,address) --test paged_attention --test quantized_matmul --test sessions_at_once
 	TSAN_OPTIONS="suppressions=$(CURDIR)/engine/tests/tsan.supp" \
 	  $(call SANITIZED,thread -Cunsafe-allow-abi-mismatch=sanitizer) --lib operators

@@ -49,8 +49,8 @@ fn main() -> ort::Result<()> {
     let threads = std::env::args().nth(1).and_then(|threads| threads.parse().ok());
     let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     println!(
-        "{threads} threads; limits: {:.0} GFLOP/s, {:.0} GB/s of main memory",
-        limits::fp32_gflops(threads).unwrap_or(0.0),
+        "{threads} threads; limits: {} GFLOP/s, {:.0} GB/s of main memory",
+        limits::fp32_gflops(threads).map_or("-".to_owned(), |most| format!("{most:.0}")),
         limits::read_gb_per_s(threads)
     );
     println!(

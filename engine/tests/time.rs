@@ -24,7 +24,8 @@ const PLAIN: u32 = 1;
 /// So long nothing takes on any machine: it ends tests that would hang.
 const LONG: Duration = Duration::from_secs(60);
 
-/// Time that nobody but these tests moves, in microseconds: a machine under load teaches the engine nothing else.
+/// Time that nobody but these tests moves, in microseconds: a machine under load teaches the engine nothing
+/// else.
 #[derive(Clone, Default)]
 struct Time(Arc<AtomicU64>);
 

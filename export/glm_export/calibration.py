@@ -128,7 +128,11 @@ def _round(
         attributes["K"],
         swiglu=attributes["epilogue"] == b"swiglu",
     )
-    rounding = partial(compensated, moments=Moments.of(entering, block_size))
+    try:
+        moments = Moments.of(entering, block_size)
+    except ExportError as error:
+        raise ExportError(f"{weight.name}: {error}") from None
+    rounding = partial(compensated, moments=moments)
     path, offset = place(folder, tensor)
     num_panels, panel_bytes = packing.shape
 

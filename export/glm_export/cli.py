@@ -69,7 +69,10 @@ def export(
         kernel=kernel,
     )
     if calibrate is not None and (precision != "int4" or made_for.kernel != "glmserve"):
-        raise ExportError("--calibrate rounds weights of --precision int4 and --kernel glmserve, no others")
+        raise ExportError(
+            "--calibrate and --calibration-text round weights of --precision int4 and --kernel glmserve, "
+            "no others"
+        )
     source, destination = checkpoint.resolve(), out.resolve()
     if destination == source or destination in source.parents:
         raise ExportError(f"{out} must not be or contain the checkpoint folder {checkpoint}")
@@ -186,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=(16, 32, 64, 128, 256, 512),
         default=DEFAULT_QUANT_BLOCK_SIZE,
-        help="weights that share a scale (%(default)s); larger is faster and less exact",
+        help="weights that share a scale (%(default)s); larger is faster and less exact; 256 and 512 pay at "
+        "int8, and are not for --kernel ort",
     )
     parser.add_argument(
         "--calibrate",

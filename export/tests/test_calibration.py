@@ -85,7 +85,7 @@ def test_a_text_that_says_too_little_is_refused(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("precision", "kernel"), [("int8", "glmserve"), ("int4", "ort"), ("fp32", None)])
 def test_what_is_not_rounded_so_is_refused(tiny_checkpoint, tmp_path, precision, kernel):
-    with pytest.raises(ExportError, match="--calibrate rounds weights of --precision int4"):
+    with pytest.raises(ExportError, match="--calibration-text round weights of --precision int4"):
         cli.export(tiny_checkpoint, tmp_path / "out", precision, kernel=kernel, calibrate=calibration.TEXT)
 
 

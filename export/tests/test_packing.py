@@ -22,6 +22,7 @@ CASES = [
     for bits, block_size, rows, epilogue in [
         (4, 32, 50, "none"),
         (4, 128, 70, "swiglu"),
+        (4, 256, 33, "none"),
         (8, 64, 50, "swiglu"),
         (8, 128, 33, "none"),
         (8, 256, 50, "swiglu"),

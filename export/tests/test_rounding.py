@@ -7,7 +7,7 @@ from glm_export import rounding
 from glm_export.error import ExportError
 from glm_export.rounding import Moments, compensated, nearest
 
-BLOCK_SIZES = (32, 64, 128)
+BLOCK_SIZES = (32, 64, 128, 256)
 
 
 def matrix(seed, shape=(24, 256)):
@@ -72,8 +72,9 @@ def test_what_float16_does_not_hold_has_an_infinite_scale():
     assert np.isinf(scales).all()
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("segment", [128, 4096])
+@pytest.mark.parametrize(
+    ("block_size", "segment"), [(32, 128), (64, 128), (128, 128), (32, 4096), (128, 4096), (256, 4096)]
+)
 def test_errors_are_made_up_for(monkeypatch, block_size, segment):
     monkeypatch.setattr(rounding, "SEGMENT", segment)
     rows, entering, others = matrix(3), correlated(4), correlated(4)[:100] + matrix(7, (100, 256))

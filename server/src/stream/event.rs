@@ -1,6 +1,7 @@
 //! Owns what can happen to a reply: it begins, says something, and ends well or badly.
 //!
-//! Invariant: plain data, which means the same to every reader. Must not know HTTP, JSON or the engine's channel.
+//! Invariant: plain data, which means the same to every reader. Must not know HTTP, JSON or the engine's
+//! channel.
 
 use std::time::Duration;
 

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 /// The shortest that a request may ask for: no reply comes sooner.
 const LEAST: Duration = Duration::from_millis(1);
+/// The longest: a year, which is beyond any.
+const MOST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// One of the limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,8 +91,12 @@ impl TimeLimits {
                 format!("{name:?} is not one of {}", Limit::ALL.map(Limit::name).join(", "))
             })?;
             let value = value.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-            let value = value.filter(|value| *value >= LEAST).ok_or_else(|| {
-                format!("{name} must be a number of seconds, at least {}", LEAST.as_secs_f64())
+            let value = value.filter(|value| (LEAST..=MOST).contains(value)).ok_or_else(|| {
+                format!(
+                    "{name} must be a number of seconds from {} to {}",
+                    LEAST.as_secs_f64(),
+                    MOST.as_secs()
+                )
             })?;
             if given.slot(limit).replace(value).is_some() {
                 return Err(format!("{name} is given twice"));
@@ -124,9 +130,9 @@ mod tests {
         for wrong in ["", "queue", "x=1", "total=1,total=1"] {
             assert!(config.shortened(wrong).is_err(), "{wrong}");
         }
-        for wrong in ["", "0", "-1", "NaN", "inf", "1e-10", "0.00099"] {
+        for wrong in ["", "0", "-1", "NaN", "inf", "1e30", "1e-10", "0.00099"] {
             let error = config.shortened(&format!("queue=1, total={wrong}")).unwrap_err();
-            assert_eq!(error, "total must be a number of seconds, at least 0.001", "{wrong}");
+            assert_eq!(error, "total must be a number of seconds from 0.001 to 31536000", "{wrong}");
         }
         assert_eq!(config.shortened("total=0.001").unwrap().total, Some(LEAST));
     }

@@ -147,8 +147,8 @@ impl Shared<'_> {
         let strips_per_tile = self.k.div_ceil(self.strip_width);
         let (tile, start) = (self.tiles[i / strips_per_tile], i % strips_per_tile * self.strip_width);
         let end = (start + self.strip_width).min(self.k);
-        // SAFETY: `reserve` made room for every tile, one after the other, and strips end at whole steps, so no two
-        // share a line or a block. The caller vouches that none is given out twice.
+        // SAFETY: `reserve` made room for every tile, one after the other, and strips end at whole steps, so
+        // no two share a line or a block. The caller vouches that none is given out twice.
         let (values, blocks) = unsafe {
             let [values, blocks] = self.range(tile, start, end);
             (

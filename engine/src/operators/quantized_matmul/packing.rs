@@ -11,8 +11,9 @@
 //! scales   32 float16, one a column
 //! ```
 //!
-//! A weight is (code - 8) * scale at 4 bits, (code - 128) * scale at 8. Columns beyond N have scale 0. With the epilogue `swiglu` the first 16 columns of panel p are rows 16p.. of
-//! the gate (the matrix's first half) and the others rows 16p.. of the up projection (its second half).
+//! A weight is (code - 8) * scale at 4 bits, (code - 128) * scale at 8. Columns beyond N have scale 0. With the
+//! epilogue `swiglu` the first 16 columns of panel p are rows 16p.. of the gate (the matrix's first half) and the
+//! others rows 16p.. of the up projection (its second half).
 //!
 //! Invariant: one packing serves every instruction set and any number of rows. A line is what one
 //! AVX-512 register holds, and one row of an AMX tile.
@@ -34,7 +35,8 @@ pub(super) type Line = [u8; LINE];
 pub(super) struct Format {
     /// Bits of a code: 4 or 8.
     pub(super) bits: usize,
-    /// Neighbours along K that share a scale: 32, 64, 128, 256 or 512: sums of whole numbers stay below 2^24, which float32 holds.
+    /// Neighbours along K that share a scale: 32, 64, 128, 256 or 512. So sums of whole numbers stay below
+    /// 2^24, and float32 holds them.
     pub(super) block_size: usize,
 }
 

@@ -232,7 +232,7 @@ fn the_golden_packing_of_the_exporter_is_this_one() {
     use sha2::{Digest, Sha256};
     let golden = include_str!("../../../../export/tests/golden/packing.json");
     let golden: Vec<serde_json::Value> = serde_json::from_str(golden).unwrap();
-    assert_eq!(golden.len(), 5);
+    assert_eq!(golden.len(), 6);
     for case in golden {
         let int = |name: &str| case[name].as_i64();
         let product = Product::check(int, |name| case[name].as_str().map(Into::into)).unwrap();

@@ -79,15 +79,14 @@ struct Shapes {
 }
 
 impl Shapes {
-    /// Tiles for `height` rows of `width` values: tmm0 and tmm1 hold sums of 16 columns, tmm4 and tmm5
-    /// values, tmm6 and tmm7 codes.
+    /// Tiles for `height` rows of `width` values: tmm0 and tmm1 hold sums of 16 columns, tmm4 values, tmm6 and
+    /// tmm7 codes.
     fn new(height: usize, width: usize) -> Self {
         let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
         for (tile, bytes, num) in [
             (0, LINE, height),
             (1, LINE, height),
             (4, width, height),
-            (5, width, height),
             (6, LINE, width / STEP),
             (7, LINE, width / STEP),
         ] {
@@ -180,7 +179,7 @@ unsafe fn multiply<const BITS: usize>(
             let values = &tile.values[at / WIDTH * height..][..parts * height];
             // SAFETY: tiles are set up, for rows of as many values as there are from `at` on; a block has
             // two lines a step, of codes that are signed at 4 bits.
-            unsafe { dot::<BITS>(values, at % WIDTH, steps, parts, ahead, &mut whole) };
+            unsafe { dot::<BITS>(values, height, at % WIDTH, steps, parts, ahead, &mut whole) };
             let (these, rest) = sums.split_at_mut(tile.rows);
             // SAFETY: a tile has no more rows than room for them, and `dot` wrote sums of all of that.
             unsafe { fold::<BITS>(&whole, &tile.blocks[b * height..][..tile.rows], scales, these) };
@@ -227,16 +226,17 @@ fn widen<const BITS: usize>(scales: &Line) -> [__m512; 2] {
     }
 }
 
-/// Sums of a block: `parts` times as many values of each row as a tile holds, with as many codes. Those of 8
-/// bits are as they are stored, so their sums lack the rows' `offset_8`; the same bytes `ahead` of them are
-/// asked for, unless it is 0.
+/// Sums of a block: `parts` times as many values of each of `height` rows as a tile holds, with as many codes.
+/// Those of 8 bits are as they are stored, so their sums lack the rows' `offset_8`; and 2 KiB for each part,
+/// `ahead` of them, are asked for, unless that is 0. (Codes of 4 bits were asked for where they were unpacked.)
 ///
 /// # Safety
-/// Tiles are set up by [`Shapes::new`] for `values.len() / parts` rows, of as many values as there are from
-/// `start` on in each line of `values`; `codes` has two lines for each 4 of them, in each part.
+/// Tiles are set up by [`Shapes::new`] for `height` rows, of as many values as there are from `start` on in each
+/// line of `values`, `[parts][height]`; `codes` has two lines for each 4 of them, in each part.
 #[inline(always)]
 unsafe fn dot<const BITS: usize>(
     values: &[Values],
+    height: usize,
     start: usize,
     codes: *const Line,
     parts: usize,
@@ -265,7 +265,7 @@ unsafe fn dot<const BITS: usize>(
                 // An operand has to be named, whether lines are asked for or not.
                 "# {ahead}",
                 values = inout(reg) values.as_ptr().byte_add(start) => _,
-                part = in(reg) size_of_val(values) / parts,
+                part = in(reg) height * LINE,
                 codes = inout(reg) codes => _,
                 parts = inout(reg) parts => _,
                 ahead = in(reg) ahead,
