@@ -89,21 +89,22 @@ def test_what_is_not_rounded_so_is_refused(tiny_checkpoint, tmp_path, precision,
         cli.export(tiny_checkpoint, tmp_path / "out", precision, kernel=kernel, calibrate=calibration.TEXT)
 
 
-def test_a_weight_that_float16_cannot_scale_names_its_tensor(tiny_checkpoint, tmp_path):
-    folder = tmp_path / "in"
-    shutil.copytree(tiny_checkpoint, folder)
+def with_large(checkpoint, folder, tensor, value):
+    """A copy of the checkpoint that has this value in a tensor of layer 1."""
+    shutil.copytree(checkpoint, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"][3] = 1e7
+    tensors[f"transformer.encoder.layers.1.{tensor}"][3] = value
     save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_weight_that_float16_cannot_scale_names_its_tensor(tiny_checkpoint, tmp_path):
+    folder = with_large(tiny_checkpoint, tmp_path / "in", "mlp.dense_4h_to_h.weight", 1e7)
     with pytest.raises(ExportError, match=r"1\.mlp\.dense_4h_to_h\.weight: a scale of .* beyond float16"):
         cli.export(folder, tmp_path / "out", "int4")
 
 
 def test_what_enters_and_has_no_square_names_its_product(tiny_checkpoint, tmp_path):
-    folder = tmp_path / "in"
-    shutil.copytree(tiny_checkpoint, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["transformer.encoder.layers.1.input_layernorm.weight"][3] = 1e25
-    save_file(tensors, folder / "model.safetensors")
+    folder = with_large(tiny_checkpoint, tmp_path / "in", "input_layernorm.weight", 1e25)
     with pytest.raises(ExportError, match=r"--calibrate: what enters layers\.1\.\w+ is not finite"):
         cli.export(folder, tmp_path / "out", "int4", calibrate=calibration.TEXT)
