@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from glm_export import check, cli, manifest, tiny
+from glm_export import check, cli, full_size, manifest, tiny
 from glm_export.error import ExportError
 from glm_export.known_answer import KNOWN_ANSWER_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_SECONDS = 470
-PRECISIONS = {"cuda": ("fp16", "bf16", "int8", "int4"), "cpu": ("fp32", "int8", "int4")}
+PRECISIONS = {"cuda": ("fp16", "int4", "int8", "bf16"), "cpu": ("fp32", "int8", "int4")}
 # Heads as CUDA's attention wants them; one shape has ChatGLM3's own, over a block's border.
 SHAPES = {
     "small": tiny.Shape(head_dim=32),
@@ -59,14 +59,14 @@ class Run:
             yield f"reference/{shape}", lambda shape=shape: self.write_reference(shape)
             for precision in precisions:
                 yield f"numbers/{shape}/{precision}", lambda s=shape, p=precision: self.numbers(s, p)
+        if self.options.provider == "cuda" and not self.options.ignore_numbers:
+            yield "limits", limits
         yield "weights", self.write_weights
         for precision in precisions:
             yield f"export/{precision}", lambda p=precision: self.export(p)
-            for rows in self.options.rows:
-                yield f"speed/{precision}/{rows}", lambda p=precision, r=rows: self.speed(p, r)
-                if self.options.provider == "cuda":
-                    captured = f"speed/{precision}, CUDA graphs/{rows}"
-                    yield captured, lambda p=precision, r=rows: self.speed(p, r, "--cuda-graphs")
+            yield f"speed/{precision}", lambda p=precision: self.speed(p)
+            if self.options.provider == "cuda":
+                yield f"speed/{precision}, CUDA graphs", lambda p=precision: self.speed(p, "--cuda-graphs")
 
     def run(self):
         """Runs what has no result yet; True if no step failed."""
@@ -158,9 +158,9 @@ class Run:
             seq_length=8192,
             padded_vocab_size=65_024,
         )
-        tiny.write(folder / "checkpoint", shape)
+        full_size.write(folder / "checkpoint", shape=shape)
         num_bytes = sum(file.stat().st_size for file in (folder / "checkpoint").iterdir())
-        return {"layers": shape.num_layers, "hidden_size": size, "float32_bytes": num_bytes}
+        return {"layers": shape.num_layers, "hidden_size": size, "bytes": num_bytes}
 
     def export(self, precision):
         """The folder that the speed of a precision is measured with."""
@@ -170,25 +170,29 @@ class Run:
             forget_known_answer(folder / precision)
         return {"bytes": (folder / precision / "model.onnx.data").stat().st_size}
 
-    def speed(self, precision, rows, *more):
-        """Prompts and replies a second with so many streams at once."""
-        report = self.work / "bench.json"
+    def speed(self, precision, *more):
+        """Prompts and replies a second at each number of streams, of one server."""
         model = self.work / "weights" / precision
+        report = self.work / f"{precision}{''.join(more)}.json"
         with self.server(model, self.options.kv_cache_memory, *more) as url:
-            command = [self.options.glmserve, "bench", "--base-url", url, "--streams", str(rows)]
+            command = [self.options.glmserve, "bench", "--base-url", url]
+            command += ["--streams", ",".join(map(str, self.options.rows))]
             command += ["--prompt-tokens", str(self.options.prompt_tokens), "--json", report]
-            command += ["--max-tokens", str(self.options.max_tokens), "--requests-per-stream", "2"]
+            command += ["--max-tokens", str(self.options.max_tokens), "--requests-per-stream", "3"]
             # The double's replies are empty, which the bench counts as broken.
             is_real = not self.options.ignore_numbers
             subprocess.run(command, check=is_real, timeout=STEP_SECONDS, stdout=subprocess.DEVNULL)
         if not is_real:
-            return dict.fromkeys(SPEEDS, "ignored")
-        run = json.loads(report.read_text())["runs"][0]
-        return {
-            "prefill": round(1000 * rows * run["prompt_tokens_mean"] / run["ttft_ms"]["p50"], 1),
-            "decode": round(1000 * rows / run["tpot_ms"]["p50"], 1),
-            "output": round(run["output_tokens_per_s"], 1),
-        }
+            return {str(rows): dict.fromkeys(SPEEDS, "ignored") for rows in self.options.rows}
+        runs = json.loads(report.read_text())["runs"]
+        return {str(rows): speeds(rows, run) for rows, run in zip(self.options.rows, runs, strict=True)}
+
+    def share(self, precision, rows, decode):
+        """Of the memory's bandwidth that decodes would need if all weights were read once a step."""
+        if "limits" not in self.results or decode == "ignored":
+            return "-"
+        num_bytes = self.results[f"export/{precision}"]["bytes"]
+        return f"{num_bytes * decode / int(rows) / 1e9 / self.results['limits']['read_gb_per_s']:.0%}"
 
     def export_to(self, checkpoint, out, precision):
         cli.export(checkpoint, out, precision, provider=self.options.provider, force=True)
@@ -229,13 +233,56 @@ class Run:
             kind, *rest = name.split("/")
             if kind == "numbers":
                 lines.append(f"| {' | '.join([*rest, *result.values()])} |")
-        lines += ["", "| precision | rows | prefill tokens/s | decode tokens/s | output tokens/s |"]
-        lines.append("|---|---|---|---|---|")
+        lines += ["", f"limits: {json.dumps(self.results.get('limits', 'not measured'))}", ""]
+        lines.append("| precision | streams | prefill tokens/s | decode tokens/s | output tokens/s | read |")
+        lines.append("|---|---|---|---|---|---|")
         for name, result in self.results.items():
-            kind, *rest = name.split("/")
-            if kind == "speed":
-                lines.append(f"| {' | '.join([*rest, *(str(result[speed]) for speed in SPEEDS)])} |")
+            kind, how = name.split("/")[0], name.split("/")[-1]
+            for rows, found in result.items() if kind == "speed" else ():
+                share = self.share(how.split(",")[0], rows, found["decode"])
+                lines.append(f"| {' | '.join([how, rows, *map(str, found.values()), share])} |")
         return "\n".join(lines)
+
+
+def speeds(rows, run):
+    """A run of the bench in SPEEDS."""
+    found = (
+        rows * run["prompt_tokens_mean"] / run["ttft_ms"]["p50"] * 1000,
+        rows / run["tpot_ms"]["p50"] * 1000,
+        run["output_tokens_per_s"],
+    )
+    return dict(zip(SPEEDS, (round(speed, 1) for speed in found), strict=True))
+
+
+def limits():
+    """What the GPU can do at best: bytes read a second, and products of large fp16 matrices."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ExportError("torch sees no GPU")
+    data = torch.ones(2**30, dtype=torch.float32, device="cuda")
+    out = torch.empty_like(data)
+    square = torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "read_gb_per_s": round(2 * data.nbytes / seconds(lambda: out.copy_(data)) / 1e9),
+        "fp16_tflop_per_s": round(2 * 8192**3 / seconds(lambda: square @ square) / 1e12),
+    }
+
+
+def seconds(work):
+    """The least of ten times of work on the GPU."""
+    import torch
+
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return min(times)
 
 
 def forget_known_answer(folder):
