@@ -150,7 +150,7 @@ fn load(dir: &Path, manifest: &Manifest, num_threads: usize) -> Result<OrtRunner
         kv_cache_bytes: 512 << 20,
         device_id: None,
         device_memory_bytes: None,
-        cuda_graphs: false,
+        enforce_eager: false,
     };
     Ok(OrtRunner::load(dir, manifest, &options)?)
 }

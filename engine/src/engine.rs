@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::config::EngineConfig;
 use crate::cost_model::{PrefillBudget, StepWork};
-use crate::error::SequenceError;
+use crate::error::{LoadError, SequenceError};
 use crate::kv_cache::CachedPrefixes;
 use crate::observer::{AdmissionReport, EngineGauges, StepReport};
 use crate::request::{FinishReason, Request, RequestId, TenantId, TokenEvent};
@@ -42,6 +42,14 @@ impl<R: ModelRunner> Engine<R> {
             events: Vec::new(),
             runner,
         }
+    }
+
+    /// As [`ModelRunner::prepare`], for as many sequences as may run.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
+        self.runner.prepare(max_num_seqs)
     }
 
     /// Queues a request that was submitted at `arrival`; `id` must be larger than all before it and

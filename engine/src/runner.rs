@@ -7,7 +7,7 @@ pub mod ort;
 
 use ndarray::{Array2, Axis};
 
-use crate::error::RunError;
+use crate::error::{LoadError, RunError};
 use crate::request::RequestId;
 use crate::step::{StepOutput, StepPlan};
 
@@ -26,6 +26,16 @@ pub struct KvCacheLayout {
 pub trait ModelRunner: Send {
     /// The cache this runner owns; constant over its life.
     fn kv_cache(&self) -> KvCacheLayout;
+
+    /// Does what would otherwise hold up the first steps of up to `max_num_seqs` sequences. Called once at most,
+    /// before the first step, on the thread that all of them will run on.
+    ///
+    /// # Errors
+    /// [`LoadError`] if such steps can't be run.
+    fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
+        let _ = max_num_seqs;
+        Ok(())
+    }
 
     /// Writes the step's keys and values to their slots and returns the wanted rows.
     ///

@@ -65,10 +65,12 @@ pub struct EngineThread {
 }
 
 impl EngineThread {
-    /// Starts the engine. `max_model_len` is cut to what the KV cache holds.
+    /// Starts the engine, and waits until the runner has prepared itself on its thread. `max_model_len` is cut to
+    /// what the KV cache holds.
     ///
     /// # Errors
-    /// [`LoadError::Config`] if the limits contradict each other, or the thread can't be started.
+    /// [`LoadError::Config`] if the limits contradict each other, or the thread can't be started; what
+    /// [`ModelRunner::prepare`] says.
     pub fn spawn(
         runner: impl ModelRunner + 'static,
         config: EngineConfig,
@@ -116,14 +118,21 @@ impl EngineThread {
             max_num_batched_tokens: config.max_num_batched_tokens,
             block_size: cache.block_size,
         };
+        let max_num_seqs = config.max_num_seqs;
         let engine = Engine::new(runner, config.clone(), vocab_size);
         let cached_prefixes = Arc::clone(engine.cached_prefixes());
         let shared = Arc::new(Shared::new(clock, limits, bounds, &config, cached_prefixes));
         // All requests, the probe, and the command to abort them.
         let (commands, receiver) = bounded(max_num_requests + 2);
         let mut worker = Worker::new(engine, config, receiver, Arc::clone(&shared), observer);
+        let (sender, prepared) = bounded(1);
         let body = move || {
-            if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
+            let result = catch_unwind(AssertUnwindSafe(|| worker.engine.prepare(max_num_seqs)));
+            let result = result.unwrap_or_else(|_| Err(LoadError::Runtime("preparing panicked".into())));
+            let is_prepared = result.is_ok();
+            // Nobody but the caller below listens, who waits.
+            let _ = sender.send(result);
+            if is_prepared && catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
                 tracing::error!("the engine thread panicked; no request will be accepted any more");
             }
             worker.close();
@@ -131,6 +140,8 @@ impl EngineThread {
         let thread = std::thread::Builder::new().name("engine".into()).spawn(body);
         let thread =
             thread.map_err(|error| LoadError::Config(format!("cannot start the engine thread: {error}")))?;
+        let ended = |_| Err(LoadError::Runtime("the engine thread ended while it prepared".into()));
+        prepared.recv().unwrap_or_else(ended)?;
         Ok((EngineHandle { commands, shared }, Self { thread }))
     }
 

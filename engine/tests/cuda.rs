@@ -34,8 +34,12 @@ fn options() -> OrtOptions {
         kv_cache_bytes: 8 << 20,
         device_id: None,
         device_memory_bytes: Some(1 << 30),
-        cuda_graphs: false,
+        enforce_eager: true,
     }
+}
+
+fn with_graphs() -> OrtOptions {
+    OrtOptions { enforce_eager: false, ..options() }
 }
 
 fn load(folder: &Path, options: &OrtOptions) -> Result<(OrtRunner, usize), LoadError> {
@@ -61,11 +65,12 @@ fn the_runner_drives_the_cuda_provider() {
         for graph in GRAPHS.iter().filter(|graph| capability != "7.5" || !graph.contains("bf16")) {
             let (runner, vocab_size) = load(&folders.join(graph), &options()).expect(graph);
             serve(runner, vocab_size, graph);
-            let captured = OrtOptions { cuda_graphs: true, ..options() };
-            let (runner, vocab_size) = load(&folders.join(graph), &captured).expect(graph);
+            let (runner, vocab_size) = load(&folders.join(graph), &with_graphs()).expect(graph);
             serve(runner, vocab_size, graph);
-            let (runner, _) = load(&folders.join(graph), &captured).expect(graph);
+            let (runner, _) = load(&folders.join(graph), &with_graphs()).expect(graph);
             decodes_are_captured_and_replayed(runner, graph);
+            let (runner, _) = load(&folders.join(graph), &with_graphs()).expect(graph);
+            what_was_prepared_is_launched_at_once(runner, graph);
         }
     }
     let fp16 = folders.join("fp16");
@@ -125,6 +130,23 @@ fn decodes_are_captured_and_replayed(mut runner: OrtRunner, graph: &str) {
         assert_eq!(run(&plan, ""), Ok(first), "{what}");
     }
     assert!(run(&prompt, "launch").is_err(), "{graph}");
+}
+
+/// For up to 5 sequences, which is the bucket of 8; more are captured when they come.
+fn what_was_prepared_is_launched_at_once(mut runner: OrtRunner, graph: &str) {
+    set("GLMSERVE_STUB_FAIL", "launch");
+    let error = runner.prepare(5).expect_err("a launch failed").to_string();
+    assert!(error.contains("CUDA"), "{error}");
+    set("GLMSERVE_STUB_FAIL", "");
+    runner.prepare(5).expect(graph);
+    set("GLMSERVE_STUB_FAIL", "launch");
+    for (num_sequences, context) in [(1, 0), (1, 600), (2, 140), (4, 600), (7, 140), (8, 600)] {
+        let found = runner.run(&decode(num_sequences, context)).map(drop);
+        assert_eq!(found.map_err(|error| error.0), Ok(()), "{graph}: {num_sequences} of {context}");
+    }
+    assert!(runner.run(&decode(9, 140)).is_err(), "{graph}");
+    set("GLMSERVE_STUB_FAIL", "");
+    assert!(runner.run(&decode(9, 140)).is_ok(), "{graph}");
 }
 
 /// Prompts in chunks, beside decodes, with and without need of whole rows.
@@ -188,8 +210,7 @@ fn words_are_clear(folders: &Path, fp16: &Path) {
     assert!(error.contains("does not fit the device's memory"), "{error}");
     let error = words(fp16, &OrtOptions { device_id: Some(7), ..options() });
     assert!(error.contains("driver of version 580"), "{error}");
-    let captured = OrtOptions { cuda_graphs: true, ..options() };
-    let negative = words(&folders.join("unique"), &captured);
+    let negative = words(&folders.join("unique"), &with_graphs());
     assert!(negative.contains("a node of the graph has no CUDA kernel"), "{negative}");
     println!("negative control: {negative}");
 }

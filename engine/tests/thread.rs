@@ -4,9 +4,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use glm_engine::runner::fake::FakeRunner;
+use glm_engine::runner::{KvCacheLayout, ModelRunner};
 use glm_engine::{
     EngineConfig, EngineGauges, EngineHandle, EngineObserver, EngineThread, EventReceiver, FinishReason,
-    NoObserver, Request, RunError, SamplingParams, SequenceError, SubmitError, TenantId, TokenEvent,
+    LoadError, NoObserver, Request, RunError, SamplingParams, SequenceError, StepOutput, StepPlan,
+    SubmitError, TenantId, TokenEvent,
 };
 
 const VOCAB_SIZE: usize = 32;
@@ -151,6 +153,43 @@ async fn a_panic_ends_every_request_with_an_error_and_nothing_hangs() {
     assert!(!handle.status().alive);
     assert!(matches!(handle.submit(request(1)), Err(SubmitError::Unavailable(_))));
     thread.join();
+}
+
+/// A runner that has something to do first.
+struct Preparing {
+    runner: FakeRunner,
+    prepare: fn(usize) -> Result<(), LoadError>,
+}
+
+impl ModelRunner for Preparing {
+    fn kv_cache(&self) -> KvCacheLayout {
+        self.runner.kv_cache()
+    }
+
+    fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
+        (self.prepare)(max_num_seqs)
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
+        self.runner.run(plan)
+    }
+}
+
+#[test]
+fn a_runner_is_prepared_on_the_thread_and_what_fails_there_is_said_at_the_start() {
+    let start = |prepare| {
+        let runner = Preparing { runner: FakeRunner::hashing(VOCAB_SIZE, 64, 16), prepare };
+        let config = EngineConfig { max_num_seqs: 3, ..EngineConfig::default() };
+        let started = EngineThread::spawn(runner, config, VOCAB_SIZE, Arc::new(NoObserver));
+        started.map(drop).map_err(|error| error.to_string())
+    };
+    let on_thread = |max_num_seqs| {
+        assert_eq!((max_num_seqs, std::thread::current().name()), (3, Some("engine")));
+        Ok(())
+    };
+    assert_eq!(start(on_thread), Ok(()));
+    assert_eq!(start(|_| Err(LoadError::Config("no graphs".into()))), Err("no graphs".into()));
+    assert!(start(|_| panic!("injected")).unwrap_err().contains("preparing panicked"));
 }
 
 /// Requests that arrive during the step that panics are in the command channel, unseen.

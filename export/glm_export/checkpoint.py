@@ -51,6 +51,35 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some rows of a weight, as a weight."""
+
+    whole: Source
+    first: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """The whole's."""
+        return self.whole.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As a weight of its own."""
+        return (self.count, *self.whole.shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        """A part of the whole's."""
+        return self.whole.num_bytes * self.count // self.whole.shape[0]
+
+    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """As the whole's, counted from the first."""
+        stop = self.count if stop is None else min(stop, self.count)
+        return self.whole.rows(self.first + start, self.first + stop)
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A weight that still lies in its file."""
 

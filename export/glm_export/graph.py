@@ -15,7 +15,7 @@ import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from glm_export import __version__, interface, weights
-from glm_export.checkpoint import Source
+from glm_export.checkpoint import Rows, Source
 from glm_export.config import Config
 from glm_export.error import ExportError
 from glm_export.external_data import Content, ExternalData
@@ -186,11 +186,18 @@ class _Builder:
         """silu(rows @ gate.T) * (rows @ up.T), where the weight holds one after the other."""
         if self.is_packed(source):
             return self.packed(f"{prefix}gate_up", source, None, rows, f"{prefix}product", swiglu=True)
-        gate_up = self.linear(f"{prefix}gate_up", source, None, rows)
-        gate, up = f"{prefix}gate", f"{prefix}up"
-        self.nodes.append(
-            helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2)
-        )
+        tensor = self.checkpoint[source]
+        if self.target.provider == "cuda" and not isinstance(tensor, Matrix):
+            # Two products, since a Split would copy all that one wrote.
+            half = tensor.shape[0] // 2
+            gate = self.product(f"{prefix}gate", Rows(tensor, 0, half), "", rows, f"{prefix}gate")
+            up = self.product(f"{prefix}up", Rows(tensor, half, half), "", rows, f"{prefix}up")
+        else:
+            gate_up = self.linear(f"{prefix}gate_up", source, None, rows)
+            gate, up = f"{prefix}gate", f"{prefix}up"
+            self.nodes.append(
+                helper.make_node("Split", [gate_up], [gate, up], f"{prefix}split", axis=1, num_outputs=2)
+            )
         # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one kernel.
         silu = self.node("QuickGelu", [gate], f"{prefix}silu", MICROSOFT, alpha=1.0)
         return self.node("Mul", [silu, up], f"{prefix}product")
@@ -269,12 +276,14 @@ class _Builder:
         """rows @ weight.T + bias."""
         if self.is_packed(source):
             return self.packed(name, source, bias, rows, output or name)
-        tensor = self.checkpoint[source]
         addend = np.zeros(0) if bias is None else self.checkpoint[bias].rows()
         bias_name = ""
         if addend.any():
             bias_name = self.data.add(f"{name}.bias", _narrowed(bias, addend, self.dtype))
-        output = output or name
+        return self.product(name, self.checkpoint[source], bias_name, rows, output or name)
+
+    def product(self, name: str, tensor: Source, bias_name: str, rows: str, output: str) -> str:
+        """rows @ tensor.T + bias by a node of ONNX Runtime."""
         if self.scheme is None:
             weight = self.data.reserve(f"{name}.weight", self.dtype, tensor.shape)
             self.keep(weight, tensor, self.dtype)
@@ -283,10 +292,11 @@ class _Builder:
 
         num_rows, width = tensor.shape
         is_taken = isinstance(tensor, Matrix)
-        scheme = tensor.scheme if is_taken else self.scheme.fitted(source, width)
+        scheme = tensor.scheme if is_taken else self.scheme.fitted(tensor.name, width)
         if is_taken and self.scheme.bits != scheme.bits:
             raise ExportError(
-                f"{source} is quantised to {scheme.bits} bits already: choose --precision int{scheme.bits}"
+                f"{tensor.name} is quantised to {scheme.bits} bits already: "
+                f"choose --precision int{scheme.bits}"
             )
         arrays = {
             part: self.data.reserve(f"{name}.{part}", self.dtype if part == "scales" else np.uint8, shape)

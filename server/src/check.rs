@@ -189,7 +189,7 @@ mod tests {
             kv_cache_bytes,
             device_id: None,
             device_memory_bytes: None,
-            cuda_graphs: false,
+            enforce_eager: false,
         };
         let mut out = Vec::new();
         let num_wrong = run(folder.path(), options, &mut out, &mut |_| ()).unwrap();

@@ -84,10 +84,9 @@ pub struct RuntimeArgs {
     /// CUDA provider [default: all]
     #[arg(long, env = "GLMSERVE_GPU_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
     pub gpu_memory: Option<usize>,
-    // Off until it was measured, and its numbers checked, on a GPU: `make gpu-check` does both.
-    /// Capture decode steps as CUDA graphs, for a graph of the CUDA provider
-    #[arg(long, env = "GLMSERVE_CUDA_GRAPHS")]
-    pub cuda_graphs: bool,
+    /// Launch every kernel by itself, no CUDA graphs of decode steps, for a graph of the CUDA provider
+    #[arg(long, env = "GLMSERVE_ENFORCE_EAGER")]
+    pub enforce_eager: bool,
 }
 
 /// Options of `serve`.
@@ -284,7 +283,7 @@ impl RuntimeArgs {
             kv_cache_bytes,
             device_id: self.device,
             device_memory_bytes: self.gpu_memory.map(|mib| mib << 20),
-            cuda_graphs: self.cuda_graphs,
+            enforce_eager: self.enforce_eager,
         }
     }
 }

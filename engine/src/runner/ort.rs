@@ -39,8 +39,8 @@ pub struct OrtOptions {
     pub device_id: Option<i32>,
     /// Most bytes of the GPU's memory, cache and weights included; for graphs of the CUDA provider.
     pub device_memory_bytes: Option<usize>,
-    /// Whether to capture decode steps as CUDA graphs; for graphs of the CUDA provider.
-    pub cuda_graphs: bool,
+    /// Whether decode steps are not to be captured as CUDA graphs; for graphs of the CUDA provider.
+    pub enforce_eager: bool,
 }
 
 /// Runs a model folder's graph. [`ModelRunner::run`] is [`OrtRunner::bind`], [`OrtRunner::compute`] and
@@ -120,8 +120,7 @@ impl OrtRunner {
             let allocator = || device.allocator(&session);
             let max_num_blocks = manifest.geometry.max_model_len.div_ceil(graph.block_size);
             let max_num_blocks = max_num_blocks.min(layout.num_blocks);
-            let cuda_graphs = options
-                .cuda_graphs
+            let cuda_graphs = (device.is_apart() && !options.enforce_eager)
                 .then(|| CudaGraphs::new(allocator, widths, graph.block_size, max_num_blocks))
                 .transpose()?;
             Ok((binding, OutputMemory::new(allocator, widths, 1, false)?, cuda_graphs))
@@ -265,6 +264,14 @@ fn layout(geometry: &Geometry, graph: &Graph, kv_cache_bytes: usize) -> Result<K
 impl ModelRunner for OrtRunner {
     fn kv_cache(&self) -> KvCacheLayout {
         self.layout
+    }
+
+    /// The library keeps CUDA graphs by thread.
+    fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
+        let Some(graphs) = &mut self.cuda_graphs else { return Ok(()) };
+        graphs
+            .capture(&mut self.session, &self.caches, &self.graph.names, max_num_seqs)
+            .map_err(|error| self.device.explain(&error))
     }
 
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {

@@ -51,7 +51,7 @@ impl Client {
 }
 
 pub(super) struct Worker<R> {
-    engine: Engine<R>,
+    pub(super) engine: Engine<R>,
     commands: Receiver<Command>,
     clients: HashMap<RequestId, Client>,
     /// All clients and some that have ended, the one that was not asked for longest first.

@@ -1,8 +1,8 @@
 //! Owns the decode steps that are captured as CUDA graphs: one launch in place of one a kernel.
 //!
 //! A step in which every sequence has one token is padded to a bucket of rows. A graph is captured for each bucket
-//! when it is first needed, on the thread that needs it, and replayed from then on: the library looks at no
-//! tensor any more, so inputs and outputs stay where they were and inputs are written in place.
+//! before the first request, or when it is first needed, and replayed from then on: the library looks at no tensor
+//! any more, so inputs and outputs stay where they were and inputs are written in place.
 //! Invariants: all memory that graphs read or write was taken before the first capture, so none of it lies where a
 //! captured graph keeps its intermediate values; no graph id is used twice, since a run that failed may have
 //! left half a graph under its own.
@@ -96,6 +96,27 @@ impl CudaGraphs {
     /// The graph of a step, unless it is one that is not captured.
     pub(super) fn find(&self, plan: &StepPlan) -> Option<GraphIndex> {
         GraphIndex::of(plan, self.table_widths.map(|width| width * self.block_size))
+    }
+
+    /// Captures what steps of up to `max_num_seqs` sequences need, by rows of padding: they write nothing.
+    pub(super) fn capture(
+        &mut self,
+        session: &mut Session,
+        caches: &[(String, DynTensor)],
+        names: &TensorNames,
+        max_num_seqs: usize,
+    ) -> ort::Result<()> {
+        let has_long = self.table_widths[1] * self.block_size > SHORT_CONTEXT;
+        let last = max_num_seqs.clamp(1, MAX_ROWS).next_power_of_two().ilog2() as usize;
+        // The largest first: it takes the memory that the others find.
+        for bucket in (0..=last).rev() {
+            for context in 0..=usize::from(has_long) {
+                let index = GraphIndex { context, bucket };
+                self.bind(session, caches, names, &StepPlan::default(), index)?;
+                self.run(session, index, 1)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes a step's inputs. `caches` are bound to a graph that is new.

@@ -8,7 +8,7 @@ use std::path::Path;
 use half::bf16;
 use half::vec::HalfBitsVecExt;
 use ort::environment::Environment;
-use ort::ep::{ArenaExtendStrategy, CUDA};
+use ort::ep::{ArbitrarilyConfigurableExecutionProvider, ArenaExtendStrategy, CUDA};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
@@ -18,6 +18,11 @@ use super::{KvCacheLayout, OrtOptions};
 use crate::error::LoadError;
 use crate::manifest::{Dtype, Geometry, Graph, Provider};
 use crate::operators;
+
+/// Flash, memory-efficient, unfused and paged decode attention, by the library's bits (1.31.1, `AttentionBackend`).
+/// Not cuDNN's, which on Hopper is its first choice for decodes: it compiles for half a second at each new number of
+/// sequences. Captured steps have few of those, all seen before the first request.
+const ATTENTION_WITHOUT_CUDNN: i32 = 1 | 2 | 16 | 512;
 
 /// Where a session's tensors lie.
 #[derive(Debug, Clone, Copy)]
@@ -72,7 +77,7 @@ pub(super) fn check_options(provider: Provider, options: &OrtOptions) -> Result<
     let of_cuda = [
         ("--device", options.device_id.is_some()),
         ("--gpu-memory", options.device_memory_bytes.is_some()),
-        ("--cuda-graphs", options.cuda_graphs),
+        ("--enforce-eager", options.enforce_eager),
     ];
     match of_cuda.iter().find(|(_, is_given)| *is_given) {
         Some((name, _)) if provider == Provider::Cpu => Err(LoadError::Config(format!(
@@ -112,11 +117,14 @@ fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Re
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
     let mut provider = CUDA::default()
         .with_device_id(device_id(options))
-        .with_cuda_graph(options.cuda_graphs)
+        .with_cuda_graph(!options.enforce_eager)
         // The default doubles at each growth, which next to a large cache runs out of memory early.
         .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
         // It would round float32 products to 10 bits; the graph has none but in logits' log-sum.
         .with_tf32(false);
+    if options.enforce_eager {
+        provider = provider.with_arbitrary_config("sdpa_kernel", ATTENTION_WITHOUT_CUDNN);
+    }
     if let Some(limit) = options.device_memory_bytes {
         provider = provider.with_memory_limit(limit);
     }
@@ -215,14 +223,14 @@ mod tests {
             kv_cache_bytes: 1,
             device_id: None,
             device_memory_bytes: None,
-            cuda_graphs: false,
+            enforce_eager: false,
         };
         assert!(check_options(Provider::Cpu, &none).is_ok());
         for (name, options) in [
             // The very device that is the default: what is given is meant.
             ("--device ", OrtOptions { device_id: Some(0), ..none.clone() }),
             ("--gpu-memory ", OrtOptions { device_memory_bytes: Some(1), ..none.clone() }),
-            ("--cuda-graphs ", OrtOptions { cuda_graphs: true, ..none.clone() }),
+            ("--enforce-eager ", OrtOptions { enforce_eager: true, ..none.clone() }),
         ] {
             let error = check_options(Provider::Cpu, &options).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");
