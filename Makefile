@@ -140,7 +140,8 @@ test-deploy:
 
 # For a machine with a GPU and its driver; the CUDA libraries come as wheels, about 2 GB.
 .tools/onnxruntime-cuda/stamp: .venv/serve.stamp Makefile
-	$(PIP) --upgrade --target $(@D) "onnxruntime-gpu[cuda,cudnn]==1.31.1"
+	$(PIP) --upgrade --target $(@D) "onnxruntime-gpu[cuda,cudnn]==1.31.1" \
+	  "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-nvrtc==13.0.*"
 	touch $@
 
 GPU_CHECK_WORK ?= .models/gpu-check
