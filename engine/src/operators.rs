@@ -4,6 +4,8 @@
 //! contract serves both providers; what only the CPU has lies in a domain of our own. Only CPU sessions
 //! have them: in a CUDA session they would shadow the provider's own kernel.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod large_pages;
 mod paged_attention;
 mod parallel;

@@ -31,7 +31,7 @@ const NUM_LARGEST_BODIES: usize = 32;
     name = "glmserve",
     version,
     max_term_width = 110,
-    after_help = "GLMSERVE_SIMD=portable|avx2|avx512 forces the CPU attention's instruction set [default: the best]"
+    after_help = "GLMSERVE_SIMD=portable|avx2|avxvnni|avx512|amx forces the CPU's instruction set [default: the best]"
 )]
 pub struct Cli {
     /// What to do.

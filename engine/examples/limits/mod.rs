@@ -30,6 +30,11 @@ pub(crate) fn int8_amx_gops(num_threads: usize) -> Option<f64> {
     x86::int8_amx().map(|kernel| giga_ops_per_s(num_threads, kernel))
 }
 
+/// 10^9 operations a second of bfloat16, in AMX.
+pub(crate) fn bf16_amx_gflops(num_threads: usize) -> Option<f64> {
+    x86::bf16_amx().map(|kernel| giga_ops_per_s(num_threads, kernel))
+}
+
 /// The best of a few passes over one buffer a thread, in 10^9 bytes a second.
 pub(crate) fn read_gb_per_s(num_threads: usize) -> f64 {
     let buffers: Vec<Vec<Line>> = (0..num_threads).map(|_| buffer()).collect();
@@ -129,10 +134,19 @@ mod x86 {
     }
 
     pub(super) fn int8_amx() -> Option<Kernel> {
-        // Leaf 7's EDX tells of tiles (bit 24) and of their int8 products (bit 25); the kernel must agree.
-        let tiles = (__cpuid_count(7, 0).edx >> 24) & 0b11 == 0b11;
         // SAFETY: it runs only where CPU and kernel allow tiles.
-        (tiles && kernel_allows_tiles()).then_some(|| unsafe { amx_burst() })
+        amx(25).then_some(|| unsafe { int8_burst() })
+    }
+
+    pub(super) fn bf16_amx() -> Option<Kernel> {
+        // SAFETY: as above.
+        amx(22).then_some(|| unsafe { bf16_burst() })
+    }
+
+    /// Leaf 7's EDX tells of tiles (bit 24) and of their products; the kernel must agree.
+    fn amx(products: u32) -> bool {
+        let features = 1 << 24 | 1 << products;
+        __cpuid_count(7, 0).edx & features == features && kernel_allows_tiles()
     }
 
     #[target_feature(enable = "avx512f")]
@@ -193,33 +207,39 @@ mod x86 {
         };
     }
 
-    /// Must be called only where CPU and kernel allow tiles. The compiler has no stable words for them.
-    unsafe fn amx_burst() -> u64 {
-        let config = TileConfig::FULL;
-        // SAFETY: the caller has tiles; all eight are declared overwritten and released at the end.
-        unsafe {
-            asm!(
-                "ldtilecfg [{config}]",
-                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
-                "2:",
-                "tdpbssd tmm0, tmm4, tmm6",
-                "tdpbssd tmm1, tmm4, tmm7",
-                "tdpbssd tmm2, tmm5, tmm6",
-                "tdpbssd tmm3, tmm5, tmm7",
-                "dec {rounds}",
-                "jnz 2b",
-                "tilerelease",
-                config = in(reg) &config,
-                rounds = inout(reg) ROUNDS => _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        }
-        // Four products of 16 x 64 by 64 x 16.
-        ROUNDS * 4 * 16 * 64 * 16 * 2
+    /// A burst of a product of 16 rows of 64 bytes, each of `$num` numbers, with 16 columns.
+    macro_rules! amx_burst {
+        ($name:ident, $multiply:literal, $num:literal) => {
+            /// Must be called only where CPU and kernel allow tiles. The compiler has no stable words for them.
+            unsafe fn $name() -> u64 {
+                let config = TileConfig::FULL;
+                // SAFETY: the caller has tiles; all eight are declared overwritten and released at the end.
+                unsafe {
+                    asm!(
+                        "ldtilecfg [{config}]",
+                        "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                        "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                        "2:",
+                        concat!($multiply, " tmm0, tmm4, tmm6"),
+                        concat!($multiply, " tmm1, tmm4, tmm7"),
+                        concat!($multiply, " tmm2, tmm5, tmm6"),
+                        concat!($multiply, " tmm3, tmm5, tmm7"),
+                        "dec {rounds}",
+                        "jnz 2b",
+                        "tilerelease",
+                        config = in(reg) &config,
+                        rounds = inout(reg) ROUNDS => _,
+                        out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                        out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                        options(nostack),
+                    );
+                }
+                ROUNDS * 4 * 16 * $num * 16 * 2
+            }
+        };
     }
+    amx_burst!(int8_burst, "tdpbssd", 64);
+    amx_burst!(bf16_burst, "tdpbf16ps", 32);
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -235,6 +255,10 @@ mod x86 {
     }
 
     pub(super) fn int8_amx() -> Option<Kernel> {
+        None
+    }
+
+    pub(super) fn bf16_amx() -> Option<Kernel> {
         None
     }
 }

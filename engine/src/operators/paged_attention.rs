@@ -12,10 +12,13 @@ pub(super) mod exp;
 mod kernels;
 mod kv_cache;
 mod plan;
+mod products;
 mod rope;
 mod simd;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod workspace;
 
 use std::marker::PhantomData;
@@ -210,9 +213,12 @@ impl<E: Element> PagedAttentionKernel<E> {
             return Ok(());
         }
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
+        let in_tiles = self.simd.wants_tiles::<E>(&geometry);
+        let (key_cache, value_cache) = (elements::<E>(key_cache)?, elements(value_cache)?);
         // SAFETY: the contract of the operator is that both caches are updated in place, each slot by one token
-        // at most. So the caller gives two tensors of this shape, which nobody else uses during the run.
-        let cache = unsafe { KvCache::new(elements::<E>(key_cache)?, elements(value_cache)?, geometry) };
+        // at most. So the caller gives two tensors of this shape, which nobody else uses during the run. The
+        // instruction set, and with it the order, is one for all calls.
+        let cache = unsafe { KvCache::new(key_cache, value_cache, geometry, in_tiles) };
         let scale = self.attributes.scale;
         let threads = SessionThreads { ctx, num_threads: self.num_threads };
         let mut own = Workspace::default();

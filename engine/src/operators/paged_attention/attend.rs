@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::batch::{Batch, Sequence};
 use super::element::Element;
-use super::kernels::{self, Queries, Sink, State};
+use super::kernels::{self, Sink, State};
 use super::kv_cache::{KvCache, TILE};
-use super::plan::{Plan, ROWS, RowTile, partial_floats};
+use super::plan::{Plan, RowTile, partial_floats};
+use super::products::{Products, Rows};
 use super::simd::{Level, MASKED, Simd};
 use super::workspace::{Parts, Scratch, Workspace};
 
@@ -26,7 +27,7 @@ const TOKENS_PER_WRITE: usize = 64;
 /// What the tasks of a call share.
 pub(super) struct Job<'a, E> {
     batch: &'a Batch<'a>,
-    cache: KvCache<E>,
+    pub(super) cache: KvCache<E>,
     plan: &'a Plan,
     scale: f32,
     output: *mut f32,
@@ -51,7 +52,7 @@ pub(super) fn run<E: Element>(
 ) -> Result<(), String> {
     assert_eq!(output.len(), batch.num_tokens * batch.geometry.output_width());
     let geometry = &batch.geometry;
-    workspace.plan.rebuild(batch, threads.num_threads());
+    workspace.plan.rebuild(batch, threads.num_threads(), cache.in_tiles());
     let products = workspace.plan.work() * 2 * geometry.head_dim;
     let num_workers = match products {
         0..MIN_PARALLEL_PRODUCTS => 1,
@@ -85,22 +86,20 @@ pub(super) fn run<E: Element>(
     guard.finish()
 }
 
-/// Computes `task`, `A` rows at a time with `B` vectors of keys or columns, and the last rows, if they
-/// are fewer, [`ROWS`] at a time with `C` vectors.
+/// Computes `task`.
 #[inline(always)]
-pub(super) fn attend<L: Level, E: Element, const A: usize, const B: usize, const C: usize>(
+pub(super) fn attend<L: Level, E: Element, P: Products<E>>(
     level: L,
+    products: P,
     job: &Job<E>,
     task: Task,
     scratch: &mut Scratch,
 ) {
-    const { assert!(A.is_multiple_of(ROWS)) };
-    let lanes = level.wide();
     let tile = &job.plan.tiles[task.tile];
     let width = tile.width();
     let head_dim = job.batch.geometry.head_dim;
     let sequence = job.batch.sequence(tile.sequence);
-    let mut parts = scratch.parts(width, head_dim);
+    let mut parts = scratch.parts(width, head_dim, P::num_floats(width, head_dim));
     load_queries(job, tile, &sequence, &mut parts, width);
     reset(&mut parts);
     let state = State {
@@ -109,14 +108,23 @@ pub(super) fn attend<L: Level, E: Element, const A: usize, const B: usize, const
         keep: parts.keep.as_mut_ptr(),
         take: parts.take.as_mut_ptr(),
     };
-    let (scores, output) = (parts.scores.as_mut_ptr(), parts.output.as_mut_ptr());
+    let rows = Rows {
+        width,
+        head_dim,
+        query: parts.query.as_ptr(),
+        visible: parts.visible.as_ptr(),
+        work: parts.work.as_mut_ptr(),
+    };
+    let output = parts.output.as_mut_ptr();
+    // SAFETY: the parts are made for these rows.
+    unsafe { products.begin(&rows) };
 
     for key_tile in task.key_tiles.0..task.key_tiles.1 {
         let start = key_tile * TILE;
         let num_keys = (tile.num_keys - start).min(TILE);
         see(job, tile, &sequence, start, parts.visible);
+        let rows = Rows { visible: parts.visible.as_ptr(), ..rows };
         let runs = job.cache.runs(&sequence, start, tile.kv_head);
-        let queries = Queries { query: parts.query.as_ptr(), head_dim, visible: parts.visible.as_ptr() };
         let partial = tile
             .partials
             .map(|first| job.partials.wrapping_add(first + key_tile * partial_floats(width, head_dim)));
@@ -124,20 +132,8 @@ pub(super) fn attend<L: Level, E: Element, const A: usize, const B: usize, const
         // validated; a split tile's partial results were reserved by the plan, and no other task
         // has this key tile of it.
         unsafe {
-            let mut row = 0;
-            while row + A <= width {
-                kernels::score::<_, _, A, B>(lanes, queries, row, &runs, num_keys, scores);
-                row += A;
-            }
-            while row < width {
-                kernels::score::<_, _, ROWS, C>(lanes, queries, row, &runs, num_keys, scores);
-                row += ROWS;
-            }
-            for row in 0..width {
-                (parts.tile_top[row], parts.tile_sum[row]) =
-                    kernels::weights(lanes, scores.add(row * TILE), num_keys);
-            }
-            let (tops, sums) = (parts.tile_top.as_ptr(), parts.tile_sum.as_ptr());
+            let (tops, sums) = (parts.tile_top.as_mut_ptr(), parts.tile_sum.as_mut_ptr());
+            products.weights(&rows, &runs, num_keys, tops, sums);
             let sink = match partial {
                 None => {
                     state.fold(level, width, tops, sums);
@@ -149,15 +145,7 @@ pub(super) fn attend<L: Level, E: Element, const A: usize, const B: usize, const
                     Sink::Store { output: partial.add(2 * width) }
                 }
             };
-            let mut row = 0;
-            while row + A <= width {
-                kernels::weigh::<_, _, A, B>(level, scores, row, &runs, num_keys, head_dim, sink);
-                row += A;
-            }
-            while row < width {
-                kernels::weigh::<_, _, ROWS, C>(level, scores, row, &runs, num_keys, head_dim, sink);
-                row += ROWS;
-            }
+            products.weigh(&rows, &runs, num_keys, sink);
         }
     }
 

@@ -7,34 +7,24 @@
 use super::element::Element;
 use super::exp::exp;
 use super::kv_cache::{RUN, Runs, TILE, prefetch};
+use super::products::Rows;
 use super::simd::{Lanes, Level, MASKED};
 
-/// The rows of a tile: their queries, and what they may see.
-#[derive(Clone, Copy)]
-pub(super) struct Queries {
-    /// `[width][head_dim]`.
-    pub(super) query: *const f32,
-    pub(super) head_dim: usize,
-    /// Of each row: how many of the tile's keys it sees, `[width]`.
-    pub(super) visible: *const f32,
-}
-
 /// Scores of `A` rows from `row` on with the tile's first `num_keys` keys, `B` vectors of them at a time,
-/// into `[width][TILE]`. What a row does not see is masked, up to a multiple of `B` vectors.
+/// into the working memory, `[width][TILE]`. What a row does not see is masked, up to a multiple of `B` vectors.
 ///
 /// # Safety
-/// The queries have `row + A` rows, and no row sees a key from `num_keys` on; `scores` has room for the
-/// rows, and the runs' blocks for `head_dim` channels. `B` vectors divide a tile.
+/// There are `row + A` rows, and no row sees a key from `num_keys` on; the working memory has room for the
+/// scores, and the runs' blocks for `head_dim` channels. `B` vectors divide a tile.
 #[inline(always)]
 pub(super) unsafe fn score<L: Lanes, E: Element, const A: usize, const B: usize>(
     lanes: L,
-    queries: Queries,
+    rows: &Rows,
     row: usize,
     runs: &Runs<E>,
     num_keys: usize,
-    scores: *mut f32,
 ) {
-    let Queries { query, head_dim, visible } = queries;
+    let Rows { query, head_dim, visible, work: scores, .. } = *rows;
     let query = query.wrapping_add(row * head_dim);
     for first in (0..num_keys).step_by(B * L::NUM) {
         let mut keys = [runs.keys[0]; B];
@@ -51,7 +41,7 @@ pub(super) unsafe fn score<L: Lanes, E: Element, const A: usize, const B: usize>
         for channel in 0..head_dim {
             let mut k = [lanes.splat(0.0); B];
             for b in 0..B {
-                let at = channel * runs.key_stride;
+                let at = channel * runs.block_size;
                 if row == 0 {
                     // With few rows the caches' memory is the limit. Ask for the next keys, and for
                     // the values of these.
@@ -110,7 +100,7 @@ pub(super) unsafe fn weights<L: Lanes>(lanes: L, scores: *mut f32, num_keys: usi
 
 /// All lanes as one, halving in a fixed order.
 #[inline(always)]
-fn reduce<L: Lanes>(lanes: L, x: L::Vector, f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn reduce<L: Lanes>(lanes: L, x: L::Vector, f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut parts = [0f32; 16];
     // SAFETY: no level has more lanes.
     unsafe { lanes.store(parts.as_mut_ptr(), x) };
@@ -137,18 +127,18 @@ pub(super) enum Sink {
 /// `[width][head_dim]`.
 ///
 /// # Safety
-/// `weights` holds `[width][TILE]` floats and the runs' values `head_dim`; the sink's output is
-/// `[width][head_dim]`, its factors `[width]`, with `row + A` rows.
+/// The working memory holds weights, `[width][TILE]`, and the runs' values `head_dim` channels; the sink's output
+/// is `[width][head_dim]`, its factors `[width]`, with `row + A` rows.
 #[inline(always)]
 pub(super) unsafe fn weigh<L: Level, E: Element, const A: usize, const B: usize>(
     level: L,
-    weights: *const f32,
+    rows: &Rows,
     row: usize,
     runs: &Runs<E>,
     num_keys: usize,
-    head_dim: usize,
     sink: Sink,
 ) {
+    let Rows { head_dim, work: weights, .. } = *rows;
     let mut column = 0;
     macro_rules! columns {
         ($lanes:expr, $many:expr) => {
@@ -236,7 +226,13 @@ unsafe fn strip<C: Lanes, E: Element, const A: usize, const B: usize>(
 /// # Safety
 /// `output` is valid for a vector.
 #[inline(always)]
-unsafe fn fold_at<C: Lanes>(lanes: C, output: *mut f32, keep: C::Vector, tile: C::Vector, take: C::Vector) {
+pub(super) unsafe fn fold_at<C: Lanes>(
+    lanes: C,
+    output: *mut f32,
+    keep: C::Vector,
+    tile: C::Vector,
+    take: C::Vector,
+) {
     // SAFETY: the caller vouches for it.
     unsafe {
         let folded = lanes.mul_add(lanes.load(output), keep, lanes.mul(tile, take));

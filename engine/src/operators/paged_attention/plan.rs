@@ -15,9 +15,10 @@ const TASKS_PER_THREAD: usize = 2;
 /// Rows that are computed side by side at least; a tile's last rows are padded to them.
 pub(super) const ROWS: usize = 4;
 
-/// Rows of the largest tile: its scores and queries stay in a core's first cache, and each key is read
-/// once for all of them.
+/// Rows of the largest tile, each key of which is read once for all of them: in vectors as many as a core's first
+/// cache has room for, with their scores; AMX's tiles wait less for more.
 const MAX_ROWS: usize = 32;
+const MAX_ROWS_IN_TILES: usize = 64;
 
 /// Neighbouring rows that share a key/value head. Row `r` of a sequence and key/value head is token
 /// `r / group`, head `r % group` of the group.
@@ -76,8 +77,9 @@ pub(super) fn partial_floats(width: usize, head_dim: usize) -> usize {
 }
 
 impl Plan {
-    /// Cuts `batch` up for `num_threads`.
-    pub(super) fn rebuild(&mut self, batch: &Batch, num_threads: usize) {
+    /// Cuts `batch` up for `num_threads`, which compute in vectors or `in_tiles`.
+    pub(super) fn rebuild(&mut self, batch: &Batch, num_threads: usize, in_tiles: bool) {
+        let max_rows = if in_tiles { MAX_ROWS_IN_TILES } else { MAX_ROWS };
         self.tiles.clear();
         self.tasks.clear();
         self.num_partial_floats = 0;
@@ -85,8 +87,8 @@ impl Plan {
         for (i, sequence) in batch.sequences().enumerate() {
             let num_rows = sequence.tokens.len() * group;
             for kv_head in 0..batch.geometry.kv_num_heads {
-                for first in (0..num_rows).step_by(MAX_ROWS) {
-                    let rows = first..num_rows.min(first + MAX_ROWS);
+                for first in (0..num_rows).step_by(max_rows) {
+                    let rows = first..num_rows.min(first + max_rows);
                     self.tiles.push(RowTile {
                         sequence: i,
                         kv_head,

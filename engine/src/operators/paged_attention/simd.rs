@@ -6,12 +6,17 @@
 pub(super) mod portable;
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
 
 use super::attend::{Job, Task};
+use super::batch::Geometry;
 use super::element::Element;
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::workspace::Scratch;
 
 /// Score of a key that a row must not see. Finite, so that differences of scores are never NaN.
@@ -88,13 +93,15 @@ pub(super) enum Simd {
     Avx2(avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Amx(amx::Amx),
 }
 
 impl Simd {
     /// The names that [`Self::named`] knows, best last.
-    pub(super) const NAMES: [&'static str; 3] = ["portable", "avx2", "avx512"];
+    pub(super) const NAMES: [&'static str; 4] = ["portable", "avx2", "avx512", "amx"];
 
-    /// The level called `name`. What `avxvnni` and `amx` add is for whole numbers only.
+    /// The level called `name`. What `avxvnni` adds is for whole numbers only.
     ///
     /// # Errors
     /// Says whether the name is unknown or this CPU lacks it.
@@ -104,7 +111,9 @@ impl Simd {
             #[cfg(target_arch = "x86_64")]
             "avx2" | "avxvnni" => avx2::Avx2::detect().map(Self::Avx2),
             #[cfg(target_arch = "x86_64")]
-            "avx512" | "amx" => avx512::Avx512::detect().map(Self::Avx512),
+            "avx512" => avx512::Avx512::detect().map(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            "amx" => amx::Amx::detect().map(Self::Amx),
             #[cfg(not(target_arch = "x86_64"))]
             "avx2" | "avxvnni" | "avx512" | "amx" => None,
             _ => return Err(format!("{name:?} is none of portable, avx2, avxvnni, avx512 and amx")),
@@ -127,9 +136,20 @@ impl Simd {
         }
     }
 
+    /// Whether a cache of this geometry is to lie as tiles want it: see [`super::kv_cache`].
+    pub(super) fn wants_tiles<E: Element>(self, geometry: &Geometry) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => tiles::suit::<E>(geometry),
+            _ => false,
+        }
+    }
+
     /// Computes `task`.
     pub(super) fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(level) => level.attend(job, task, scratch),
             Self::Portable(level) => level.attend(job, task, scratch),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(level) => level.attend(job, task, scratch),

@@ -13,7 +13,13 @@ use crate::operators::testing::Random;
 use world::{Shape, Share, World};
 
 fn levels() -> impl Iterator<Item = (&'static str, Simd)> {
-    Simd::NAMES.into_iter().filter_map(|name| Some((name, Simd::named(name).ok()?)))
+    Simd::NAMES.into_iter().filter_map(|name| match Simd::named(name) {
+        Ok(simd) => Some((name, simd)),
+        Err(why) => {
+            println!("SKIPPED {name}: {why}");
+            None
+        }
+    })
 }
 
 fn share(sequence: usize, past: usize, len: usize) -> Share {
@@ -21,11 +27,17 @@ fn share(sequence: usize, past: usize, len: usize) -> Share {
 }
 
 /// Whether each token's row is what plain attention in f64 gives.
-fn compare(world: &World, shares: &[Share], output: &[f32], what: &str) {
+fn compare<E: Element>(world: &World<E>, shares: &[Share], output: &[f32], what: &str) {
     compare_within(2e-5, world, shares, output, what);
 }
 
-fn compare_within(tolerance: f64, world: &World, shares: &[Share], output: &[f32], what: &str) {
+fn compare_within<E: Element>(
+    tolerance: f64,
+    world: &World<E>,
+    shares: &[Share],
+    output: &[f32],
+    what: &str,
+) {
     let shape = world.shape;
     let width = shape.kv_heads * shape.group * shape.head_dim;
     let mut rows = output.chunks_exact(width);
@@ -52,7 +64,7 @@ fn mixed_batches_match_plain_attention() {
         let threads = random.pick(&[1, 2, 3, 4]);
         for (name, simd) in levels() {
             let what = format!("seed {seed} {name} {shape:?} block_size {block_size} threads {threads}");
-            let mut world = World::new(seed, seed + 7, shape, block_size, 4);
+            let mut world = World::<f32>::new(seed, seed + 7, shape, block_size, 4);
             // A prefill, and the pasts of a chunk and of a decode; an idle sequence in between.
             let (chunk, decode) = (1 + random.below(140), 1 + random.below(290));
             let first = [share(0, 0, 1 + random.below(40)), share(1, 0, chunk), share(3, 0, decode)];
@@ -77,6 +89,7 @@ fn mixed_batches_match_plain_attention() {
 #[test]
 fn caches_may_end_with_the_last_block_of_a_sequence() {
     first_and_last_block::<f32>(2e-5);
+    // A key may be rounded the other way than its double.
     first_and_last_block::<bf16>(5e-2);
 }
 
@@ -87,7 +100,7 @@ fn first_and_last_block<E: Element>(tolerance: f64) {
         for (block_size, len, backwards) in [(16, 144usize, false), (16, 131, true), (32, 160, true)] {
             for (name, simd) in levels() {
                 let what = format!("{:?} {name} {shape:?} block_size {block_size} len {len}", E::TYPE);
-                let mut world = World::new(seed as u64, 0, shape, block_size, 1);
+                let mut world = World::<E>::new(seed as u64, 0, shape, block_size, 1);
                 let num_blocks = len.div_ceil(block_size) as i32;
                 world.tables[0] = (0..num_blocks).collect();
                 if backwards {
@@ -142,7 +155,7 @@ fn a_call_allocates_nothing_once_the_workspace_has_grown() {
     let mut random = Random(3);
     let shape = Shape::random(&mut random, 300);
     for (name, simd) in levels() {
-        let mut world = World::new(3, 5, shape, 16, 2);
+        let mut world = World::<f32>::new(3, 5, shape, 16, 2);
         world.step(&[share(0, 0, 200), share(1, 0, 90)], simd, 1);
         let call = world.call(&[share(0, 200, 40), share(1, 90, 1)], true);
         let mut count = || num_allocations(|| world.run(&call, simd, 1).unwrap());
@@ -155,51 +168,81 @@ fn bits(row: &[f32]) -> Vec<u32> {
     row.iter().map(|x| x.to_bits()).collect()
 }
 
+/// Queries and weights keep 16 bits or more, whatever multiplies them: bfloat16's 8 would miss by a thousandth.
+#[test]
+fn numbers_of_bfloat16_caches_are_used_as_they_are() {
+    for seed in 50..60 {
+        let mut random = Random(seed);
+        let head_dim = random.pick(&[64, 80, 128, 256]);
+        // Without rotation, so that keys are rounded as their doubles are.
+        let shape = Shape { half: 0, ..Shape::of_heads(&mut random, head_dim, 300) };
+        let block_size = random.pick(&[16, 32, 64]);
+        for (name, simd) in levels() {
+            let what = format!("seed {seed} {name} {shape:?} block_size {block_size}");
+            let mut world = World::<bf16>::new(seed, seed + 7, shape, block_size, 2);
+            let past = 1 + random.below(250);
+            world.step(&[share(0, 0, past)], simd, 2);
+            let shares = [share(0, past, 3), share(1, 0, 1 + random.below(40))];
+            let output = world.step(&shares, simd, 2);
+            compare_within(1e-4, &world, &shares, &output, &what);
+        }
+    }
+}
+
 #[test]
 fn a_row_has_the_same_bits_in_any_company() {
     for seed in 100..112 {
         let mut random = Random(seed);
         let len = 20 + random.below(500);
-        let shape = Shape::random(&mut random, len.max(300));
-        let width = shape.kv_heads * shape.group * shape.head_dim;
-        for (name, simd) in levels() {
-            let mut alone = World::new(seed, 1, shape, 64, 1);
-            let expected = bits(&alone.step(&[share(0, 0, len)], simd, 1));
-            let check = |from: usize, output: &[f32], what: &str| {
-                let got = bits(output);
-                let want = &expected[from * width..from * width + got.len()];
-                let at = got.iter().zip(want).position(|(got, want)| got != want);
-                assert_eq!(at, None, "seed {seed} {name} {shape:?} len {len}: {what} from {from}");
-            };
-            // Token by token, on many threads, so that long contexts are split.
-            let mut decode = World::new(seed, 2, shape, 16, 1);
-            let stride = random.pick(&[1, 2]);
-            for position in (0..len).step_by(stride) {
-                let count = stride.min(len - position);
-                check(position, &decode.step(&[share(0, position, count)], simd, 8), "decode");
-            }
-            // In random chunks, among sequences that do the same at other places.
-            let mut mixed = World::new(seed, seed, shape, random.pick(&[16, 32, 128, 256]), 3);
-            let mut past = [0; 3];
-            while past[0] < len {
-                let mut order = [0, 1, 2];
-                random.shuffle(&mut order);
-                let longest = random.pick(&[1, 3, 17, 64, 200]);
-                let shares = order.map(|sequence| {
-                    let end = if sequence == 0 { len } else { 300 };
-                    let left: usize = end - past[sequence];
-                    share(sequence, past[sequence], left.min(1 + random.below(longest)))
-                });
-                let output = mixed.step(&shares, simd, random.pick(&[1, 2, 3, 8]));
-                let mut row = 0;
-                for share in shares {
-                    let rows = &output[row * width..(row + share.len) * width];
-                    if share.sequence == 0 {
-                        check(share.past, rows, "chunk");
-                    }
-                    row += share.len;
-                    past[share.sequence] += share.len;
+        same_bits::<f32>(seed, Shape::random(&mut random, len.max(300)), len);
+    }
+    for seed in 200..206 {
+        let mut random = Random(seed);
+        let (len, head_dim) = (20 + random.below(500), random.pick(&[64, 80, 128]));
+        same_bits::<bf16>(seed, Shape::of_heads(&mut random, head_dim, len.max(300)), len);
+    }
+}
+
+fn same_bits<E: Element>(seed: u64, shape: Shape, len: usize) {
+    let mut random = Random(seed + 1);
+    let width = shape.kv_heads * shape.group * shape.head_dim;
+    for (name, simd) in levels() {
+        let mut alone = World::<E>::new(seed, 1, shape, 64, 1);
+        let expected = bits(&alone.step(&[share(0, 0, len)], simd, 1));
+        let check = |from: usize, output: &[f32], what: &str| {
+            let got = bits(output);
+            let want = &expected[from * width..from * width + got.len()];
+            let at = got.iter().zip(want).position(|(got, want)| got != want);
+            assert_eq!(at, None, "{:?} seed {seed} {name} {shape:?} len {len}: {what} from {from}", E::TYPE);
+        };
+        // Token by token, on many threads, so that long contexts are split.
+        let mut decode = World::<E>::new(seed, 2, shape, 16, 1);
+        let stride = random.pick(&[1, 2]);
+        for position in (0..len).step_by(stride) {
+            let count = stride.min(len - position);
+            check(position, &decode.step(&[share(0, position, count)], simd, 8), "decode");
+        }
+        // In random chunks, among sequences that do the same at other places.
+        let mut mixed = World::<E>::new(seed, seed, shape, random.pick(&[16, 32, 128, 256]), 3);
+        let mut past = [0; 3];
+        while past[0] < len {
+            let mut order = [0, 1, 2];
+            random.shuffle(&mut order);
+            let longest = random.pick(&[1, 3, 17, 64, 200]);
+            let shares = order.map(|sequence| {
+                let end = if sequence == 0 { len } else { 300 };
+                let left: usize = end - past[sequence];
+                share(sequence, past[sequence], left.min(1 + random.below(longest)))
+            });
+            let output = mixed.step(&shares, simd, random.pick(&[1, 2, 3, 8]));
+            let mut row = 0;
+            for share in shares {
+                let rows = &output[row * width..(row + share.len) * width];
+                if share.sequence == 0 {
+                    check(share.past, rows, "chunk");
                 }
+                row += share.len;
+                past[share.sequence] += share.len;
             }
         }
     }
@@ -209,7 +252,7 @@ fn a_row_has_the_same_bits_in_any_company() {
 fn a_slot_of_minus_one_writes_nothing_and_shared_blocks_are_read() {
     for (name, simd) in levels() {
         let shape = Shape { kv_heads: 2, group: 3, head_dim: 64, half: 16, interleaved: true, max_len: 64 };
-        let mut world = World::new(5, 6, shape, 16, 2);
+        let mut world = World::<f32>::new(5, 6, shape, 16, 2);
         let prefix = world.step(&[share(0, 0, 40)], simd, 1);
         // Sequence 0 again, whose first 2 blocks are shared and not written once more.
         let own = world.tables[1][2];
@@ -249,7 +292,7 @@ fn a_slot_of_minus_one_writes_nothing_and_shared_blocks_are_read() {
 fn a_call_without_tokens_is_fine() {
     for (_, simd) in levels() {
         let shape = Shape { kv_heads: 1, group: 2, head_dim: 8, half: 2, interleaved: false, max_len: 64 };
-        let mut world = World::new(1, 1, shape, 16, 2);
+        let mut world = World::<f32>::new(1, 1, shape, 16, 2);
         assert!(world.step(&[], simd, 2).is_empty());
         assert!(world.step(&[share(0, 0, 0), share(1, 60, 0)], simd, 2).is_empty());
     }
@@ -259,7 +302,7 @@ fn a_call_without_tokens_is_fine() {
 fn what_does_not_fit_is_refused_by_name() {
     let shape = Shape { kv_heads: 2, group: 1, head_dim: 16, half: 4, interleaved: true, max_len: 64 };
     let refused = |name: &str, shares: &[Share], spoil: &dyn Fn(&mut World, &mut world::Call)| {
-        let mut world = World::new(1, 1, shape, 16, 2);
+        let mut world = World::<f32>::new(1, 1, shape, 16, 2);
         let mut call = world.call(shares, true);
         spoil(&mut world, &mut call);
         let message = world.run(&call, Simd::named("portable").unwrap(), 1).unwrap_err();

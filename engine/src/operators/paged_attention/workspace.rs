@@ -4,7 +4,6 @@
 
 use std::sync::Mutex;
 
-use super::kv_cache::TILE;
 use super::plan::Plan;
 
 /// Floats of a cache line.
@@ -39,8 +38,8 @@ pub(super) struct Scratch(Buffer);
 pub(super) struct Parts<'a> {
     /// Queries, `[width][head_dim]`.
     pub(super) query: &'a mut [f32],
-    /// Scores, then weights, `[width][TILE]`.
-    pub(super) scores: &'a mut [f32],
+    /// What is between the two products, as they like it.
+    pub(super) work: &'a mut [f32],
     /// Weighted values so far, `[width][head_dim]`.
     pub(super) output: &'a mut [f32],
     /// Of each row: highest score so far.
@@ -60,11 +59,12 @@ pub(super) struct Parts<'a> {
 }
 
 impl Scratch {
-    /// Room for a tile of `width` rows; contents are arbitrary.
-    pub(super) fn parts(&mut self, width: usize, head_dim: usize) -> Parts<'_> {
+    /// Room for a tile of `width` rows and as much for the products; contents are arbitrary.
+    pub(super) fn parts(&mut self, width: usize, head_dim: usize, num_work_floats: usize) -> Parts<'_> {
         let row = width.next_multiple_of(LINE);
         let matrix = (head_dim * width).next_multiple_of(LINE);
-        let mut rest = self.0.reserve(2 * matrix + TILE * width + 7 * row);
+        let work = num_work_floats.next_multiple_of(LINE);
+        let mut rest = self.0.reserve(2 * matrix + work + 7 * row);
         let mut take = |num_floats: usize| {
             let (part, others) = std::mem::take(&mut rest).split_at_mut(num_floats);
             rest = others;
@@ -72,7 +72,7 @@ impl Scratch {
         };
         Parts {
             query: take(matrix),
-            scores: take(TILE * width),
+            work: take(work),
             output: take(matrix),
             top: take(row),
             sum: take(row),

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use half::bf16;
 use half::vec::HalfBitsVecExt;
+use ndarray::{Array1, Array4, ShapeError, s};
 use ort::environment::Environment;
 use ort::ep::{ArbitrarilyConfigurableExecutionProvider, ArenaExtendStrategy, CUDA};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
@@ -18,6 +19,9 @@ use super::{KvCacheLayout, OrtOptions};
 use crate::error::LoadError;
 use crate::manifest::{Dtype, Geometry, Graph, Provider};
 use crate::operators;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Flash, memory-efficient, unfused and paged decode attention, by the library's bits (1.31.1, `AttentionBackend`).
 /// Not cuDNN's, which on Hopper is its first choice for decodes: it compiles for half a second at each new number of
@@ -177,17 +181,28 @@ pub(super) fn allocate_caches(
     names.map(allocate).collect::<ort::Result<_>>().map_err(|error| device.explain(&error))
 }
 
-/// A cache on the host. Zeroed memory is mapped lazily: it becomes resident as blocks are used.
+/// A cache on the host.
 fn zeroed(dtype: Dtype, shape: [usize; 4]) -> ort::Result<DynTensor> {
-    let num_elements = shape.iter().product();
     match dtype {
         // As integers, since only their zeros come from the system as they are.
         Dtype::Bfloat16 => {
-            let zeros: Vec<bf16> = vec![0u16; num_elements].reinterpret_into();
-            Ok(Tensor::from_array((shape, zeros))?.upcast())
+            let zeros = |num| -> Vec<bf16> { vec![0u16; num].reinterpret_into() };
+            Ok(Tensor::from_array(from_a_line(shape, zeros).map_err(ort::Error::wrap)?)?.upcast())
         }
-        _ => Ok(Tensor::from_array((shape, vec![0f32; num_elements]))?.upcast()),
+        _ => {
+            let zeros = from_a_line(shape, |num| vec![0f32; num]).map_err(ort::Error::wrap)?;
+            Ok(Tensor::from_array(zeros)?.upcast())
+        }
     }
+}
+
+/// As many `zeros` as a cache has, from a cache line on: AMX reads whole ones, and what the system allocates starts
+/// 16 bytes after one. Zeroed memory is mapped lazily: it becomes resident as blocks are used.
+fn from_a_line<T>(shape: [usize; 4], zeros: impl Fn(usize) -> Vec<T>) -> Result<Array4<T>, ShapeError> {
+    let num_elements: usize = shape.iter().product();
+    let zeros = zeros(num_elements + LINE / size_of::<T>());
+    let start = zeros.as_ptr().align_offset(LINE);
+    Array1::from_vec(zeros).slice_move(s![start..start + num_elements]).into_shape_with_order(shape)
 }
 
 /// Sizes of a block: tokens, heads, and elements as they are stored.
@@ -214,6 +229,16 @@ pub(super) fn element_type(dtype: Dtype) -> TensorElementType {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cache_on_the_host_starts_at_a_line_and_is_zero() {
+        // Small and large memory come from different places.
+        for shape in [[1, 16, 1, 3], [300, 32, 2, 64]] {
+            let cache = from_a_line(shape, |num| vec![0u16; num]).unwrap();
+            assert_eq!(cache.as_ptr().align_offset(LINE), 0);
+            assert_eq!(cache.as_slice().unwrap(), vec![0; shape.iter().product()]);
+        }
+    }
 
     #[test]
     fn options_of_a_gpu_are_refused_by_name_for_the_cpu() {

@@ -8,6 +8,7 @@ use super::portable::Floats;
 use super::{Lanes, Level, x86_lanes};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
 use crate::operators::paged_attention::element::Element;
+use crate::operators::paged_attention::products::Vectors;
 use crate::operators::paged_attention::workspace::Scratch;
 
 /// The proof that this CPU has AVX2 and FMA.
@@ -149,7 +150,7 @@ impl Level for Avx2 {
     fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
         #[target_feature(enable = "avx2,fma")]
         fn compiled<E: Element>(level: Avx2, job: &Job<E>, task: Task, scratch: &mut Scratch) {
-            attend::<_, _, 4, 2, 2>(level, job, task, scratch);
+            attend(level, Vectors::<_, 4, 2, 2>(level), job, task, scratch);
         }
         // SAFETY: `self` is the proof that this CPU has AVX2 and FMA.
         unsafe { compiled(self, job, task, scratch) }

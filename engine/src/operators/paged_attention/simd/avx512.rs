@@ -8,6 +8,7 @@ use super::avx2::{Avx2, Fused, Xmm};
 use super::{Level, x86_lanes};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
 use crate::operators::paged_attention::element::Element;
+use crate::operators::paged_attention::products::Vectors;
 use crate::operators::paged_attention::workspace::Scratch;
 
 /// The proof that this CPU has AVX-512 as of Skylake's servers.
@@ -70,7 +71,7 @@ impl Level for Avx512 {
     fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
         #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")]
         fn compiled<E: Element>(level: Avx512, job: &Job<E>, task: Task, scratch: &mut Scratch) {
-            attend::<_, _, 8, 2, 4>(level, job, task, scratch);
+            attend(level, Vectors::<_, 8, 2, 4>(level), job, task, scratch);
         }
         // SAFETY: `self` is the proof that this CPU has these features.
         unsafe { compiled(self, job, task, scratch) }

@@ -5,6 +5,7 @@
 use super::{Lanes, Level, MASKED};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
 use crate::operators::paged_attention::element::Element;
+use crate::operators::paged_attention::products::Vectors;
 use crate::operators::paged_attention::workspace::Scratch;
 
 /// Whether one rounding for `a * b + c` is an instruction; without it, it would be a library call.
@@ -117,6 +118,6 @@ impl Level for Portable {
         Floats
     }
     fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
-        attend::<_, _, 4, 2, 2>(self, job, task, scratch);
+        attend(self, Vectors::<_, 4, 2, 2>(self), job, task, scratch);
     }
 }

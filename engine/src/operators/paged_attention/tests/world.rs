@@ -10,6 +10,7 @@ use crate::operators::paged_attention::batch::{Batch, Inputs, Tensor};
 use crate::operators::paged_attention::element::Element;
 use crate::operators::paged_attention::kv_cache::KvCache;
 use crate::operators::paged_attention::simd::Simd;
+use crate::operators::paged_attention::simd::portable::Floats;
 use crate::operators::paged_attention::workspace::Workspace;
 use crate::operators::testing::{Random, Threads};
 
@@ -40,6 +41,10 @@ impl Shape {
     }
     pub(super) fn random(random: &mut Random, max_len: usize) -> Self {
         let head_dim = random.pick(&[8, 16, 24, 36, 50, 64, 80, 96, 128]);
+        Self::of_heads(random, head_dim, max_len)
+    }
+    /// Any, but for what is given.
+    pub(super) fn of_heads(random: &mut Random, head_dim: usize, max_len: usize) -> Self {
         Self {
             kv_heads: random.pick(&[1, 2, 3]),
             group: random.pick(&[1, 2, 3, 5, 8, 16]),
@@ -60,12 +65,12 @@ pub(super) struct Share {
 }
 
 /// Sequences, their blocks, and caches.
-pub(super) struct World {
+pub(super) struct World<E = f32> {
     pub(super) seed: u64,
     pub(super) shape: Shape,
     pub(super) block_size: usize,
-    pub(super) key: Vec<f32>,
-    pub(super) value: Vec<f32>,
+    pub(super) key: Vec<E>,
+    pub(super) value: Vec<E>,
     pub(super) tables: Vec<Vec<i32>>,
     pub(super) cos: Vec<f32>,
     pub(super) sin: Vec<f32>,
@@ -81,7 +86,7 @@ pub(super) struct Call {
     pub(super) slots: Option<Vec<i32>>,
 }
 
-impl World {
+impl<E: Element> World<E> {
     /// A pool for `num_sequences` of `shape.max_len` tokens, blocks shuffled by `pool_seed`; what no
     /// token was written to is NaN.
     pub(super) fn new(
@@ -105,8 +110,8 @@ impl World {
             seed,
             shape,
             block_size,
-            key: vec![f32::NAN; floats],
-            value: vec![f32::NAN; floats],
+            key: vec![E::round(f32::NAN); floats],
+            value: vec![E::round(f32::NAN); floats],
             tables: blocks.chunks(per_sequence).take(num_sequences).map(<[i32]>::to_vec).collect(),
             cos: table(f64::cos),
             sin: table(f64::sin),
@@ -165,7 +170,7 @@ impl World {
     }
 
     /// Runs the kernel over these caches.
-    pub(super) fn run_over<E: Element>(
+    pub(super) fn run_over(
         &mut self,
         [key, value]: [&mut [E]; 2],
         call: &Call,
@@ -204,9 +209,10 @@ impl World {
         )?;
         let mut output = vec![f32::NAN; num_tokens * batch.geometry.output_width()];
         let scale = 1.0 / (shape.head_dim as f32).sqrt();
+        let in_tiles = simd.wants_tiles::<E>(&batch.geometry);
         // SAFETY: the caches have this shape and are not used otherwise during the call, in which each slot
         // is written once.
-        let cache = unsafe { KvCache::new(key.as_mut_ptr(), value.as_mut_ptr(), batch.geometry) };
+        let cache = unsafe { KvCache::new(key.as_mut_ptr(), value.as_mut_ptr(), batch.geometry, in_tiles) };
         let threads = Threads(threads);
         attend::run(simd, &batch, cache, scale, &mut output, &mut self.workspace, &threads)?;
         Ok(output)
@@ -218,7 +224,8 @@ impl World {
         self.run(&call, simd, threads).unwrap()
     }
 
-    /// A head of a token, rotated by its position: heads count queries, then keys, then values.
+    /// A head of a token, rotated by its position: heads count queries, then keys, then values. Keys and values
+    /// are what the caches hold of them.
     pub(super) fn head(&self, sequence: usize, position: usize, head: usize) -> Vec<f64> {
         let Shape { kv_heads, group, head_dim, half, interleaved, .. } = self.shape;
         let token = self.token(sequence, position);
@@ -232,6 +239,10 @@ impl World {
                 let (left, right): (f64, f64) = (x[a], x[b]);
                 (x[a], x[b]) = (left * cos - right * sin, right * cos + left * sin);
             }
+        }
+        if head >= kv_heads * group {
+            // SAFETY: it loads one element.
+            x.iter_mut().for_each(|x| *x = unsafe { E::load(Floats::<1>, &E::round(*x as f32)) }[0].into());
         }
         x
     }

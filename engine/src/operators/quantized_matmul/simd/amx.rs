@@ -6,8 +6,7 @@
 //! they lie.
 //!
 //! Invariant: a value of [`Amx`] exists only on a CPU with AMX-INT8, GFNI and AVX-512 VNNI, after Linux
-//! allowed this process the use of tiles. The compiler knows nothing of tiles: each function that sets them
-//! up also releases them.
+//! allowed this process the use of tiles.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -15,12 +14,11 @@ use std::mem::MaybeUninit;
 
 use super::avx512::Avx512;
 use super::{COLUMNS, Finish, Level, Panel, Strip, TileValues};
+use crate::operators::amx::{self, HEIGHT, Numbers, Shapes};
 use crate::operators::quantized_matmul::activations::{RowBlock, Values};
 use crate::operators::quantized_matmul::kernel::Lanes;
 use crate::operators::quantized_matmul::packing::{HALF, LINE, Line, STEP};
 
-/// Rows of a tile.
-const HEIGHT: usize = 16;
 /// Fewer rows than this are faster in AVX-512: of 4 and of 8 bits.
 const MIN_ROWS: [usize; 2] = [3, 5];
 /// Most values of K that a tile of rows holds.
@@ -35,65 +33,21 @@ pub(in super::super) struct Amx(Avx512);
 impl Amx {
     /// The proof, if there is one.
     pub(in super::super) fn detect() -> Option<Self> {
-        const TILE_AND_INT8: u32 = 0b11 << 24;
-        let found = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILE_AND_INT8 == TILE_AND_INT8;
-        let found = found && is_x86_feature_detected!("gfni");
-        Avx512::detect().filter(|_| found && allowed()).map(Self)
+        let found = is_x86_feature_detected!("gfni") && amx::detect(Numbers::Int8);
+        Avx512::detect().filter(|_| found).map(Self)
     }
 }
 
-/// Asks Linux for the memory that saves tiles at a change of threads.
-fn allowed() -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        const ARCH_PRCTL: usize = 158;
-        const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
-        const XTILEDATA: usize = 18;
-        let result: isize;
-        // SAFETY: a system call that changes nothing but what the process may use.
-        unsafe {
-            asm!(
-                "syscall",
-                inlateout("rax") ARCH_PRCTL => result,
-                in("rdi") ARCH_REQ_XCOMP_PERM,
-                in("rsi") XTILEDATA,
-                lateout("rcx") _,
-                lateout("r11") _,
-                options(nostack),
-            );
-        }
-        result == 0
-    }
-    #[cfg(not(target_os = "linux"))]
-    false
-}
-
-/// What `ldtilecfg` reads.
-#[repr(C, align(64))]
-struct Shapes {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl Shapes {
-    /// Tiles for `height` rows of `width` values: tmm0 and tmm1 hold sums of 16 columns, tmm4 values, tmm6 and
-    /// tmm7 codes.
-    fn new(height: usize, width: usize) -> Self {
-        let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
-        for (tile, bytes, num) in [
-            (0, LINE, height),
-            (1, LINE, height),
-            (4, width, height),
-            (6, LINE, width / STEP),
-            (7, LINE, width / STEP),
-        ] {
-            (row_bytes[tile], rows[tile]) = (bytes as u16, num as u8);
-        }
-        Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
-    }
+/// Tiles for `height` rows of `width` values: tmm0 and tmm1 hold sums of 16 columns, tmm4 values, tmm6 and
+/// tmm7 codes.
+fn shapes(height: usize, width: usize) -> Shapes {
+    Shapes::new([
+        (0, LINE, height),
+        (1, LINE, height),
+        (4, width, height),
+        (6, LINE, width / STEP),
+        (7, LINE, width / STEP),
+    ])
 }
 
 /// Signed codes of a block: for each step columns below 16, then the others.
@@ -158,10 +112,9 @@ unsafe fn multiply<const BITS: usize>(
     let mut codes = MaybeUninit::uninit();
     let mut whole = Sums([[MaybeUninit::uninit(); HEIGHT]; 2]);
     sums.fill([0.0; COLUMNS]);
-    let shapes = Shapes::new(height, block_size.min(WIDTH));
-    // SAFETY: the caller vouches for AMX; the shapes are valid ones. All tiles are set to 0, which are among
-    // what the convention says a call may change.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, clobber_abi("sysv64"), options(nostack, readonly)) };
+    let shapes = shapes(height, block_size.min(WIDTH));
+    // SAFETY: the caller vouches for AMX; the shapes are valid ones, released below.
+    unsafe { shapes.load() };
     let parts = block_size.div_ceil(WIDTH);
     for (b, block) in panel.lines.chunks_exact(panel.format.block_lines()).enumerate() {
         let Some((scales, lines)) = block.split_last() else { break };
@@ -187,7 +140,7 @@ unsafe fn multiply<const BITS: usize>(
         }
     }
     // SAFETY: tiles were set up above.
-    unsafe { asm!("tilerelease", clobber_abi("sysv64"), options(nostack, nomem)) };
+    unsafe { amx::release() };
 }
 
 /// Writes a block's codes of 4 bits as signed numbers, 16 times as large, and returns where.
