@@ -84,7 +84,8 @@ CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 	$(WITH_ORT) cargo test --release --locked --workspace
 	for simd in portable $$(grep -ow -m1 avx2 /proc/cpuinfo); do \
-	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention --test quantized_matmul; done
+	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention --test quantized_matmul \
+	    --test post_attention; done
 	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$< cargo test --release --locked --quiet -p glmserve --lib -- --ignored,\
 	  @echo "SKIPPED: tests with ChatGLM3's own tokenizer, which is not here")
 
@@ -101,7 +102,8 @@ test-asan: ## the operators' tests under AddressSanitizer
 # library, which is not built for it: hence the leave to mix.
 test-sanitizers: .venv/serve.stamp ## the same, then inside ONNX Runtime, then under ThreadSanitizer (minutes)
 	$(call SANITIZED,address) --lib operators
-	$(WITH_ORT) $(call SANITIZED,address) --test paged_attention --test quantized_matmul --test sessions_at_once
+	$(WITH_ORT) $(call SANITIZED,address) --test paged_attention --test quantized_matmul --test post_attention \
+	  --test sessions_at_once
 	TSAN_OPTIONS="suppressions=$(CURDIR)/engine/tests/tsan.supp" \
 	  $(call SANITIZED,thread -Cunsafe-allow-abi-mismatch=sanitizer) --lib operators
 

@@ -2,9 +2,9 @@
 //!
 //! `cargo run --release -p glm-engine --example bench_matmul [KERNEL] [BITS] [BLOCK_SIZE] [ROWS ...]`
 //! where KERNEL is `ours`, `ort` (MatMulNBits) or `both`, with `GLMSERVE_SIMD` to force an instruction
-//! set. The graph is that of an export without attention: 24 layers of width 1024 (8 heads of 128, 2 key
-//! heads, ffn 3072) and a head of 65024, on every row. Weights are random. The limits are what plain
-//! loops reach on this machine before each row.
+//! set. The graph is that of an export without attention, each product a node: 24 layers of width 1024
+//! (8 heads of 128, 2 key heads, ffn 3072) and a head of 65024, on every row. Weights are random. The
+//! limits are what plain loops reach on this machine before each row.
 
 #[path = "../tests/graph/mod.rs"]
 mod graph;

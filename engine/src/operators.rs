@@ -43,9 +43,10 @@ pub fn session(
     // together: of two sessions made at once, one could be refused because the domain "already exists".
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let matmul = quantized_matmul::QuantizedMatMul::new(num_threads);
+    let post_attention = quantized_matmul::PostAttention::new(num_threads);
     let builder = builder
         .with_operators(paged_attention::add_to(OperatorDomain::new(DOMAIN)?, num_threads)?)?
-        .with_operators(OperatorDomain::new(OWN_DOMAIN)?.add(matmul)?)?;
+        .with_operators(OperatorDomain::new(OWN_DOMAIN)?.add(matmul)?.add(post_attention)?)?;
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     commit(builder)
 }

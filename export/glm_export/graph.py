@@ -1,7 +1,7 @@
 """Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
 
-Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention
-and QuantizedMatMul on the CPU, which the engine brings itself.
+Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention,
+QuantizedMatMul and PostAttention on the CPU, which the engine brings itself.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from glm_export import __version__, interface, weights
+from glm_export import __version__, fusion, interface, weights
 from glm_export.checkpoint import Rows, Source
 from glm_export.config import Config
 from glm_export.error import ExportError
 from glm_export.external_data import Content, ExternalData
+from glm_export.fusion import MICROSOFT, OWN
 from glm_export.interface import NAMES, TOPK_NAMES
 from glm_export.output_folder import require_space
 from glm_export.packing import BLOCK_SIZES, COLUMNS, Packing
@@ -28,8 +29,6 @@ from glm_export.target import Target
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-MICROSOFT = "com.microsoft"
-OWN = "glmserve"
 OPSET = 21
 IR_VERSION = 10
 # Activations become int8 inside the kernel: at 8 bits any other level dequantises the weights at each call.
@@ -60,7 +59,7 @@ def build(
     builder = _Builder(config, checkpoint, scheme, target)
     builder.decoder()
     graph = helper.make_graph(
-        builder.nodes,
+        list(fusion.fused(builder.nodes)),
         config.name,
         interface.inputs(config.geometry, target),
         interface.outputs(config.geometry, target),

@@ -19,7 +19,7 @@ import onnx
 from onnx import GraphProto, NodeProto, helper
 from threadpoolctl import threadpool_limits
 
-from glm_export import product_weights, progress
+from glm_export import fusion, product_weights, progress
 from glm_export.error import ExportError
 from glm_export.initializers import Weights
 from glm_export.product_weights import ReadRows
@@ -71,20 +71,22 @@ def walk(
 ) -> Iterator[tuple[NodeProto, dict[str, np.ndarray]]]:
     """Gives each node before it is computed, and the values so far, of sequences of one length in one pass.
 
-    They lie one after another, each rounded or exact; a weight is read when its node is computed.
+    They lie one after another, each rounded or exact; a weight is read when its node is computed. Fused nodes
+    are given in parts.
     """
     # One pass over all of them, since reading the weights is most of the time.
     values: dict[str, np.ndarray] = {
         names["token_ids"]: np.concatenate(sequences),
         names["logits_indices"]: np.arange(sum(map(len, sequences))),
     }
-    dtype = weights.activations(graph.node)
+    nodes = list(fusion.expanded(graph.node))
+    dtype = weights.activations(nodes)
     types = {
         value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input
     }
-    uses = Counter(name for node in graph.node for name in node.input)
+    uses = Counter(name for node in nodes for name in node.input)
     with progress.phase(title, weights.num_bytes) as advance:
-        for node in graph.node:
+        for node in nodes:
             yield node, values
             compute = NODES.get(node.op_type)
             if compute is None:

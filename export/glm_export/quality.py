@@ -7,17 +7,16 @@ nor a float32 copy of the weights is needed; the export's values are rounded as 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto
+from onnx import GraphProto, NodeProto
 from tokenizers import Tokenizer
 
-from glm_export import config, graph, interpreter, weights
+from glm_export import config, fusion, graph, interpreter, weights
 from glm_export.initializers import Weights
 from glm_export.manifest import MANIFEST_FILE
 from glm_export.product_weights import weight_rows
@@ -82,7 +81,7 @@ class Reference:
         found = _log_softmax(rounded[:-1, : self.vocab_size])
         return Quality(
             num_tokens=len(self.ids),
-            weight_errors=_weight_errors(self.graph.node, self.weights, written.node, written_weights),
+            weight_errors=_weight_errors(self.graph, self.weights, written, written_weights),
             perplexity=perplexity(found, self.ids),
             reference_perplexity=perplexity(self.expected, self.ids),
             divergence=float((np.exp(self.expected) * (self.expected - found)).sum(axis=-1).mean()),
@@ -110,12 +109,13 @@ def token_ids(exported: Path, content: dict[str, Any]) -> list[int]:
 
 
 def _weight_errors(
-    nodes: Sequence[NodeProto], source: Weights, written_nodes: Sequence[NodeProto], written: Weights
+    exact: GraphProto, source: Weights, written_graph: GraphProto, written: Weights
 ) -> dict[str, float]:
     """By layer, since that is where a fault or an outlier shows."""
-    by_name = {_product(node): node for node in written_nodes if len(node.input) > 1}
+    nodes = fusion.expanded(written_graph.node)
+    by_name = {_product(node): node for node in nodes if len(node.input) > 1}
     sums: dict[str, np.ndarray] = {}
-    for node in nodes:
+    for node in exact.node:
         read = weight_rows(node, source)
         name = _product(node) if len(node.input) > 1 else ""
         other = by_name.get(name)

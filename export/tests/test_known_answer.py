@@ -75,8 +75,14 @@ def swap_cos_and_sin(graph):
 
 
 def skip_an_addition(graph):
-    norm = next(node for node in graph.node if node.op_type == "SkipSimplifiedLayerNormalization")
-    norm.input[0] = norm.input[1]
+    norm = next((node for node in graph.node if node.op_type == "SkipSimplifiedLayerNormalization"), None)
+    if norm is not None:
+        norm.input[0] = norm.input[1]
+        return
+    # Inside one operator it cannot be skipped; what a layer adds can.
+    first, second = (node for node in graph.node if node.op_type == "PostAttention")
+    gathered = next(node for node in graph.node if second.input[1] in node.output)
+    gathered.input[0] = first.input[1]
 
 
 def rope_of_a_longer_context(graph):

@@ -159,8 +159,8 @@ def swap_gate_and_up(graph):
         split.output[0], split.output[1] = split.output[1], split.output[0]
         return
     # Inside one operator with packed weights they cannot be swapped in the graph; two layers' can.
-    first, second = (node for node in graph.node if node.name.endswith(".product"))
-    first.input[1], second.input[1] = second.input[1], first.input[1]
+    first, second = (node for node in graph.node if node.op_type == "PostAttention")
+    first.input[4], second.input[4] = second.input[4], first.input[4]
 
 
 def swap_cos_and_sin(graph):

@@ -93,10 +93,20 @@ impl Phase {
             if i >= total {
                 break;
             }
-            guard.call(&|| f(i));
+            guard.call(|| f(i));
             // What panicked counts too: nobody is to wait for it, and the call fails.
-            self.done.fetch_add(1, Ordering::Release);
+            self.add_done(1);
         }
+        self.wait(total);
+    }
+
+    /// So many more parts are done.
+    pub(super) fn add_done(&self, num: usize) {
+        self.done.fetch_add(num, Ordering::Release);
+    }
+
+    /// Returns when `total` parts are done.
+    pub(super) fn wait(&self, total: usize) {
         let mut spins = 0;
         while self.done.load(Ordering::Acquire) < total {
             spins += 1;
@@ -114,7 +124,7 @@ pub(super) struct Guard(AtomicBool);
 
 impl Guard {
     /// Calls `f`.
-    pub(super) fn call(&self, f: &dyn Fn()) {
+    pub(super) fn call(&self, f: impl FnOnce()) {
         if catch_unwind(AssertUnwindSafe(f)).is_err() {
             self.0.store(true, Ordering::Relaxed);
         }

@@ -18,14 +18,16 @@ mod activations;
 mod finish;
 mod kernel;
 mod multiply;
+mod norm;
 mod packing;
+mod post_attention;
 mod product;
 mod simd;
 #[cfg(test)]
 mod tests;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
@@ -35,10 +37,12 @@ use ort::value::{DynTensorValueType, Shape, TensorElementType, ValueRef, ValueTy
 use super::large_pages::{Copied, LargePages};
 use super::parallel::{SessionThreads, threads_of_session};
 use activations::Activations;
-use multiply::Call;
+use multiply::{Call, Rows};
 use packing::COLUMNS;
 use product::Product;
 use simd::Simd;
+
+pub(super) use post_attention::PostAttention;
 
 /// The operator. Its kernels run one after the other and share memory for quantised rows.
 pub(super) struct QuantizedMatMul {
@@ -153,16 +157,20 @@ impl QuantizedMatMulKernel {
         }
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
         let threads = SessionThreads { ctx, num_threads: self.num_threads };
-        let mut own = Activations::default();
-        let mut shared = match self.workspace.try_lock() {
-            Ok(shared) => Some(shared),
-            Err(TryLockError::Poisoned(poisoned)) => Some(PoisonError::into_inner(poisoned)),
-            // Another session of this domain is computing; rather than wait for it, allocate.
-            Err(TryLockError::WouldBlock) => None,
-        };
-        let activations = shared.as_deref_mut().unwrap_or(&mut own);
-        let call = Call { product, x, weights, bias };
-        self.simd.run(&call, output, activations, &threads).map_err(error)
+        let (x, output) = (Rows::read(x), Rows::write(output));
+        let call = Call { product, x, norm: None, weights, bias, addend: None, output };
+        with_workspace(&self.workspace, |activations| self.simd.run(&[call], activations, &threads))
+            .map_err(error)
+    }
+}
+
+/// Calls `f` with the memory that the kernels of a session share.
+fn with_workspace<W: Default, R>(workspace: &Mutex<W>, f: impl FnOnce(&mut W) -> R) -> R {
+    match workspace.try_lock() {
+        Ok(mut shared) => f(&mut shared),
+        Err(TryLockError::Poisoned(poisoned)) => f(&mut poisoned.into_inner()),
+        // Another session of this domain is computing; rather than wait for it, allocate.
+        Err(TryLockError::WouldBlock) => f(&mut W::default()),
     }
 }
 

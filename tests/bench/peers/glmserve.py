@@ -13,6 +13,7 @@ import glm_export
 import numpy as np
 import onnx
 import onnxruntime
+from glm_export import fusion
 
 from .contender import Contender, Grid, Settings
 from .models import Model
@@ -69,7 +70,7 @@ class Glmserve(Contender):
             tensor.name: prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             for tensor in graph.initializer
         }
-        products = [node for node in graph.node if "MatMul" in node.op_type]
+        products = [node for node in fusion.expanded(graph.node) if "MatMul" in node.op_type]
         num_weight_bytes = sum(num_bytes.get(name, 0) for node in products for name in node.input)
         return 8 * num_weight_bytes / (model.num_layer_weights + model.num_head_weights)
 

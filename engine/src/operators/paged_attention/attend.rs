@@ -71,7 +71,7 @@ pub(super) fn run<E: Element>(
     let next = AtomicUsize::new(0);
     let work = |worker: usize| {
         written.run(geometry.kv_num_heads * num_parts, &guard, write);
-        guard.call(&|| {
+        guard.call(|| {
             let mut scratch = scratches[worker].lock().unwrap_or_else(PoisonError::into_inner);
             while let Some(task) = job.plan.tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 simd.attend(&job, *task, &mut scratch);

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::norm::Norm;
 use super::packing::{LINE, STEP};
 
 /// Adding 1.5 * 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits.
@@ -72,44 +73,38 @@ pub(super) struct Activations {
     tiles: Vec<Tile>,
     values: Vec<Values>,
     blocks: Vec<RowBlock>,
-    /// Values of a row of this call, and of a block.
-    k: usize,
-    block_size: usize,
 }
 
 impl Activations {
-    /// Makes room for `heights` (rows, and room for rows, of each tile) of `k` values in blocks of
-    /// `block_size`.
-    pub(super) fn reserve(
+    /// Makes room for `heights` (rows, and room for rows, of each tile) of as many values, in blocks of as
+    /// many, as each of `shapes` says. Threads get access for each of them: to write strips, and then to read
+    /// tiles. They share the memory, so they are used one after the other.
+    pub(super) fn share<const NUM: usize>(
         &mut self,
         heights: impl Iterator<Item = (usize, usize)>,
-        k: usize,
-        block_size: usize,
-    ) {
+        shapes: [(usize, usize); NUM],
+    ) -> [Shared<'_>; NUM] {
         self.tiles.clear();
         let (mut first, mut offset) = (0, 0);
         for (rows, height) in heights {
             self.tiles.push(Tile { first, rows, height, offset });
             (first, offset) = (first + rows, offset + height);
         }
-        (self.k, self.block_size) = (k, block_size);
         let grow = |have: usize, stride: usize| (offset * stride).max(have);
-        self.values.resize(grow(self.values.len(), k.div_ceil(LINE)), Values([0; LINE / STEP]));
-        let none = RowBlock { offset_4: 0, offset_8: 0, scale: 0.0 };
-        self.blocks.resize(grow(self.blocks.len(), k / block_size), none);
-    }
-
-    /// Access for threads: to write strips, and then to read tiles.
-    pub(super) fn share(&mut self) -> Shared<'_> {
+        for (k, block_size) in shapes {
+            self.values.resize(grow(self.values.len(), k.div_ceil(LINE)), Values([0; LINE / STEP]));
+            let none = RowBlock { offset_4: 0, offset_8: 0, scale: 0.0 };
+            self.blocks.resize(grow(self.blocks.len(), k / block_size), none);
+        }
         let height = self.tiles.first().map_or(1, |tile| tile.height);
-        Shared {
+        shapes.map(|(k, block_size)| Shared {
             values: self.values.as_mut_ptr(),
             blocks: self.blocks.as_mut_ptr(),
             tiles: &self.tiles,
-            k: self.k,
-            block_size: self.block_size,
+            k,
+            block_size,
             strip_width: (STRIP_VALUES / height).next_multiple_of(STRIP_STEP),
-        }
+        })
     }
 }
 
@@ -142,12 +137,12 @@ impl Shared<'_> {
     /// Strip `i`, to be written.
     ///
     /// # Safety
-    /// Nobody else has it, nor any tile.
+    /// Nobody else has it, nor any tile, nor anything of another shape's.
     pub(super) unsafe fn strip(&self, i: usize) -> Strip<'_> {
         let strips_per_tile = self.k.div_ceil(self.strip_width);
         let (tile, start) = (self.tiles[i / strips_per_tile], i % strips_per_tile * self.strip_width);
         let end = (start + self.strip_width).min(self.k);
-        // SAFETY: `reserve` made room for every tile, one after the other, and strips end at whole steps, so
+        // SAFETY: `share` made room for every tile, one after the other, and strips end at whole steps, so
         // no two share a line or a block. The caller vouches that none is given out twice.
         let (values, blocks) = unsafe {
             let [values, blocks] = self.range(tile, start, end);
@@ -162,10 +157,11 @@ impl Shared<'_> {
     /// The content of a tile of the call.
     ///
     /// # Safety
-    /// It is a tile of this call, its strips are written, and nobody has one of them any more.
+    /// It is a tile of this call, its strips are written, nobody has one of them any more, and nothing of
+    /// another shape was written since.
     pub(super) unsafe fn tile(&self, tile: Tile) -> TileValues<'_> {
         let [values, blocks] = self.range(tile, 0, self.k);
-        // SAFETY: `reserve` made room for the tile; the caller vouches that it is only read by now.
+        // SAFETY: `share` made room for the tile; the caller vouches that it is only read by now.
         unsafe {
             TileValues {
                 rows: tile.rows,
@@ -202,28 +198,36 @@ pub(super) struct Strip<'a> {
 }
 
 impl Strip<'_> {
-    /// Quantises the strip's part of `x`, `[rows, k]`. Inlined where a level compiles it.
+    /// Quantises the strip's part of `x`, `[rows, k]`, after the norm if there is one. Inlined where a level
+    /// compiles it.
     #[inline(always)]
-    pub(super) fn quantise(&mut self, x: &[f32]) {
+    pub(super) fn quantise(&mut self, x: &[f32], norm: Option<&Norm>) {
         let rows = &x[self.tile.first * self.k..(self.tile.first + self.tile.rows) * self.k];
         for (r, row) in rows.chunks_exact(self.k).enumerate() {
+            let factors = norm.map(|norm| (norm.factor(row), &norm.weight[self.start..self.end]));
             let row = &row[self.start..self.end];
             match self.block_size {
-                32 => self.quantise_row::<32>(r, row),
-                64 => self.quantise_row::<64>(r, row),
-                128 => self.quantise_row::<128>(r, row),
-                256 => self.quantise_row::<256>(r, row),
-                _ => self.quantise_row::<512>(r, row),
+                32 => self.quantise_row::<32>(r, row, factors),
+                64 => self.quantise_row::<64>(r, row, factors),
+                128 => self.quantise_row::<128>(r, row, factors),
+                256 => self.quantise_row::<256>(r, row, factors),
+                _ => self.quantise_row::<512>(r, row, factors),
             }
         }
     }
 
     #[inline(always)]
-    fn quantise_row<const B: usize>(&mut self, r: usize, row: &[f32]) {
+    fn quantise_row<const B: usize>(&mut self, r: usize, row: &[f32], factors: Option<(f32, &[f32])>) {
         let height = self.tile.height;
         for (i, block) in row.as_chunks::<B>().0.iter().enumerate() {
+            let mut block = *block;
+            if let Some((factor, weight)) = factors {
+                for (x, weight) in block.iter_mut().zip(&weight.as_chunks::<B>().0[i]) {
+                    *x = *x * factor * weight;
+                }
+            }
             let mut values = [0; B];
-            self.blocks[i * height + r] = quantise_block(block, &mut values);
+            self.blocks[i * height + r] = quantise_block(&block, &mut values);
             // In words, since that is how kernels read them.
             for (w, word) in values.as_chunks::<32>().0.iter().enumerate() {
                 let at = i * B + w * 32;

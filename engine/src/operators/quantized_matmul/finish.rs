@@ -1,4 +1,4 @@
-//! Owns what happens between a product's sums and the output: units, bias, epilogue.
+//! Owns what happens between a product's sums and the output: units, bias, epilogue, what is added.
 //!
 //! Invariant: plain Rust, which rounds each operation as written, so that every instruction set it is
 //! compiled for gives the same bits.
@@ -17,16 +17,19 @@ pub(super) struct Finish<'a> {
     pub(super) swiglu: bool,
 }
 
+/// A row of the output, and what is added to it.
+pub(super) type OutputRow<'a> = (&'a mut [f32], Option<&'a [f32]>);
+
 /// Writes the rows of `sums` to `outputs`; those of a last panel may be shorter than the panel.
 #[inline(always)]
 pub(super) fn finish<'a>(
     sums: &mut [[f32; COLUMNS]],
     what: &Finish,
-    outputs: impl Iterator<Item = &'a mut [f32]>,
+    outputs: impl Iterator<Item = OutputRow<'a>>,
 ) {
     // See the kernel: at 4 bits the second half's sums are 16 times too large.
     let unit = if what.bits == 4 { 1.0 / 16.0 } else { 1.0 };
-    for (sums, output) in sums.iter_mut().zip(outputs) {
+    for (sums, (output, addend)) in sums.iter_mut().zip(outputs) {
         for sum in &mut sums[HALF..] {
             *sum *= unit;
         }
@@ -39,6 +42,11 @@ pub(super) fn finish<'a>(
             let (gates, ups) = sums.split_at_mut(HALF);
             for (gate, up) in gates.iter_mut().zip(ups) {
                 *gate = silu(*gate) * *up;
+            }
+        }
+        if let Some(addend) = addend {
+            for (sum, addend) in sums.iter_mut().zip(addend) {
+                *sum += addend;
             }
         }
         // Copies of known length are a few instructions.

@@ -28,13 +28,22 @@ impl Product {
         int: impl Fn(&str) -> Option<i64>,
         text: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, String> {
-        let size = |name: &str| match int(name) {
-            Some(value) if (1..=MAX_SIZE).contains(&value) => Ok(value as usize),
-            Some(value) => Err(format!("{name} is {value}")),
-            None => Err(format!("{name} is missing")),
-        };
+        let size = |name| size(&int, name);
         let (k, n) = (size("K")?, size("N")?);
         let format = Format { bits: size("bits")?, block_size: size("block_size")? };
+        let swiglu = match text("epilogue").as_deref() {
+            None | Some("none") => false,
+            Some("swiglu") => true,
+            Some(other) => return Err(format!("epilogue is {other:?}, not none or swiglu")),
+        };
+        Self::new(k, n, format, swiglu)
+    }
+
+    /// A product that the kernels know.
+    ///
+    /// # Errors
+    /// Names the size that is wrong.
+    pub(super) fn new(k: usize, n: usize, format: Format, swiglu: bool) -> Result<Self, String> {
         if ![4, 8].contains(&format.bits) {
             return Err(format!("bits is {}, not 4 or 8", format.bits));
         }
@@ -44,12 +53,9 @@ impl Product {
         if !k.is_multiple_of(format.block_size) {
             return Err(format!("K {k} is not a multiple of block_size {}", format.block_size));
         }
-        let swiglu = match text("epilogue").as_deref() {
-            None | Some("none") => false,
-            Some("swiglu") if n % 2 == 0 => true,
-            Some("swiglu") => return Err(format!("N {n} is odd, epilogue swiglu needs two halves")),
-            Some(other) => return Err(format!("epilogue is {other:?}, not none or swiglu")),
-        };
+        if swiglu && n % 2 == 1 {
+            return Err(format!("N {n} is odd, epilogue swiglu needs two halves"));
+        }
         Ok(Self { k, n, format, swiglu })
     }
 
@@ -71,6 +77,18 @@ impl Product {
     /// Bytes of a panel.
     pub(super) fn panel_bytes(self) -> usize {
         self.format.panel_bytes(self.k)
+    }
+}
+
+/// The attribute `name`, of those that `int` finds: a size.
+///
+/// # Errors
+/// Names it if it is missing or wrong.
+pub(super) fn size(int: impl Fn(&str) -> Option<i64>, name: &str) -> Result<usize, String> {
+    match int(name) {
+        Some(value) if (1..=MAX_SIZE).contains(&value) => Ok(value as usize),
+        Some(value) => Err(format!("{name} is {value}")),
+        None => Err(format!("{name} is missing")),
     }
 }
 

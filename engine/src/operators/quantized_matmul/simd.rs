@@ -12,9 +12,10 @@ pub(super) mod avx2;
 pub(super) mod avx512;
 
 use super::activations::{Activations, Strip, TileValues};
-use super::finish::{Finish, finish};
+use super::finish::{Finish, OutputRow, finish};
 use super::kernel::{Panel, multiply, multiply_rows};
 use super::multiply::{Call, run};
+use super::norm::Norm;
 use super::packing::COLUMNS;
 use crate::operators::parallel::Parallel;
 
@@ -28,10 +29,12 @@ pub(super) trait Level: Copy + Sync {
         even_tiles(rows, Self::MAX_ROWS)
     }
     /// See [`Strip::quantise`].
-    fn quantise(self, strip: &mut Strip, x: &[f32]);
+    fn quantise(self, strip: &mut Strip, x: &[f32], norm: Option<&Norm>);
     /// Multiplies neighbouring tiles of a call with a panel; `sums` has a row for each of theirs. See
     /// [`super::kernel::multiply`].
     fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]);
+    /// Asks for the lines of `len` bytes from `at` on, which are read soon.
+    fn prefetch_read(self, _at: *const u8, _len: usize) {}
     /// Asks to own the lines of `len` floats from `at` on, which are written soon: another core may have them.
     fn prefetch_write(self, _at: *const f32, _len: usize) {}
     /// See [`super::finish::finish`].
@@ -39,7 +42,7 @@ pub(super) trait Level: Copy + Sync {
         self,
         sums: &mut [[f32; COLUMNS]],
         what: &Finish,
-        outputs: impl Iterator<Item = &'a mut [f32]>,
+        outputs: impl Iterator<Item = OutputRow<'a>>,
     );
 }
 
@@ -121,27 +124,26 @@ impl Simd {
         }
     }
 
-    /// Computes `call`; see [`run`].
+    /// Computes `calls`; see [`run`].
     ///
     /// # Errors
     /// As [`run`].
-    pub(super) fn run(
+    pub(super) fn run<const NUM: usize>(
         self,
-        call: &Call,
-        output: &mut [f32],
+        calls: &[Call; NUM],
         activations: &mut Activations,
         threads: &impl Parallel,
     ) -> Result<(), String> {
         match self {
-            Self::Portable(level) => run(level, call, output, activations, threads),
+            Self::Portable(level) => run(level, calls, activations, threads),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(level) => run(level, call, output, activations, threads),
+            Self::Avx2(level) => run(level, calls, activations, threads),
             #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni(level) => run(level, call, output, activations, threads),
+            Self::AvxVnni(level) => run(level, calls, activations, threads),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(level) => run(level, call, output, activations, threads),
+            Self::Avx512(level) => run(level, calls, activations, threads),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx(level) => run(level, call, output, activations, threads),
+            Self::Amx(level) => run(level, calls, activations, threads),
         }
     }
 }
@@ -154,13 +156,13 @@ macro_rules! x86_level {
         impl Level for $level {
             const MAX_ROWS: usize = $max_rows;
 
-            fn quantise(self, strip: &mut Strip, x: &[f32]) {
+            fn quantise(self, strip: &mut Strip, x: &[f32], norm: Option<&Norm>) {
                 #[target_feature(enable = $features)]
-                fn compiled(strip: &mut Strip, x: &[f32]) {
-                    strip.quantise(x);
+                fn compiled(strip: &mut Strip, x: &[f32], norm: Option<&Norm>) {
+                    strip.quantise(x, norm);
                 }
                 // SAFETY: see above.
-                unsafe { compiled(strip, x) }
+                unsafe { compiled(strip, x, norm) }
             }
             fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]) {
                 #[target_feature(enable = $features)]
@@ -185,17 +187,23 @@ macro_rules! x86_level {
                     }
                 });
             }
+            fn prefetch_read(self, at: *const u8, len: usize) {
+                for line in (0..len).step_by(LINE) {
+                    // SAFETY: prefetching touches nothing, wherever it points.
+                    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line).cast()) };
+                }
+            }
             fn finish<'a>(
                 self,
                 sums: &mut [[f32; COLUMNS]],
                 what: &Finish,
-                outputs: impl Iterator<Item = &'a mut [f32]>,
+                outputs: impl Iterator<Item = OutputRow<'a>>,
             ) {
                 #[target_feature(enable = $features)]
                 fn compiled<'a>(
                     sums: &mut [[f32; COLUMNS]],
                     what: &Finish,
-                    outputs: impl Iterator<Item = &'a mut [f32]>,
+                    outputs: impl Iterator<Item = OutputRow<'a>>,
                 ) {
                     finish(sums, what, outputs);
                 }

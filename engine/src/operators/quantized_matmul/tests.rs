@@ -1,7 +1,8 @@
-//! Owns the proofs of the product: as defined, the same to the bit in any company.
+//! Owns the proofs of the product: as defined, the same to the bit in any company, alone or in a run of several.
 //!
 //! Invariant: every test runs at each level that the machine has, and failures name the seed.
 
+mod chain;
 mod world;
 
 use super::packing::Format;

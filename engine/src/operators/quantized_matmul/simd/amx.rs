@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::avx512::Avx512;
-use super::{COLUMNS, Finish, Level, Panel, Strip, TileValues};
+use super::{COLUMNS, Finish, Level, Norm, OutputRow, Panel, Strip, TileValues};
 use crate::operators::amx::{self, HEIGHT, Numbers, Shapes};
 use crate::operators::quantized_matmul::activations::{RowBlock, Values};
 use crate::operators::quantized_matmul::kernel::Lanes;
@@ -66,8 +66,8 @@ impl Level for Amx {
         let height = rows.min(HEIGHT);
         (0..rows).step_by(HEIGHT).map(move |first| (height.min(rows - first), height))
     }
-    fn quantise(self, strip: &mut Strip, x: &[f32]) {
-        self.0.quantise(strip, x);
+    fn quantise(self, strip: &mut Strip, x: &[f32], norm: Option<&Norm>) {
+        self.0.quantise(strip, x, norm);
     }
     fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]) {
         let bits = panel.format.bits;
@@ -78,6 +78,9 @@ impl Level for Amx {
             // SAFETY: as above.
             _ => unsafe { multiply::<8>(self.0, panel, tiles, sums) },
         }
+    }
+    fn prefetch_read(self, at: *const u8, len: usize) {
+        self.0.prefetch_read(at, len);
     }
     fn prefetch_write(self, at: *const f32, len: usize) {
         for line in (0..len).step_by(LINE / size_of::<f32>()) {
@@ -91,7 +94,7 @@ impl Level for Amx {
         self,
         sums: &mut [[f32; COLUMNS]],
         what: &Finish,
-        outputs: impl Iterator<Item = &'a mut [f32]>,
+        outputs: impl Iterator<Item = OutputRow<'a>>,
     ) {
         self.0.finish(sums, what, outputs);
     }

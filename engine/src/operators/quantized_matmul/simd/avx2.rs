@@ -10,8 +10,8 @@
 use std::arch::x86_64::*;
 
 use super::{
-    COLUMNS, Finish, Level, Panel, Strip, TileValues, finish, for_each_tile, multiply, multiply_rows,
-    x86_level,
+    COLUMNS, Finish, Level, Norm, OutputRow, Panel, Strip, TileValues, finish, for_each_tile, multiply,
+    multiply_rows, x86_level,
 };
 use crate::operators::quantized_matmul::activations::RowBlock;
 use crate::operators::quantized_matmul::kernel::Lanes;

@@ -5,12 +5,12 @@
 use std::arch::x86_64::*;
 
 use super::{
-    COLUMNS, Finish, Level, Panel, Strip, TileValues, finish, for_each_tile, multiply, multiply_rows,
-    x86_level,
+    COLUMNS, Finish, Level, Norm, OutputRow, Panel, Strip, TileValues, finish, for_each_tile, multiply,
+    multiply_rows, x86_level,
 };
 use crate::operators::quantized_matmul::activations::RowBlock;
 use crate::operators::quantized_matmul::kernel::Lanes;
-use crate::operators::quantized_matmul::packing::{HALF, Line};
+use crate::operators::quantized_matmul::packing::{HALF, LINE, Line};
 
 /// The proof that this CPU has AVX-512 with VNNI.
 #[derive(Debug, Clone, Copy)]

@@ -3,7 +3,8 @@
 //! Invariant: it needs no instruction beyond the target's baseline and no unsafe code.
 
 use super::{
-    COLUMNS, Finish, Level, Panel, Strip, TileValues, finish, for_each_tile, multiply, multiply_rows,
+    COLUMNS, Finish, Level, Norm, OutputRow, Panel, Strip, TileValues, finish, for_each_tile, multiply,
+    multiply_rows,
 };
 use crate::operators::quantized_matmul::activations::RowBlock;
 use crate::operators::quantized_matmul::kernel::Lanes;
@@ -60,8 +61,8 @@ impl Lanes for Portable {
 impl Level for Portable {
     const MAX_ROWS: usize = 4;
 
-    fn quantise(self, strip: &mut Strip, x: &[f32]) {
-        strip.quantise(x);
+    fn quantise(self, strip: &mut Strip, x: &[f32], norm: Option<&Norm>) {
+        strip.quantise(x, norm);
     }
     fn multiply(self, panel: &Panel, tiles: &[TileValues], sums: &mut [[f32; COLUMNS]]) {
         fn kernel<const BITS: usize, const ROWS: usize>(
@@ -79,7 +80,7 @@ impl Level for Portable {
         self,
         sums: &mut [[f32; COLUMNS]],
         what: &Finish,
-        outputs: impl Iterator<Item = &'a mut [f32]>,
+        outputs: impl Iterator<Item = OutputRow<'a>>,
     ) {
         finish(sums, what, outputs);
     }

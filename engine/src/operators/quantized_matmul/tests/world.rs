@@ -4,7 +4,7 @@
 //! allocation ends, so that a sanitizer sees a step beyond.
 
 use crate::operators::quantized_matmul::activations::Activations;
-use crate::operators::quantized_matmul::multiply::Call;
+use crate::operators::quantized_matmul::multiply::{Call, Rows};
 use crate::operators::quantized_matmul::packing::{COLUMNS, half_to_float};
 use crate::operators::quantized_matmul::product::Product;
 use crate::operators::quantized_matmul::simd::Simd;
@@ -120,14 +120,25 @@ impl World {
         &self.weights
     }
 
+    pub(super) fn packed_bias(&self) -> Option<&[f32]> {
+        self.packed_bias.as_deref()
+    }
+
     /// The output for some of the rows.
     pub(super) fn run(&mut self, simd: Simd, rows: std::ops::Range<usize>, threads: usize) -> Vec<f32> {
         let Product { k, .. } = self.product;
         let mut output = vec![f32::NAN; rows.len() * self.product.width()];
         let x = &self.x[rows.start * k..rows.end * k];
-        let call =
-            Call { product: self.product, x, weights: &self.weights, bias: self.packed_bias.as_deref() };
-        simd.run(&call, &mut output, &mut self.activations, &Threads(threads)).unwrap();
+        let call = Call {
+            product: self.product,
+            x: Rows::read(x),
+            norm: None,
+            weights: &self.weights,
+            bias: self.packed_bias.as_deref(),
+            addend: None,
+            output: Rows::write(&mut output),
+        };
+        simd.run(&[call], &mut self.activations, &Threads(threads)).unwrap();
         output
     }
 
