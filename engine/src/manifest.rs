@@ -158,7 +158,7 @@ pub enum OutputKind {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kernel {
-    /// The engine's own QuantizedMatMul: on the CPU only.
+    /// The engine's own QuantizedMatMul and PostAttention: on the CPU only.
     Glmserve,
     /// ONNX Runtime's, as in folders from before there was a choice.
     #[default]

@@ -28,7 +28,7 @@ pub trait ModelRunner: Send {
     fn kv_cache(&self) -> KvCacheLayout;
 
     /// Does what would otherwise hold up the first steps of up to `max_num_seqs` sequences. Called once at most,
-    /// before the first step, on the thread that all of them will run on.
+    /// by the engine's thread, before its first step.
     ///
     /// # Errors
     /// [`LoadError`] if such steps can't be run.

@@ -138,6 +138,8 @@ fn what_was_prepared_is_launched_at_once(mut runner: OrtRunner, graph: &str) {
     let error = runner.prepare(5).expect_err("a launch failed").to_string();
     assert!(error.contains("CUDA"), "{error}");
     set("GLMSERVE_STUB_FAIL", "");
+    let error = runner.prepare(257).expect_err("too many").to_string();
+    assert!(error.contains("--max-num-seqs 257") && error.contains("--enforce-eager"), "{error}");
     runner.prepare(5).expect(graph);
     set("GLMSERVE_STUB_FAIL", "launch");
     for (num_sequences, context) in [(1, 0), (1, 600), (2, 140), (4, 600), (7, 140), (8, 600)] {

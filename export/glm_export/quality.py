@@ -17,9 +17,10 @@ from onnx import GraphProto, NodeProto
 from tokenizers import Tokenizer
 
 from glm_export import config, fusion, graph, interpreter, weights
+from glm_export.error import ExportError
 from glm_export.initializers import Weights
 from glm_export.manifest import MANIFEST_FILE
-from glm_export.product_weights import weight_rows
+from glm_export.product_weights import ReadRows, weight_rows
 from glm_export.target import Target
 
 TEXT = Path(__file__).with_name("quality.txt")
@@ -117,11 +118,10 @@ def _weight_errors(
     sums: dict[str, np.ndarray] = {}
     for node in exact.node:
         read = weight_rows(node, source)
-        name = _product(node) if len(node.input) > 1 else ""
-        other = by_name.get(name)
-        read_other = None if other is None else weight_rows(other, written)
-        if read is None or read_other is None:
+        if read is None:
             continue
+        name = _product(node)
+        read_other = _written_rows(name, source.shape(node.input[1])[0], by_name, written)
         order = f"{name}.order"
         columns = written.rows(order) if order in written else slice(None)
         num_rows, width = source.shape(node.input[1])
@@ -132,6 +132,29 @@ def _weight_errors(
             rows = read(first, step)[:, columns]
             total += [np.square(rows - read_other(first, step)).sum(), np.square(rows).sum()]
     return {layer: float(np.sqrt(error / norm)) for layer, (error, norm) in sums.items()}
+
+
+def _written_rows(name: str, num_rows: int, by_name: dict[str, NodeProto], written: Weights) -> ReadRows:
+    """How to read a product's weight, or that of the two in its place."""
+    prefix = name.removesuffix("gate_up")
+    parts = [name] if name in by_name else [f"{prefix}gate", f"{prefix}up"]
+    reads = [weight_rows(by_name[part], written) for part in parts if part in by_name]
+    if len(reads) != len(parts) or None in reads:
+        raise ExportError(f"{name}: the exported graph has no such product")
+    if len(reads) == 1:
+        return reads[0]
+    gate, up = reads
+    half = num_rows // 2
+
+    def read(first: int, count: int) -> np.ndarray:
+        end = min(first + count, num_rows)
+        parts = [gate(first, min(end, half) - first)] if first < half else []
+        if end > half:
+            start = max(first, half)
+            parts.append(up(start - half, end - start))
+        return np.concatenate(parts)
+
+    return read
 
 
 def _product(node: NodeProto) -> str:

@@ -54,6 +54,17 @@ def error(known, logits, first=0):
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
+def test_a_long_prompt_is_compared_in_its_first_rows_and_beyond_the_block():
+    rows = np.random.default_rng(0).standard_normal((264, 20))
+    found = known_answer.describe(list(range(264)), rows, rows)
+    compared = [*range(32), *range(256, 264)]
+    assert [row["position"] for row in found["rows"]] == compared
+    means = [round(float(rows[position].mean()), known_answer.DIGITS) for position in compared]
+    assert [row["mean"] for row in found["rows"]] == means
+    short = known_answer.describe(list(range(20)), rows[:20], rows[:20])
+    assert [row["position"] for row in short["rows"]] == list(range(20))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_kernels_give_the_known_answer(exported, precision):
     known = read(exported[precision])

@@ -1,10 +1,13 @@
 """Owns what `--quality` finds: nothing in float32, more with fewer bits, and what the kernels show too."""
 
 import numpy as np
+import onnx
 import pytest
 from test_prequantised import CASES, altered
 
-from glm_export import cli, quality
+from glm_export import cli, quality, tiny
+from glm_export.error import ExportError
+from glm_export.graph import GRAPH_FILE
 from paged_session import Batch, PagedSession
 
 BLOCK_SIZE = 32
@@ -45,6 +48,25 @@ def test_fewer_bits_cost_more(folders, reference, kernel, bound):
     assert 0 < int8.divergence < int4.divergence / 10
     assert int8.agreement > int4.agreement
     assert int4.num_bytes < int8.num_bytes
+
+
+def test_gate_and_up_count_where_they_are_two_products(tmp_path):
+    """As for CUDA: the same codes, and scales in half precision."""
+    tiny.write(tmp_path / "checkpoint", tiny.Shape(head_dim=32))
+    cli.export(tmp_path / "checkpoint", tmp_path / "fp32", "fp32")
+    cli.export(tmp_path / "checkpoint", tmp_path / "cpu", "int8", kernel="ort")
+    cli.export(tmp_path / "checkpoint", tmp_path / "cuda", "int8", provider="cuda")
+    reference = quality.Reference(tmp_path / "checkpoint", tmp_path / "fp32")
+    cpu, cuda = (reference.compare(tmp_path / provider).weight_errors for provider in ("cpu", "cuda"))
+    assert cuda == pytest.approx(cpu, rel=1e-3)
+    model = onnx.load(tmp_path / "cuda" / GRAPH_FILE, load_external_data=False)
+    gate = next(node for node in model.graph.node if node.output[0] == "layers.1.gate")
+    up = next(node for node in model.graph.node if node.output[0] == "layers.1.up")
+    for i in (1, 2):
+        up.input[i] = gate.input[i]
+    onnx.save(model, tmp_path / "cuda" / GRAPH_FILE)
+    with pytest.raises(ExportError, match=r"layers\.1\.gate_up: the exported graph has no such product"):
+        reference.compare(tmp_path / "cuda")
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -31,6 +31,7 @@ SHAPES = {
     "small": tiny.Shape(head_dim=32),
     "wide": tiny.Shape(num_layers=3, hidden_size=256, num_kv_heads=2, head_dim=128, ffn_size=384),
 }
+VOCAB_SIZE = 65_024
 NUM_GREEDY = 24
 NUM_DECODED = 140
 # Median milliseconds to the first token; tokens a second of replies once they run, and with all before.
@@ -156,7 +157,7 @@ class Run:
             head_dim=128,
             ffn_size=size * 107 // 32 // 32 * 32,
             seq_length=8192,
-            padded_vocab_size=65_024,
+            padded_vocab_size=VOCAB_SIZE,
         )
         full_size.write(folder / "checkpoint", shape=shape)
         num_bytes = sum(file.stat().st_size for file in (folder / "checkpoint").iterdir())
@@ -188,10 +189,11 @@ class Run:
         return {str(rows): speeds(rows, run) for rows, run in zip(self.options.rows, runs, strict=True)}
 
     def share(self, precision, rows, decode):
-        """Of the memory's bandwidth that decodes would need if all weights were read once a step."""
+        """Of the memory's bandwidth that decodes need if products' weights are read once a step."""
         if "limits" not in self.results or decode == "ignored":
             return "-"
-        num_bytes = self.results[f"export/{precision}"]["bytes"]
+        # A step reads a few rows of the embedding, which is as large as the head.
+        num_bytes = self.results[f"export/{precision}"]["bytes"] - 2 * VOCAB_SIZE * self.options.hidden_size
         return f"{num_bytes * decode / int(rows) / 1e9 / self.results['limits']['read_gb_per_s']:.0%}"
 
     def export_to(self, checkpoint, out, precision):

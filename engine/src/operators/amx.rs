@@ -1,7 +1,7 @@
 //! Owns leave to use AMX: whether this CPU has it, Linux's permission, and how tiles are set up.
 //!
 //! Invariant: [`detect`] says yes only after Linux allowed this process the use of tiles. The compiler knows
-//! nothing of them: each function that sets them up also releases them.
+//! nothing of them: each function that sets them up also releases them, unless it panics, and none relies on that.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};

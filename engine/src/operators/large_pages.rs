@@ -2,7 +2,7 @@
 //!
 //! ONNX Runtime maps the weights' file, whose pages are small. A decode step reads every weight once, and
 //! a virtual machine then spends more time on addresses than on numbers: see `tests/bench/NOTES.md`. So
-//! the first step copies each matrix, and lets the system drop what was mapped.
+//! a kernel copies its matrices, when it is made or first runs, and lets the system drop what was mapped.
 //!
 //! Invariant: what was handed out is never written or freed again while the pages live.
 

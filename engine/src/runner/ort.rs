@@ -17,7 +17,7 @@ use ort::environment::Environment;
 use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Outlet, TensorElementType};
 
-use self::cuda_graphs::{CudaGraphs, GraphIndex};
+use self::cuda_graphs::{CudaGraphs, GraphIndex, MAX_ROWS};
 use self::inputs::Inputs;
 use self::outputs::{OutputMemory, Outputs, Widths, failed};
 use self::provider::Device;
@@ -269,6 +269,12 @@ impl ModelRunner for OrtRunner {
     /// The library keeps CUDA graphs by thread.
     fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
         let Some(graphs) = &mut self.cuda_graphs else { return Ok(()) };
+        if max_num_seqs > MAX_ROWS {
+            return Err(LoadError::Config(format!(
+                "--max-num-seqs {max_num_seqs}: CUDA graphs hold up to {MAX_ROWS} sequences; choose no more, or \
+                 --enforce-eager"
+            )));
+        }
         graphs
             .capture(&mut self.session, &self.caches, &self.graph.names, max_num_seqs)
             .map_err(|error| self.device.explain(&error))

@@ -63,12 +63,13 @@ pub(super) struct KvCache<E> {
 // begins after writing is the caller's to see to.
 unsafe impl<E> Sync for KvCache<E> {}
 
-/// Where a head's keys and values of a tile lie, run by run. The last run is the next tile's first, to
-/// prefetch it.
+/// Where a head's keys and values of a tile lie, run by run. The second half of the runs are the next tile's, to
+/// prefetch them. From there on the order is the head of this file's: for vectors a key's next channel is
+/// `block_size` further, and values lie `head_dim` apart.
 pub(super) struct Runs<E> {
-    /// Channel 0 of each run's first key; a key's next channel is `block_size` further.
+    /// Channel 0 of each run's first key.
     pub(super) keys: [*const E; NUM_RUNS],
-    /// Channel 0 of each run's first value; values lie `head_dim` apart.
+    /// Channel 0 of each run's first value.
     pub(super) values: [*const E; NUM_RUNS],
     pub(super) block_size: usize,
 }

@@ -18,9 +18,9 @@ use super::outputs::{OutputMemory, Outputs, Widths};
 use crate::manifest::TensorNames;
 use crate::step::StepPlan;
 
-/// Buckets of 1, 2, 4 … rows; larger steps run as they are, and keep the device busy without graphs.
+/// Buckets of 1, 2, 4 … rows.
 const NUM_BUCKETS: usize = 9;
-const MAX_ROWS: usize = 1 << (NUM_BUCKETS - 1);
+pub(super) const MAX_ROWS: usize = 1 << (NUM_BUCKETS - 1);
 
 /// Contexts up to this are not split among processors by the library's attention (1.31.1,
 /// `kFlashSplitKvMinSequenceLength`). The bounds that it chooses by are frozen in a graph, so that short and long
@@ -98,7 +98,7 @@ impl CudaGraphs {
         GraphIndex::of(plan, self.table_widths.map(|width| width * self.block_size))
     }
 
-    /// Captures what steps of up to `max_num_seqs` sequences need, by rows of padding: they write nothing.
+    /// Captures what steps of up to `max_num_seqs` sequences, [`MAX_ROWS`] at most, need, by rows of padding: they write nothing.
     pub(super) fn capture(
         &mut self,
         session: &mut Session,
@@ -107,7 +107,7 @@ impl CudaGraphs {
         max_num_seqs: usize,
     ) -> ort::Result<()> {
         let has_long = self.table_widths[1] * self.block_size > SHORT_CONTEXT;
-        let last = max_num_seqs.clamp(1, MAX_ROWS).next_power_of_two().ilog2() as usize;
+        let last = max_num_seqs.max(1).next_power_of_two().ilog2() as usize;
         // The largest first: it takes the memory that the others find.
         for bucket in (0..=last).rev() {
             for context in 0..=usize::from(has_long) {
