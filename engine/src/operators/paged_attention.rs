@@ -23,7 +23,7 @@ mod workspace;
 
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex};
 
 use half::bf16;
 use ort::operator::{
@@ -34,7 +34,7 @@ use ort::value::{
     DynTensorValueType, PrimitiveTensorElementType, Shape, TensorElementType, ValueRef, ValueType,
 };
 
-use super::parallel::{SessionThreads, threads_of_session};
+use super::parallel::{SessionThreads, threads_of_session, with_workspace};
 use attributes::{Attributes, Source};
 use batch::{Batch, Inputs, Tensor};
 use element::Element;
@@ -221,22 +221,10 @@ impl<E: Element> PagedAttentionKernel<E> {
         let cache = unsafe { KvCache::new(key_cache, value_cache, geometry, in_tiles) };
         let scale = self.attributes.scale;
         let threads = SessionThreads { ctx, num_threads: self.num_threads };
-        let mut own = Workspace::default();
-        let mut shared = match self.workspace.try_lock() {
-            Ok(shared) => Some(shared),
-            Err(TryLockError::Poisoned(poisoned)) => Some(PoisonError::into_inner(poisoned)),
-            // Another session of this domain is computing; rather than wait for it, allocate.
-            Err(TryLockError::WouldBlock) => None,
-        };
-        attend::run(
-            self.simd,
-            &batch,
-            cache,
-            scale.unwrap_or(1.0 / (geometry.head_dim as f32).sqrt()),
-            output,
-            shared.as_deref_mut().unwrap_or(&mut own),
-            &threads,
-        )
+        let scale = scale.unwrap_or(1.0 / (geometry.head_dim as f32).sqrt());
+        with_workspace(&self.workspace, |workspace| {
+            attend::run(self.simd, &batch, cache, scale, output, workspace, &threads)
+        })
         .map_err(error)
     }
 }

@@ -4,6 +4,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, TryLockError};
 
 use ort::operator::ComputeContext;
 
@@ -137,6 +138,16 @@ impl Guard {
             true => Err("a task panicked".into()),
             false => Ok(()),
         }
+    }
+}
+
+/// Calls `f` with the memory that the kernels of a session share.
+pub(super) fn with_workspace<W: Default, R>(workspace: &Mutex<W>, f: impl FnOnce(&mut W) -> R) -> R {
+    match workspace.try_lock() {
+        Ok(mut shared) => f(&mut shared),
+        Err(TryLockError::Poisoned(poisoned)) => f(&mut poisoned.into_inner()),
+        // Another session of this domain is computing; rather than wait for it, allocate.
+        Err(TryLockError::WouldBlock) => f(&mut W::default()),
     }
 }
 

@@ -27,7 +27,7 @@ mod simd;
 mod tests;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
@@ -35,7 +35,7 @@ use ort::operator::{
 use ort::value::{DynTensorValueType, Shape, TensorElementType, ValueRef, ValueType};
 
 use super::large_pages::{Copied, LargePages};
-use super::parallel::{SessionThreads, threads_of_session};
+use super::parallel::{SessionThreads, threads_of_session, with_workspace};
 use activations::Activations;
 use multiply::{Call, Rows};
 use packing::COLUMNS;
@@ -161,16 +161,6 @@ impl QuantizedMatMulKernel {
         let call = Call { product, x, norm: None, weights, bias, addend: None, output };
         with_workspace(&self.workspace, |activations| self.simd.run(&[call], activations, &threads))
             .map_err(error)
-    }
-}
-
-/// Calls `f` with the memory that the kernels of a session share.
-fn with_workspace<W: Default, R>(workspace: &Mutex<W>, f: impl FnOnce(&mut W) -> R) -> R {
-    match workspace.try_lock() {
-        Ok(mut shared) => f(&mut shared),
-        Err(TryLockError::Poisoned(poisoned)) => f(&mut poisoned.into_inner()),
-        // Another session of this domain is computing; rather than wait for it, allocate.
-        Err(TryLockError::WouldBlock) => f(&mut W::default()),
     }
 }
 

@@ -123,6 +123,26 @@ pub(super) enum Sink {
     Fold { output: *mut f32, keep: *const f32, take: *const f32 },
 }
 
+impl Sink {
+    /// Writes a vector of `row`'s sums, `offset` floats from the output's start.
+    ///
+    /// # Safety
+    /// The output is valid for a vector there, the factors for the row.
+    #[inline(always)]
+    pub(super) unsafe fn put<C: Lanes>(self, lanes: C, row: usize, offset: usize, sum: C::Vector) {
+        // SAFETY: the caller vouches for it.
+        unsafe {
+            match self {
+                Self::Store { output } => lanes.store(output.add(offset), sum),
+                Self::Fold { output, keep, take } => {
+                    let (keep, take) = (lanes.splat(*keep.add(row)), lanes.splat(*take.add(row)));
+                    fold_at(lanes, output.add(offset), keep, sum, take);
+                }
+            }
+        }
+    }
+}
+
 /// Values of the tile's first `num_keys` keys, weighted for `A` rows from `row` on, into
 /// `[width][head_dim]`.
 ///
@@ -207,18 +227,7 @@ unsafe fn strip<C: Lanes, E: Element, const A: usize, const B: usize>(
             let row = at.row + a;
             let offset = row * at.head_dim + at.column + b * C::NUM;
             // SAFETY: the row and the columns are within the output.
-            unsafe {
-                match sink {
-                    Sink::Store { output } => lanes.store(output.add(offset), sum),
-                    Sink::Fold { output, keep, take } => fold_at(
-                        lanes,
-                        output.add(offset),
-                        lanes.splat(*keep.add(row)),
-                        sum,
-                        lanes.splat(*take.add(row)),
-                    ),
-                }
-            }
+            unsafe { sink.put(lanes, row, offset, sum) };
         }
     }
 }
@@ -226,13 +235,7 @@ unsafe fn strip<C: Lanes, E: Element, const A: usize, const B: usize>(
 /// # Safety
 /// `output` is valid for a vector.
 #[inline(always)]
-pub(super) unsafe fn fold_at<C: Lanes>(
-    lanes: C,
-    output: *mut f32,
-    keep: C::Vector,
-    tile: C::Vector,
-    take: C::Vector,
-) {
+unsafe fn fold_at<C: Lanes>(lanes: C, output: *mut f32, keep: C::Vector, tile: C::Vector, take: C::Vector) {
     // SAFETY: the caller vouches for it.
     unsafe {
         let folded = lanes.mul_add(lanes.load(output), keep, lanes.mul(tile, take));

@@ -17,7 +17,7 @@ use ort::value::TensorElementType;
 use super::batch::Geometry;
 use super::element::Element;
 use super::exp::exp;
-use super::kernels::{self, Sink, fold_at};
+use super::kernels::{self, Sink};
 use super::kv_cache::{MAX_HEAD_DIM, RUN, Runs, TILE};
 use super::products::{Products, Rows};
 use super::simd::amx::{ACROSS, Amx, Right};
@@ -286,16 +286,7 @@ impl<E: Element> Products<E> for Tiles {
                         // SAFETY: the row and the columns are within results and output.
                         unsafe {
                             let sum = lanes.load(results.add(row % HEIGHT * WIDTH + line));
-                            match sink {
-                                Sink::Store { output } => lanes.store(output.add(offset), sum),
-                                Sink::Fold { output, keep, take } => fold_at(
-                                    lanes,
-                                    output.add(offset),
-                                    lanes.splat(*keep.add(row)),
-                                    sum,
-                                    lanes.splat(*take.add(row)),
-                                ),
-                            }
+                            sink.put(lanes, row, offset, sum);
                         }
                     }
                 }

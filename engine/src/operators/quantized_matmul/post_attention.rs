@@ -30,15 +30,15 @@ use ort::operator::{
 use ort::value::{DynTensorValueType, PrimitiveTensorElementType, Shape, TensorElementType, ValueType};
 
 use super::activations::Activations;
+use super::input;
 use super::multiply::{Call, Rows};
 use super::norm::Norm;
 use super::packing::{COLUMNS, Format, LINE};
 use super::product::{Product, size};
 use super::simd::Simd;
-use super::{input, with_workspace};
 use crate::operators::forced_simd;
 use crate::operators::large_pages::{Copied, LargePages};
-use crate::operators::parallel::{SessionThreads, threads_of_session};
+use crate::operators::parallel::{SessionThreads, threads_of_session, with_workspace};
 
 /// The products in order, and which input holds the weights of each.
 const PRODUCTS: [(&str, usize); 4] = [("dense", 2), ("gate_up", 4), ("down", 5), ("next", 7)];

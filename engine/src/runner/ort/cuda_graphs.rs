@@ -98,7 +98,8 @@ impl CudaGraphs {
         GraphIndex::of(plan, self.table_widths.map(|width| width * self.block_size))
     }
 
-    /// Captures what steps of up to `max_num_seqs` sequences, [`MAX_ROWS`] at most, need, by rows of padding: they write nothing.
+    /// Captures what steps of up to `max_num_seqs` sequences, [`MAX_ROWS`] at most, need, by rows of padding: they
+    /// write nothing.
     pub(super) fn capture(
         &mut self,
         session: &mut Session,
