@@ -6,6 +6,7 @@ mod convert;
 mod fields;
 mod fingerprint;
 pub(super) mod render;
+mod request;
 mod types;
 
 use std::time::Duration;

@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use glm_engine::{Request, SamplingParams};
 use serde_json::Value;
 
-use super::types::{ChatCompletionRequest, RequestMessage};
+use super::request::{ChatCompletionRequest, RequestMessage};
 use crate::error::ApiError;
 use crate::random::random_u64;
 use crate::state::{AppState, unix_time};
