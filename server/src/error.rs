@@ -10,6 +10,7 @@ use actix_web::{HttpResponse, ResponseError};
 use glm_engine::{SequenceError, SubmitError};
 use serde_json::{Value, json};
 
+use crate::json;
 use crate::stream::event::StreamError;
 use crate::stream::time_limits::Limit;
 use crate::text::TextError;
@@ -260,7 +261,7 @@ impl ResponseError for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
         }
-        response.json(self.body())
+        json::answer(response, &self.body())
     }
 }
 

@@ -8,6 +8,7 @@ pub mod error;
 #[cfg(test)]
 #[path = "../tests/support/model_dir.rs"]
 mod fixtures;
+mod json;
 pub mod known_answer;
 pub mod metrics;
 pub mod npy;

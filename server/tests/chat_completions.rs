@@ -85,11 +85,11 @@ fn the_lines_of_a_stream() {
         };
         let choice = |delta: &str, reason: &str, usage: &str| {
             chunk(&format!(
-                "\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{reason}}}]{usage}"
+                "\"choices\":[{{\"index\":0,\"delta\":{delta},\"logprobs\":null,\"finish_reason\":{reason}}}]{usage}"
             ))
         };
         let plain = [
-            choice(r#"{"role":"assistant"}"#, "null", ""),
+            choice(r#"{"role":"assistant","content":""}"#, "null", ""),
             choice(r#"{"content":"好"}"#, "null", ""),
             choice(r#"{"content":"!"}"#, "null", ""),
             choice("{}", r#""stop""#, GLM),
@@ -106,7 +106,7 @@ fn the_lines_of_a_stream() {
             )
         };
         let with_usage = [
-            choice(r#"{"role":"assistant"}"#, "null", null),
+            choice(r#"{"role":"assistant","content":""}"#, "null", null),
             choice(r#"{"content":"好"}"#, "null", null),
             choice(r#"{"content":"!"}"#, "null", null),
             choice("{}", r#""stop""#, &format!("{null}{GLM}")),
@@ -117,7 +117,7 @@ fn the_lines_of_a_stream() {
 
         let running = |n| format!(",{}", usage(n));
         let continuous = [
-            choice(r#"{"role":"assistant"}"#, "null", &running(0)),
+            choice(r#"{"role":"assistant","content":""}"#, "null", &running(0)),
             choice(r#"{"content":"好"}"#, "null", &running(6)),
             choice(r#"{"content":"!"}"#, "null", &running(7)),
             choice("{}", r#""stop""#, &(running(8) + GLM)),

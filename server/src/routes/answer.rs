@@ -12,13 +12,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix_web::http::{StatusCode, header};
+use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::json;
 
 use super::chat_completions::render;
 use super::request_headers::Prefer;
 use crate::error::ApiError;
+use crate::json;
 use crate::metrics::Delivery;
 use crate::state::{AppState, OpenReply};
 use crate::stream::connection::Connection;
@@ -57,12 +58,13 @@ pub(super) async fn answer(
                 opening?;
             }
             let render = render::Chunks::new(stream.head.clone(), options);
+            let period = state.options.comment_period;
             let session = Session {
                 stream,
                 reader,
                 after: wanted.cursor,
                 connection: request.conn_data::<Arc<Connection>>().cloned(),
-                comment_period: state.options.comment_period,
+                comment_period: options.heartbeat.then_some(period),
                 write_timeout: state.options.write_timeout,
                 metrics: Arc::clone(&state.metrics),
                 delivery: arrival.map(|arrival| Delivery::new(Arc::clone(&state.metrics), arrival)),
@@ -103,10 +105,11 @@ fn accepted(stream: &ReplyStream, reader: LogReader) -> HttpResponse {
     stream.promise();
     drop(reader);
     let location = format!("/v1/streams/{}", stream.id);
-    HttpResponse::build(StatusCode::ACCEPTED)
-        .insert_header((header::LOCATION, location.clone()))
-        .insert_header((header::RETRY_AFTER, RETRY_LATER_S))
-        .json(json!({"id": stream.head.id, "object": "chat.completion.pending", "location": location}))
+    let mut response = HttpResponse::Accepted();
+    response.insert_header((header::LOCATION, location.as_str()));
+    response.insert_header((header::RETRY_AFTER, RETRY_LATER_S));
+    let pending = json!({"id": stream.head.id, "object": "chat.completion.pending", "location": location});
+    json::answer(response, &pending)
 }
 
 fn name(response: &mut HttpResponse, stream: &ReplyStream) -> Result<(), ApiError> {

@@ -13,6 +13,7 @@ use serde_json::json;
 use super::chat_completions::SUPPORTED_FIELDS;
 use super::request_headers::{MAX_KEY_BYTES, MAX_WAIT};
 use crate::error::ApiError;
+use crate::json;
 use crate::state::AppState;
 use crate::stream::time_limits::Limit;
 
@@ -50,7 +51,7 @@ pub(super) async fn greet<B: MessageBody>(
 pub(super) async fn capabilities(state: web::Data<AppState>) -> HttpResponse {
     let (options, limits) = (&state.options, state.engine.limits());
     let seconds = |limit| options.time_limits.get(limit).map(|limit| limit.as_secs_f64());
-    HttpResponse::Ok().json(json!({
+    let capabilities = json!({
         "object": "capabilities",
         "api_version": API_VERSION,
         "server": {"name": "glmserve", "version": env!("CARGO_PKG_VERSION")},
@@ -78,5 +79,6 @@ pub(super) async fn capabilities(state: web::Data<AppState>) -> HttpResponse {
         "heartbeat_s": options.comment_period.as_secs_f64(),
         "status_hold_ms": u64::try_from(options.status_hold.as_millis()).unwrap_or(u64::MAX),
         "max_wait_s": MAX_WAIT.as_secs(),
-    }))
+    });
+    json::answer(HttpResponse::Ok(), &capabilities)
 }

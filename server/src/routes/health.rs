@@ -6,12 +6,13 @@
 use actix_web::{HttpResponse, web};
 use serde_json::json;
 
+use crate::json;
 use crate::state::{AppState, Readiness};
 
 /// 200 once the model is loaded and warmed up.
 pub(super) async fn started(state: web::Data<AppState>) -> HttpResponse {
     match state.known_answer() {
-        Some(_) => HttpResponse::Ok().json(json!({"status": "started"})),
+        Some(_) => json::answer(HttpResponse::Ok(), &json!({"status": "started"})),
         None => unavailable("warming up"),
     }
 }
@@ -25,14 +26,14 @@ pub(super) async fn live(state: web::Data<AppState>) -> HttpResponse {
             "the engine has work and made no progress for {:.1} s",
             stalled.as_secs_f64()
         )),
-        _ => HttpResponse::Ok().json(json!({"status": "alive"})),
+        _ => json::answer(HttpResponse::Ok(), &json!({"status": "alive"})),
     }
 }
 
 /// 200 while requests are welcome.
 pub(super) async fn ready(state: web::Data<AppState>) -> HttpResponse {
     match state.readiness() {
-        Readiness::Ready => HttpResponse::Ok().json(json!({"status": "ready"})),
+        Readiness::Ready => json::answer(HttpResponse::Ok(), &json!({"status": "ready"})),
         Readiness::WarmingUp => unavailable("warming up"),
         Readiness::Draining => unavailable("draining"),
         Readiness::EngineDown => unavailable("the engine takes no requests"),
@@ -43,5 +44,5 @@ pub(super) async fn ready(state: web::Data<AppState>) -> HttpResponse {
 }
 
 fn unavailable(status: &str) -> HttpResponse {
-    HttpResponse::ServiceUnavailable().json(json!({"status": status}))
+    json::answer(HttpResponse::ServiceUnavailable(), &json!({"status": status}))
 }

@@ -4,12 +4,13 @@ use actix_web::{HttpResponse, web};
 use serde_json::{Value, json};
 
 use crate::error::ApiError;
+use crate::json;
 use crate::state::AppState;
 
 /// All names.
 pub(super) async fn list(state: web::Data<AppState>) -> HttpResponse {
     let models: Vec<Value> = state.model.names.iter().map(|name| describe(&state, name)).collect();
-    HttpResponse::Ok().json(json!({"object": "list", "data": models}))
+    json::answer(HttpResponse::Ok(), &json!({"object": "list", "data": models}))
 }
 
 /// One name.
@@ -19,7 +20,7 @@ pub(super) async fn get(
 ) -> Result<HttpResponse, ApiError> {
     let names = &state.model.names;
     match names.contains(&name) {
-        true => Ok(HttpResponse::Ok().json(describe(&state, &name))),
+        true => Ok(json::answer(HttpResponse::Ok(), &describe(&state, &name))),
         false => Err(ApiError::model_not_found(&name, names)),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Invariants: events are only appended; exactly one terminal event ends a log, even if its writer is
 //! torn down; a reader sees every event once and in order, whenever it comes and from wherever it
-//! starts; the writer knows at once how many readers there are. Must not know HTTP, JSON or the
+//! starts, and a role not before what follows it; the writer knows at once how many readers there are. Must not know HTTP, JSON or the
 //! engine's channel.
 
 use std::sync::Arc;
@@ -50,6 +50,12 @@ impl Log {
     /// The first event that a client can't foresee.
     fn opening(&self) -> Option<&Event> {
         self.events.iter().map(|(_, event)| event).find(|event| **event != Event::Role)
+    }
+
+    /// What readers may have. A role alone says nothing, and whoever times the first chunk would take it
+    /// for the first token.
+    fn readable(&self) -> &[(Instant, Event)] {
+        if self.opening().is_some() { &self.events } else { &[] }
     }
 }
 
@@ -146,9 +152,9 @@ impl EventLog {
         LogReader { log: shared.log.subscribe(), shared, next_index: index, ended: false }
     }
 
-    /// The event at `index`, if it is there.
+    /// The event at `index`, if it is there for readers.
     pub fn get(&self, index: usize) -> Option<Event> {
-        self.0.log.borrow().events.get(index).map(|(_, event)| event.clone())
+        self.0.log.borrow().readable().get(index).map(|(_, event)| event.clone())
     }
 
     /// Whether the reply failed for a reason that another try may not meet; if `unsaid`, before it said anything.
@@ -172,10 +178,10 @@ impl LogReader {
             return None;
         }
         let index = self.next_index;
-        let has_news = |log: &Log| log.events.len() > index || log.terminal().is_some();
+        let has_news = |log: &Log| log.readable().len() > index || log.terminal().is_some();
         // The sender lives as long as this reader, which holds it.
         let log = self.log.wait_for(has_news).await.ok()?;
-        let Some((at, event)) = log.events.get(index).cloned() else {
+        let Some((at, event)) = log.readable().get(index).cloned() else {
             self.ended = true;
             return None;
         };
@@ -243,14 +249,14 @@ mod tests {
         let mut early = log.reader(0);
         assert_eq!(early.next().now_or_never(), None, "nothing yet");
         writer.append(Event::Role).unwrap();
-        assert_eq!(read(&mut early), [(0, Event::Role)]);
-        assert_eq!(early.opening().now_or_never(), None, "a role says nothing");
+        assert_eq!(read(&mut early), [], "a role says nothing");
+        assert_eq!((log.get(0), early.opening().now_or_never()), (None, None));
         let mut ahead = log.reader(2);
         writer.append(delta("a")).unwrap();
         assert_eq!(early.opening().now_or_never(), Some(Ok(())));
         assert_eq!(read(&mut ahead), []);
         writer.close(finish());
-        assert_eq!(read(&mut early), [(1, delta("a")), (2, finish())]);
+        assert_eq!(read(&mut early), [(0, Event::Role), (1, delta("a")), (2, finish())]);
         assert_eq!(read(&mut ahead), [(2, finish())]);
         assert_eq!(read(&mut log.reader(1)), [(1, delta("a")), (2, finish())]);
         assert_eq!(log.reader(3).next().now_or_never(), Some(None), "beyond the end");

@@ -33,13 +33,21 @@ pub struct ReplyHead {
 }
 
 /// Options of a streamed answer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct StreamOptions {
     /// One more chunk with the usage.
     pub include_usage: bool,
     /// Usage in every chunk.
     pub continuous_usage_stats: bool,
+    /// Comments in long silences; off for clients that parse every line as JSON.
+    pub heartbeat: bool,
+}
+
+impl Default for StreamOptions {
+    fn default() -> Self {
+        Self { include_usage: false, continuous_usage_stats: false, heartbeat: true }
+    }
 }
 
 /// The form of an answer; one reply may be answered in several.

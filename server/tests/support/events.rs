@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 /// One event.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct SseEvent {
+    /// Empty in a stream that nobody can resume.
     pub(crate) id: String,
     pub(crate) document: Value,
 }
@@ -18,13 +19,15 @@ pub(crate) struct Events {
     buffer: String,
     pub(crate) comments: Vec<String>,
     pub(crate) done: bool,
+    /// Whether the events have ids, once there was one.
+    has_ids: Option<bool>,
 }
 
 impl Events {
     pub(crate) fn of(response: reqwest::Response) -> Self {
         assert_eq!(response.status(), 200);
-        assert_eq!(response.headers()["content-type"], "text/event-stream");
-        Self { response, buffer: String::new(), comments: Vec::new(), done: false }
+        assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
+        Self { response, buffer: String::new(), comments: Vec::new(), done: false, has_ids: None }
     }
 
     pub(crate) fn stream_id(&self) -> String {
@@ -37,19 +40,10 @@ impl Events {
             if let Some((frame, rest)) = self.buffer.split_once("\n\n") {
                 let frame = frame.to_owned();
                 self.buffer = rest.to_owned();
-                if let Some(comment) = frame.strip_prefix(": ") {
-                    self.comments.push(comment.to_owned());
-                    continue;
+                if let Some(event) = self.read(&frame) {
+                    return Some(event);
                 }
-                assert!(!self.done, "after [DONE]: {frame}");
-                if frame == "data: [DONE]" {
-                    self.done = true;
-                    continue;
-                }
-                let (id, data) = frame.split_once('\n').unwrap_or_else(|| panic!("no id: {frame}"));
-                let id = id.strip_prefix("id: ").unwrap().to_owned();
-                let document = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
-                return Some(SseEvent { id, document });
+                continue;
             }
             match self.response.chunk().await {
                 Ok(Some(bytes)) => self.buffer += std::str::from_utf8(&bytes).unwrap(),
@@ -59,6 +53,30 @@ impl Events {
                 }
             }
         }
+    }
+
+    /// What a frame holds: comments before an event with an id, an empty or a single comment without ids.
+    fn read(&mut self, frame: &str) -> Option<SseEvent> {
+        assert!(!self.done, "after [DONE]: {frame}");
+        let (mut id, mut num_comments) = (None, 0);
+        for line in frame.split('\n') {
+            if let Some(comment) = line.strip_prefix(':') {
+                self.comments.extend(comment.strip_prefix(' ').map(str::to_owned));
+                num_comments += 1;
+            } else if let Some(given) = line.strip_prefix("id: ") {
+                assert!(id.replace(given.to_owned()).is_none(), "{frame}");
+            } else if line == "data: [DONE]" {
+                self.done = true;
+            } else {
+                let has_ids = *self.has_ids.get_or_insert(id.is_some());
+                assert_eq!(id.is_some(), has_ids, "{frame}");
+                assert!(has_ids || num_comments == 0, "a comment and an event in one frame: {frame}");
+                let document = serde_json::from_str(line.strip_prefix("data: ").unwrap()).unwrap();
+                return Some(SseEvent { id: id.unwrap_or_default(), document });
+            }
+        }
+        assert!(self.has_ids != Some(true) || self.done, "an event of nothing: {frame}");
+        None
     }
 
     pub(crate) async fn rest(mut self) -> Vec<SseEvent> {
@@ -71,10 +89,11 @@ impl Events {
 }
 
 /// The text of whole stream, after its contract was checked: one role, one finish that ends it and
-/// whose hash fits, ids in order.
+/// whose hash fits, ids in order if there are any.
 pub(crate) fn complete_text(events: &[SseEvent]) -> String {
     let ids: Vec<(usize, usize)> = events
         .iter()
+        .filter(|event| !event.id.is_empty())
         .map(|event| {
             let (event, document) = event.id.split_once('.').unwrap();
             (event.parse().unwrap(), document.parse().unwrap())
@@ -96,6 +115,7 @@ pub(crate) fn complete_text(events: &[SseEvent]) -> String {
         };
         assert!(finish.is_none(), "after the finish: {document}");
         assert_eq!(choice["delta"]["role"] == "assistant", i == 0, "{document}");
+        assert_eq!(choice.get("logprobs"), Some(&Value::Null), "{document}");
         text += choice["delta"]["content"].as_str().unwrap_or_default();
         if !choice["finish_reason"].is_null() {
             finish = Some(document["glm"].clone());

@@ -172,7 +172,7 @@ fn of_request(name: &str, value: &Value) -> Class {
 
 fn of_stream_options(name: &str, value: &Value) -> Class {
     match name {
-        "include_usage" | "continuous_usage_stats" => Honoured,
+        "include_usage" | "continuous_usage_stats" | "heartbeat" => Honoured,
         "include_obfuscation" => neutral(*value == Value::Bool(false)),
         _ => Unknown,
     }

@@ -1,16 +1,16 @@
 //! Owns how the events of a reply look as chat completion JSON, streamed and plain.
 
 use actix_web::HttpResponse;
-use serde::Serialize;
 
 use super::types::{
     ChatCompletion, ChatCompletionChunk, Choice, ChunkChoice, Delta, Glm, ReplyMessage, Usage,
 };
 use crate::error::ApiError;
+use crate::json;
 use crate::stream::event::{self, EndReason, Event, StreamError};
 use crate::stream::event_log::LogReader;
 use crate::stream::reply_stream::{ReplyHead, StreamOptions};
-use crate::stream::sse::Render;
+use crate::stream::sse::{Documents, Render};
 
 fn finish_reason(reason: EndReason) -> &'static str {
     match reason {
@@ -31,13 +31,13 @@ impl Chunks {
         Self { head, options }
     }
 
-    fn chunk(
-        &self,
-        choices: &[ChunkChoice<'_>],
+    fn chunk<'a>(
+        &'a self,
+        choices: &'a [ChunkChoice<'a>],
         usage: Option<Option<Usage>>,
-        glm: Option<Glm<'_>>,
-    ) -> String {
-        let chunk = ChatCompletionChunk {
+        glm: Option<Glm<'a>>,
+    ) -> ChatCompletionChunk<'a> {
+        ChatCompletionChunk {
             id: &self.head.id,
             object: "chat.completion.chunk",
             created: self.head.created,
@@ -46,8 +46,7 @@ impl Chunks {
             choices,
             usage,
             glm,
-        };
-        to_json(&chunk)
+        }
     }
 
     fn usage(&self, usage: event::Usage) -> Option<Option<Usage>> {
@@ -59,44 +58,40 @@ impl Chunks {
         }
     }
 
-    fn delta(&self, delta: Delta<'_>, usage: event::Usage) -> String {
-        self.chunk(&[ChunkChoice { index: 0, delta, finish_reason: None }], self.usage(usage), None)
+    fn delta(&self, documents: &mut Documents<'_>, delta: Delta<'_>, usage: event::Usage) {
+        let choice = ChunkChoice { delta, ..ChunkChoice::default() };
+        documents.push(&self.chunk(&[choice], self.usage(usage), None));
     }
 }
 
 impl Render for Chunks {
-    fn render(&mut self, event: Event, documents: &mut Vec<String>) {
+    fn render(&mut self, event: Event, documents: &mut Documents<'_>) {
         match event {
             Event::Role => {
                 let usage = event::Usage {
                     num_prompt_tokens: self.head.num_prompt_tokens,
                     ..event::Usage::default()
                 };
-                documents.push(self.delta(Delta { role: Some("assistant"), content: None }, usage));
+                self.delta(documents, Delta { role: Some("assistant"), content: Some("") }, usage);
             }
             Event::Delta { text, usage } => {
-                documents.push(self.delta(Delta { role: None, content: Some(&text) }, usage));
+                self.delta(documents, Delta { role: None, content: Some(&text) }, usage);
             }
             Event::Finish { reason, usage, text_sha256 } => {
                 let finish_reason = Some(finish_reason(reason));
-                let choice = ChunkChoice { index: 0, delta: Delta::default(), finish_reason };
-                documents.push(self.chunk(&[choice], self.usage(usage), Some(glm(usage, &text_sha256))));
+                let choice = ChunkChoice { finish_reason, ..ChunkChoice::default() };
+                documents.push(&self.chunk(&[choice], self.usage(usage), Some(glm(usage, &text_sha256))));
                 if self.options.include_usage {
-                    documents.push(self.chunk(&[], Some(Some(usage.into())), None));
+                    documents.push(&self.chunk(&[], Some(Some(usage.into())), None));
                 }
             }
-            Event::Error(error) => documents.push(ApiError::from(error).body().to_string()),
+            Event::Error(error) => documents.push(&ApiError::from(error).body()),
         }
     }
 }
 
 fn glm(usage: event::Usage, text_sha256: &str) -> Glm<'_> {
     Glm { completion_tokens: usage.num_generated_tokens, text_sha256 }
-}
-
-fn to_json(value: &impl Serialize) -> String {
-    serde_json::to_string(value)
-        .unwrap_or_else(|error| ApiError::internal(error.to_string()).body().to_string())
 }
 
 /// Reads the log to its end and answers in one piece.
@@ -113,9 +108,9 @@ pub(in crate::routes) async fn plain(
             Event::Role => {}
             Event::Delta { text, .. } => content += &text,
             Event::Finish { reason, usage, text_sha256 } => {
-                let message = ReplyMessage { role: "assistant", content, refusal: () };
+                let message = ReplyMessage { role: "assistant", content, refusal: (), annotations: [] };
                 let choice = Choice { index: 0, message, logprobs: (), finish_reason: finish_reason(reason) };
-                return Ok(HttpResponse::Ok().json(ChatCompletion {
+                let completion = ChatCompletion {
                     id: &head.id,
                     object: "chat.completion",
                     created: head.created,
@@ -124,7 +119,8 @@ pub(in crate::routes) async fn plain(
                     choices: [choice],
                     usage: usage.into(),
                     glm: glm(usage, &text_sha256),
-                }));
+                };
+                return Ok(json::answer(HttpResponse::Ok(), &completion));
             }
             Event::Error(error) => return Err(error.into()),
         }

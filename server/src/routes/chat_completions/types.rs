@@ -55,6 +55,8 @@ pub(super) struct ChatCompletionChunk<'a> {
 pub(super) struct ChunkChoice<'a> {
     pub(super) index: u32,
     pub(super) delta: Delta<'a>,
+    /// Always null; OpenAI's chunks have it, and strict clients expect it.
+    pub(super) logprobs: (),
     pub(super) finish_reason: Option<&'static str>,
 }
 
@@ -93,4 +95,6 @@ pub(super) struct ReplyMessage {
     pub(super) content: String,
     /// Always null, and required by OpenAI's schema.
     pub(super) refusal: (),
+    /// Always empty, as OpenAI sends it.
+    pub(super) annotations: [(); 0],
 }
