@@ -17,7 +17,7 @@ import yaml
 
 DEPLOY = Path(__file__).resolve().parent
 METRICS = DEPLOY.parent / "server" / "src" / "metrics.rs"
-PROBES = {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
+PROBES = {"startupProbe": "/startupz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
 # What the server itself takes after the drain: ending the streams that are left, and flushing.
 GOODBYES_S = 15
 # kubernetes-validate has the core schemas only. Of this custom resource the fields in use are checked by

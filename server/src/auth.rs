@@ -13,7 +13,7 @@ use glm_engine::TenantId;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use crate::error::ApiError;
-use crate::state::AppState;
+use crate::lifecycle::Lifecycle;
 use crate::stream::store::Owner;
 
 /// Largest share of a key.
@@ -85,7 +85,7 @@ pub async fn guard<B: MessageBody>(
     request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<B>, actix_web::Error> {
-    let keys = request.app_data::<web::Data<AppState>>().and_then(|state| state.keys.as_ref());
+    let keys = request.app_data::<web::Data<Lifecycle>>().and_then(|lifecycle| lifecycle.keys.as_ref());
     let (mut owner, mut tenant) = (Owner::ANYBODY, TenantId::default());
     if let Some(keys) = keys {
         let header = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());

@@ -15,14 +15,15 @@ use crate::stream::event::StreamError;
 use crate::stream::time_limits::Limit;
 use crate::text::TextError;
 
-/// Codes of refusals that come from load or shutdown, not from the request.
-pub const LOAD_CODES: [&str; 9] = [
+/// Codes of refusals that come from the server's load, start or shutdown, not from the request.
+pub const LOAD_CODES: [&str; 10] = [
     QUEUE_FULL,
     DEADLINE_UNMEETABLE,
     QUEUE_TIMEOUT,
     FIRST_TOKEN_TIMEOUT,
     INTER_TOKEN_TIMEOUT,
     REQUEST_TIMEOUT,
+    LOADING,
     DRAINING,
     UNAVAILABLE,
     TOO_MANY_BODIES,
@@ -33,13 +34,14 @@ const QUEUE_TIMEOUT: &str = "queue_timeout";
 const FIRST_TOKEN_TIMEOUT: &str = "first_token_timeout";
 const INTER_TOKEN_TIMEOUT: &str = "inter_token_timeout";
 const REQUEST_TIMEOUT: &str = "request_timeout";
+const LOADING: &str = "loading";
 const DRAINING: &str = "draining";
 const UNAVAILABLE: &str = "unavailable";
 const TOO_MANY_BODIES: &str = "too_many_bodies";
 const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
 
 /// Another replica answers at once; this one will not come back sooner.
-const RETRY_UNAVAILABLE_S: u32 = 5;
+pub(crate) const RETRY_UNAVAILABLE_S: u32 = 5;
 /// A body is read and converted in less, unless its client is slow.
 const RETRY_BODY_S: u32 = 1;
 /// Errors repeat what clients sent, which may be megabytes.
@@ -171,6 +173,12 @@ impl ApiError {
     pub fn invalid_api_key() -> Self {
         let message = "a valid API key is needed, as `Authorization: Bearer KEY`";
         Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+    }
+
+    /// The server is not there yet.
+    pub fn loading() -> Self {
+        let message = "the server is loading its model and takes no requests yet";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, LOADING, message).retry_after(RETRY_UNAVAILABLE_S)
     }
 
     /// The server is going away.

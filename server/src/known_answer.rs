@@ -11,11 +11,12 @@ use std::time::Duration;
 use glm_engine::known_answer::{self, Agreement, Mismatch};
 use glm_engine::runner::{self, ModelRunner};
 use glm_engine::{
-    EventReceiver, LoadError, Manifest, Request, RunError, SamplingParams, SequenceError, TokenEvent,
+    EngineHandle, EventReceiver, LoadError, Manifest, Request, RunError, SamplingParams, SequenceError,
+    TokenEvent,
 };
 
 use crate::ServeError;
-use crate::state::AppState;
+use crate::state::{AppState, ServedModel};
 use crate::text::chat_format::{Message, Role};
 
 /// Enough to go through prefill and several decodes, and short beside any request.
@@ -59,20 +60,18 @@ pub fn verify(
     Ok(Some(known.compare(logits.view(), manifest.geometry.vocab_size)?))
 }
 
-/// Generates twice, so that no client pays for first-time work, and keeps the answer.
+/// Generates twice, so that no client pays for first-time work, and returns the answer.
 ///
 /// # Errors
 /// [`ServeError`]: a generation failed, or the two differ.
-pub(crate) async fn warm_up(state: &AppState) -> Result<(), ServeError> {
-    let request = request(state)?;
-    let token_ids = generate(state.engine.submit_probe(request.clone())?).await?;
-    let again = generate(state.engine.submit_probe(request.clone())?).await?;
+pub(crate) async fn warm_up(model: &ServedModel, engine: &EngineHandle) -> Result<KnownAnswer, ServeError> {
+    let request = request(model, engine)?;
+    let token_ids = generate(engine.submit_probe(request.clone())?).await?;
+    let again = generate(engine.submit_probe(request.clone())?).await?;
     if token_ids != again {
         return Err(ServeError::Unsteady { first: token_ids, second: again });
     }
-    state.set_warm(KnownAnswer { request, token_ids });
-    tracing::info!("ready");
-    Ok(())
+    Ok(KnownAnswer { request, token_ids })
 }
 
 /// Looks after the engine and the store of streams until it is dropped.
@@ -80,9 +79,9 @@ pub(crate) async fn look_after(state: &AppState) {
     loop {
         tokio::time::sleep(PERIOD).await;
         state.streams.sweep();
-        if let (Some(fault), Some(known)) = (state.engine.status().fault, state.known_answer()) {
+        if let Some(fault) = state.engine.status().fault {
             tracing::warn!(?fault, "asking the engine for the known answer");
-            match check(state, known).await {
+            match check(state).await {
                 Ok(()) => {
                     state.engine.clear_fault();
                     tracing::info!("the engine gave the known answer; ready again");
@@ -93,7 +92,8 @@ pub(crate) async fn look_after(state: &AppState) {
     }
 }
 
-async fn check(state: &AppState, known: &KnownAnswer) -> Result<(), String> {
+async fn check(state: &AppState) -> Result<(), String> {
+    let known = &state.known_answer;
     let events = state.engine.submit_probe(known.request.clone()).map_err(|error| error.to_string())?;
     let found = generate(events).await.map_err(|error| error.to_string())?;
     match found == known.token_ids {
@@ -102,13 +102,13 @@ async fn check(state: &AppState, known: &KnownAnswer) -> Result<(), String> {
     }
 }
 
-fn request(state: &AppState) -> Result<Request, ServeError> {
-    let (chat, tokenizer, content) = (&state.model.chat, &state.model.tokenizer, "Hello".to_owned());
+fn request(model: &ServedModel, engine: &EngineHandle) -> Result<Request, ServeError> {
+    let (chat, tokenizer, content) = (&model.chat, &model.tokenizer, "Hello".to_owned());
     let prompt_token_ids = match chat.has_chat() {
         true => chat.encode(&[Message { role: Role::User, content }], tokenizer)?,
         false => chat.encode_text(&content, tokenizer)?,
     };
-    let (num_prompt_tokens, max_model_len) = (prompt_token_ids.len(), state.engine.limits().max_model_len);
+    let (num_prompt_tokens, max_model_len) = (prompt_token_ids.len(), engine.limits().max_model_len);
     if num_prompt_tokens >= max_model_len {
         return Err(ServeError::NoRoom { num_prompt_tokens, max_model_len });
     }

@@ -10,6 +10,7 @@ pub mod error;
 mod fixtures;
 mod json;
 pub mod known_answer;
+pub mod lifecycle;
 pub mod metrics;
 pub mod npy;
 mod random;
@@ -27,7 +28,7 @@ use actix_web::{App, HttpServer, web};
 use glm_engine::{SequenceError, SubmitError};
 use tokio::sync::mpsc;
 
-use crate::state::AppState;
+use crate::lifecycle::{Lifecycle, Loaded};
 use crate::stream::connection::{self, Connection};
 use crate::text::TextError;
 
@@ -43,12 +44,18 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last bytes of ended streams may take to leave.
 const FLUSH_TIMEOUT_S: u64 = 5;
 
+/// Why a model could not be loaded; the words are for whoever started the server.
+pub type LoadFailure = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why a server ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The sockets failed.
     #[error("HTTP: {0}")]
     Http(#[from] std::io::Error),
+    /// The model could not be loaded.
+    #[error("{0}")]
+    Load(LoadFailure),
     /// The first generation's prompt could not be made.
     #[error("warm-up: {0}")]
     WarmUpText(#[from] TextError),
@@ -79,21 +86,29 @@ pub enum ServeError {
     },
 }
 
-/// Serves until `signals` says so: once to drain, twice to end what still runs with an error, three
-/// times to go at once. A closed channel is one signal.
+/// Answers on `listener` at once, refuses requests until `loading` is done and the model warmed up, and serves then
+/// until `signals` says so: once to drain, twice to end what still runs with an error, three times to go at once. A
+/// closed channel is one signal. A signal before the model is ready ends the server at once: nothing was accepted.
 ///
 /// # Errors
-/// [`ServeError`]: the sockets or the first generation failed.
-pub async fn serve(
+/// [`ServeError`]: the sockets, the loading or the first generation failed.
+pub async fn serve<E: Into<LoadFailure>>(
     listener: TcpListener,
-    state: web::Data<AppState>,
+    lifecycle: web::Data<Lifecycle>,
+    loading: impl Future<Output = Result<Loaded, E>>,
     mut signals: mpsc::Receiver<()>,
 ) -> Result<(), ServeError> {
-    let shared = state.clone();
+    let shared = lifecycle.clone();
     let app = move || {
-        App::new().app_data(shared.clone()).wrap(from_fn(routes::observe)).configure(routes::configure)
+        App::new()
+            .app_data(shared.clone())
+            .wrap(from_fn(routes::loading::refuse))
+            .wrap(from_fn(routes::observe))
+            // The last one is the first to see a request.
+            .wrap(from_fn(routes::loading::attach_state))
+            .configure(routes::configure)
     };
-    connection::bound_sends(&listener, state.options.write_timeout)?;
+    connection::bound_sends(&listener, lifecycle.options.write_timeout)?;
     let server = HttpServer::new(app)
         .on_connect(|io, extensions| {
             if let Some(connection) = Connection::of(io) {
@@ -115,11 +130,10 @@ pub async fn serve(
     let handle = server.handle();
     tokio::pin!(server);
     let end = async {
-        tokio::select! {
-            result = known_answer::warm_up(&state) => result?,
-            // A signal before the first token: nothing to wait for.
+        let state = tokio::select! {
+            state = lifecycle.start(loading) => state?,
             _ = signals.recv() => return Ok(false),
-        }
+        };
         tokio::select! {
             graceful = shutdown::drain(&state, &mut signals) => Ok::<_, ServeError>(graceful),
             () = known_answer::look_after(&state) => Ok(false),

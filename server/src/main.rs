@@ -1,6 +1,5 @@
 //! The `glmserve` program: reads the command line and hands over to the library.
 
-use std::error::Error;
 use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -12,17 +11,18 @@ use clap::Parser;
 use glm_engine::known_answer::Agreement;
 use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::OrtRunner;
-use glm_engine::{EngineThread, LoadError, Manifest};
+use glm_engine::{EngineConfig, EngineThread, LoadError, Manifest};
 use glmserve::auth::ApiKeys;
 use glmserve::config::{CheckArgs, Cli, Command, LogFormat, LogitsArgs, ModelArgs, ServeArgs};
+use glmserve::lifecycle::{Lifecycle, Loaded};
 use glmserve::metrics::Metrics;
-use glmserve::state::{AppState, ServedModel};
-use glmserve::{check, known_answer, npy, serve, shutdown};
+use glmserve::state::ServedModel;
+use glmserve::{LoadFailure, check, known_answer, npy, serve, shutdown};
 use glmserve_client::bench::{self, BenchArgs};
 use glmserve_client::terminal::{self, ChatArgs};
 use tracing_subscriber::EnvFilter;
 
-type MainResult<T = ()> = Result<T, Box<dyn Error + Send + Sync>>;
+type MainResult<T = ()> = Result<T, LoadFailure>;
 
 fn main() -> ExitCode {
     // ONNX Runtime's own telemetry, which writes a device id before any session can turn it off.
@@ -48,23 +48,38 @@ fn main() -> ExitCode {
 fn run_server(args: ServeArgs) -> MainResult {
     start_log(args.log_format);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (result, thread) = runtime.block_on(async {
-        // Before the model, which may take minutes: the first process of a container has no other way
-        // to hear a signal.
-        let mut signals = shutdown::signals()?;
-        let (listener, state, thread) = tokio::select! {
-            loaded = tokio::task::spawn_blocking(move || load(&args)) => loaded??,
-            _ = signals.recv() => std::process::exit(0),
+    let mut thread = None;
+    let result = runtime.block_on(async {
+        // Before everything else: the first process of a container has no other way to hear a signal.
+        let signals = shutdown::signals()?;
+        let Prepared { listener, lifecycle, manifest, config } = prepare(&args)?;
+        let metrics = Arc::clone(&lifecycle.metrics);
+        let loading = async {
+            let load = move || load(&args, manifest, config, metrics);
+            let (loaded, engine_thread) = tokio::task::spawn_blocking(load).await??;
+            thread = Some(engine_thread);
+            Ok::<_, LoadFailure>(loaded)
         };
-        Ok::<_, Box<dyn Error + Send + Sync>>((serve(listener, web::Data::new(state), signals).await, thread))
-    })?;
-    drop(runtime);
-    thread.join();
-    Ok(result?)
+        Ok::<_, LoadFailure>(serve(listener, lifecycle, loading, signals).await?)
+    });
+    // Whoever stops a server that is loading does not wait for the model.
+    runtime.shutdown_background();
+    if let Some(thread) = thread {
+        thread.join();
+    }
+    result
 }
 
-/// Everything that a server needs, cheap mistakes first.
-fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
+/// What is known before the model is loaded.
+struct Prepared {
+    listener: TcpListener,
+    lifecycle: web::Data<Lifecycle>,
+    manifest: Manifest,
+    config: EngineConfig,
+}
+
+/// Does what is quick, so that a mistake in the configuration is told at once, and binds the port.
+fn prepare(args: &ServeArgs) -> MainResult<Prepared> {
     let keys = args.api_key_file.as_ref().map(|path| {
         ApiKeys::load(path)
             .map_err(|error| format!("cannot use the API key file {}: {error}", path.display()))
@@ -72,9 +87,24 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
     let keys = keys.transpose()?;
     let manifest = Manifest::load(&args.model.model)?;
     let config = args.scheduling.engine_config(&manifest, keys.as_ref())?;
+    args.model.kv_cache_bytes(manifest.graph.provider)?;
     let address = SocketAddr::from((args.host, args.port));
     let listener =
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    tracing::info!(address = %listener.local_addr()?, model = manifest.model.name, "listening, loading the model");
+    // The KV cache may hold less than this; then fewer events are used.
+    let options = args.http_options(config.max_model_len);
+    let lifecycle = web::Data::new(Lifecycle::new(options, Arc::new(Metrics::new(&manifest)?), keys));
+    Ok(Prepared { listener, lifecycle, manifest, config })
+}
+
+/// Does what may take minutes.
+fn load(
+    args: &ServeArgs,
+    manifest: Manifest,
+    config: EngineConfig,
+    metrics: Arc<Metrics>,
+) -> MainResult<(Loaded, EngineThread)> {
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
     if !model.chat.has_chat() {
         tracing::warn!("this is a base model without a chat format: chat completions are refused");
@@ -101,20 +131,17 @@ fn load(args: &ServeArgs) -> MainResult<(TcpListener, AppState, EngineThread)> {
              export again with the glm-export of this release"
         ),
     }
-    let metrics = Arc::new(Metrics::new(&model.manifest)?);
     let vocab_size = model.manifest.geometry.vocab_size;
-    let (engine, thread) = EngineThread::spawn(runner, config, vocab_size, metrics.clone())?;
+    let (engine, thread) = EngineThread::spawn(runner, config, vocab_size, metrics)?;
     let limits = engine.limits();
     tracing::info!(
-        address = %listener.local_addr()?,
         model = model.names.join(","),
         digest = model.manifest.digest,
         max_model_len = limits.max_model_len,
         kv_cache_mib = limits.kv_cache_bytes >> 20,
-        "listening"
+        "loaded"
     );
-    let options = args.http_options(limits.max_model_len);
-    Ok((listener, AppState::new(options, model, engine, metrics, keys), thread))
+    Ok((Loaded { model, engine }, thread))
 }
 
 fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadError> {

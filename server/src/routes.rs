@@ -4,6 +4,7 @@ mod answer;
 mod chat_completions;
 mod handshake;
 mod health;
+pub(crate) mod loading;
 mod metrics;
 mod models;
 mod request_headers;
@@ -20,7 +21,7 @@ use actix_web::{HttpRequest, HttpResponse, Resource, Route, web};
 
 use crate::auth;
 use crate::error::ApiError;
-use crate::state::AppState;
+use crate::lifecycle::Lifecycle;
 
 /// Adds every route.
 pub(crate) fn configure(app: &mut web::ServiceConfig) {
@@ -77,11 +78,11 @@ pub(crate) async fn observe<B: MessageBody>(
     request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<B>, actix_web::Error> {
-    let state = request.app_data::<web::Data<AppState>>().cloned();
+    let lifecycle = request.app_data::<web::Data<Lifecycle>>().cloned();
     let is_old = request.version() < Version::HTTP_11;
     let count = |error: Option<&actix_web::Error>| {
-        if let (Some(state), Some(error)) = (&state, error.and_then(|e| e.as_error::<ApiError>())) {
-            state.metrics.refused(error.code());
+        if let (Some(lifecycle), Some(error)) = (&lifecycle, error.and_then(|e| e.as_error::<ApiError>())) {
+            lifecycle.metrics.refused(error.code());
         }
     };
     match next.call(request).await {
@@ -92,7 +93,8 @@ pub(crate) async fn observe<B: MessageBody>(
                 // It knows no chunks: a stream of unknown length ends with its connection.
                 head.no_chunking(true);
             }
-            if is_old || state.as_ref().is_some_and(|state| state.is_draining()) {
+            let state = lifecycle.as_ref().and_then(|lifecycle| lifecycle.state());
+            if is_old || state.is_some_and(|state| state.is_draining()) {
                 head.set_connection_type(ConnectionType::Close);
             }
             Ok(response)

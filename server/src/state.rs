@@ -2,17 +2,17 @@
 //!
 //! Invariant: what changes is atomic; only the store of streams has a lock, for a few look-ups.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use glm_engine::{EngineHandle, Fault, Manifest, Request, SubmitError};
 use tokio_util::task::TaskTracker;
 
-use crate::auth::ApiKeys;
 use crate::body_memory::BodyMemory;
 use crate::error::ApiError;
 use crate::known_answer::KnownAnswer;
+use crate::lifecycle::Lifecycle;
 use crate::metrics::{Arrival, Metrics, StreamRecord};
 use crate::stream::cursor::Cursor;
 use crate::stream::event::Event;
@@ -92,7 +92,7 @@ pub struct HttpOptions {
     pub store_limits: StoreLimits,
 }
 
-/// What all workers share.
+/// What all workers share once the model is ready.
 #[derive(Debug)]
 pub struct AppState {
     /// Limits and periods.
@@ -103,8 +103,6 @@ pub struct AppState {
     pub engine: EngineHandle,
     /// The metrics.
     pub metrics: Arc<Metrics>,
-    /// Who may use `/v1`; `None` is everybody.
-    pub keys: Option<ApiKeys>,
     /// The replies that run, and those kept for clients that come back.
     pub streams: Arc<dyn StreamStore>,
     /// Bounds the bodies that are being read.
@@ -113,7 +111,8 @@ pub struct AppState {
     pub pumps: TaskTracker,
     /// Seconds since the epoch at the start.
     pub created: u64,
-    known_answer: OnceLock<KnownAnswer>,
+    /// What the warm-up recorded.
+    pub(crate) known_answer: KnownAnswer,
     draining: AtomicBool,
 }
 
@@ -122,8 +121,6 @@ pub struct AppState {
 pub enum Readiness {
     /// Yes.
     Ready,
-    /// The first generation is not finished.
-    WarmingUp,
     /// The server is going away.
     Draining,
     /// The engine takes nothing.
@@ -163,25 +160,24 @@ pub struct OpenReply {
 }
 
 impl AppState {
-    /// A server that is not warm yet.
-    pub fn new(
-        options: HttpOptions,
+    /// A server whose model was warmed up.
+    pub(crate) fn new(
+        lifecycle: &Lifecycle,
         model: ServedModel,
         engine: EngineHandle,
-        metrics: Arc<Metrics>,
-        keys: Option<ApiKeys>,
+        known_answer: KnownAnswer,
     ) -> Self {
+        let Lifecycle { options, metrics, .. } = lifecycle;
         Self {
             body_memory: BodyMemory::new(options.body_memory_bytes),
-            streams: Arc::new(MemoryStore::new(options.store_limits, Arc::clone(&metrics))),
-            options,
+            streams: Arc::new(MemoryStore::new(options.store_limits, Arc::clone(metrics))),
+            options: options.clone(),
             model,
             engine,
-            metrics,
-            keys,
+            metrics: Arc::clone(metrics),
             pumps: TaskTracker::new(),
             created: unix_time(),
-            known_answer: OnceLock::new(),
+            known_answer,
             draining: AtomicBool::new(false),
         }
     }
@@ -276,17 +272,6 @@ impl AppState {
         Ok(OpenReply { stream, reader, arrival: None })
     }
 
-    /// The first generations are finished.
-    pub fn set_warm(&self, known_answer: KnownAnswer) {
-        // Only the first is kept; there is one warm-up.
-        let _ = self.known_answer.set(known_answer);
-    }
-
-    /// What the warm-up recorded; `None` before its end.
-    pub fn known_answer(&self) -> Option<&KnownAnswer> {
-        self.known_answer.get()
-    }
-
     /// Takes no more requests.
     pub fn start_draining(&self) {
         self.draining.store(true, Ordering::Release);
@@ -305,8 +290,6 @@ impl AppState {
             Readiness::Draining
         } else if !status.accepting {
             Readiness::EngineDown
-        } else if self.known_answer().is_none() {
-            Readiness::WarmingUp
         } else if let Some(fault) = status.fault {
             Readiness::Faulty(fault)
         } else {

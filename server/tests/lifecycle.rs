@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use glmserve::auth::ApiKeys;
 use serde_json::{Value, json};
-use support::{Options, Server, read_all, request, run, streaming};
+use support::{Options, Server, Starting, read_all, request, run, streaming};
+use tokio::sync::oneshot;
 
 #[test]
 fn models_health_and_unknown_routes() {
@@ -174,5 +175,55 @@ fn a_second_signal_ends_the_drain_and_streams_hear_of_it() {
         let text = read_all(socket).await;
         assert!(text.contains("\"code\":\"shutting_down\"") && text.contains("data: [DONE]"), "{text}");
         tokio::time::timeout(Duration::from_secs(2), server.ended()).await.expect("at once").unwrap();
+    });
+}
+
+#[test]
+fn while_the_model_is_loaded_requests_are_refused_at_once() {
+    run(async {
+        let (release, gate) = oneshot::channel::<()>();
+        let starting = Starting::begin(Options::default(), async { gate.await.unwrap() });
+        let client = reqwest::Client::new();
+        let url = |path: &str| format!("http://{}{path}", starting.address);
+        for (path, status, words) in [
+            ("/livez", 200, r#"{"status":"alive"}"#),
+            ("/metrics", 200, "refused_total{code=\"loading\"} 0"),
+            ("/startupz", 503, r#"{"status":"loading"}"#),
+            ("/readyz", 503, r#"{"status":"loading"}"#),
+            ("/health", 503, r#"{"status":"loading"}"#),
+            ("/v1/models", 503, r#""code":"loading""#),
+            ("/", 503, r#""code":"loading""#),
+        ] {
+            let response = client.get(url(path)).send().await.unwrap();
+            assert_eq!(response.status(), status, "{path}");
+            assert_eq!(response.headers().contains_key("retry-after"), status == 503, "{path}");
+            let text = response.text().await.unwrap();
+            assert!(text.contains(words), "{path}: {text}");
+        }
+        let refused = client.post(url("/v1/chat/completions")).json(&request("say hi")).send().await.unwrap();
+        assert_eq!(
+            (refused.status().as_u16(), &refused.headers()["retry-after"]),
+            (503, &"5".parse().unwrap())
+        );
+        let error: Value = refused.json().await.unwrap();
+        assert_eq!(error["error"]["code"], "loading");
+
+        release.send(()).unwrap();
+        let server = starting.ready().await;
+        for path in ["/startupz", "/readyz", "/health", "/livez"] {
+            assert_eq!(server.get(path).await.0, 200, "{path}");
+        }
+        assert_eq!(server.post(request("say hi")).await.0, 200);
+        assert_eq!(server.metric("glmserve_http_requests_refused_total{code=\"loading\"}"), 3.0);
+    });
+}
+
+#[test]
+fn a_signal_ends_a_server_that_is_loading() {
+    run(async {
+        let starting = Starting::begin(Options::default(), std::future::pending());
+        starting.signals.send(()).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(20), starting.task).await;
+        ended.expect("the server ends").unwrap().unwrap();
     });
 }

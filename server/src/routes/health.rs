@@ -3,22 +3,27 @@
 //!
 //! Invariant: load changes none of them. A busy server is alive and ready, and refuses by itself.
 
+use actix_web::http::header;
 use actix_web::{HttpResponse, web};
 use serde_json::json;
 
+use crate::error::RETRY_UNAVAILABLE_S;
 use crate::json;
-use crate::state::{AppState, Readiness};
+use crate::lifecycle::Lifecycle;
+use crate::state::Readiness;
 
 /// 200 once the model is loaded and warmed up.
-pub(super) async fn started(state: web::Data<AppState>) -> HttpResponse {
-    match state.known_answer() {
+pub(super) async fn started(lifecycle: web::Data<Lifecycle>) -> HttpResponse {
+    match lifecycle.state() {
         Some(_) => json::answer(HttpResponse::Ok(), &json!({"status": "started"})),
-        None => unavailable("warming up"),
+        None => loading(),
     }
 }
 
-/// 200 while the engine's thread is there and moves.
-pub(super) async fn live(state: web::Data<AppState>) -> HttpResponse {
+/// 200 while the model is loaded, and then while the engine's thread is there and moves.
+pub(super) async fn live(lifecycle: web::Data<Lifecycle>) -> HttpResponse {
+    let alive = || json::answer(HttpResponse::Ok(), &json!({"status": "alive"}));
+    let Some(state) = lifecycle.state() else { return alive() };
     let status = state.engine.status();
     match status.stalled_for {
         _ if !status.alive => unavailable("the engine thread has ended"),
@@ -26,15 +31,15 @@ pub(super) async fn live(state: web::Data<AppState>) -> HttpResponse {
             "the engine has work and made no progress for {:.1} s",
             stalled.as_secs_f64()
         )),
-        _ => json::answer(HttpResponse::Ok(), &json!({"status": "alive"})),
+        _ => alive(),
     }
 }
 
 /// 200 while requests are welcome.
-pub(super) async fn ready(state: web::Data<AppState>) -> HttpResponse {
+pub(super) async fn ready(lifecycle: web::Data<Lifecycle>) -> HttpResponse {
+    let Some(state) = lifecycle.state() else { return loading() };
     match state.readiness() {
         Readiness::Ready => json::answer(HttpResponse::Ok(), &json!({"status": "ready"})),
-        Readiness::WarmingUp => unavailable("warming up"),
         Readiness::Draining => unavailable("draining"),
         Readiness::EngineDown => unavailable("the engine takes no requests"),
         Readiness::Faulty(fault) => {
@@ -43,6 +48,12 @@ pub(super) async fn ready(state: web::Data<AppState>) -> HttpResponse {
     }
 }
 
+fn loading() -> HttpResponse {
+    unavailable("loading")
+}
+
 fn unavailable(status: &str) -> HttpResponse {
-    json::answer(HttpResponse::ServiceUnavailable(), &json!({"status": status}))
+    let mut response = HttpResponse::ServiceUnavailable();
+    response.insert_header((header::RETRY_AFTER, RETRY_UNAVAILABLE_S));
+    json::answer(response, &json!({"status": status}))
 }

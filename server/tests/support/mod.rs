@@ -19,13 +19,14 @@ use std::time::Duration;
 use actix_web::web;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{EngineConfig, EngineThread, RunError};
-use glmserve::ServeError;
 use glmserve::auth::ApiKeys;
+use glmserve::lifecycle::{Lifecycle, Loaded};
 use glmserve::metrics::Metrics;
 use glmserve::state::{AppState, HttpOptions, ServedModel};
 use glmserve::stream::event_log::LogLimits;
 use glmserve::stream::memory_store::StoreLimits;
 use glmserve::stream::time_limits::TimeLimits;
+use glmserve::{LoadFailure, ServeError};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -89,9 +90,18 @@ pub(crate) struct Server {
     dir: ModelDir,
 }
 
-impl Server {
-    /// A server that is ready.
-    pub(crate) async fn start(options: Options) -> Self {
+/// A server in this process whose model is not ready.
+pub(crate) struct Starting {
+    pub(crate) address: SocketAddr,
+    pub(crate) signals: mpsc::Sender<()>,
+    lifecycle: web::Data<Lifecycle>,
+    pub(crate) task: JoinHandle<Result<(), ServeError>>,
+    dir: ModelDir,
+}
+
+impl Starting {
+    /// A server whose model is loaded once `gate` is done.
+    pub(crate) fn begin(options: Options, gate: impl Future<Output = ()> + 'static) -> Self {
         let dir = (options.folder)();
         let mut manifest = dir.manifest();
         manifest.geometry.max_model_len = options.max_model_len;
@@ -124,17 +134,36 @@ impl Server {
                 max_bytes: options.max_reply_bytes,
             },
         };
-        let state = web::Data::new(AppState::new(http, model, engine, metrics, options.keys));
+        let lifecycle = web::Data::new(Lifecycle::new(http, metrics, options.keys));
+        let loading = async {
+            gate.await;
+            Ok::<_, LoadFailure>(Loaded { model, engine })
+        };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (signals, receiver) = mpsc::channel(2);
-        let task = tokio::task::spawn_local(glmserve::serve(listener, state.clone(), receiver));
-        let server = Self { address, signals, state, task, http: reqwest::Client::new(), dir };
-        while server.get("/readyz").await.0 != 200 {
-            assert!(!server.task.is_finished(), "the server ended");
+        let task = tokio::task::spawn_local(glmserve::serve(listener, lifecycle.clone(), loading, receiver));
+        Self { address, signals, lifecycle, task, dir }
+    }
+
+    /// Waits until requests are let in.
+    pub(crate) async fn ready(self) -> Server {
+        let Self { address, signals, lifecycle, task, dir } = self;
+        let state = loop {
+            if let Some(state) = lifecycle.state() {
+                break state.clone();
+            }
+            assert!(!task.is_finished(), "the server ended");
             tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        server
+        };
+        Server { address, signals, state, task, http: reqwest::Client::new(), dir }
+    }
+}
+
+impl Server {
+    /// A server that is ready.
+    pub(crate) async fn start(options: Options) -> Self {
+        Starting::begin(options, std::future::ready(())).ready().await
     }
 
     fn url(&self, path: &str) -> String {
