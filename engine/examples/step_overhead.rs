@@ -151,6 +151,7 @@ fn load(dir: &Path, manifest: &Manifest, num_threads: usize) -> Result<OrtRunner
         device_id: None,
         device_memory_bytes: None,
         enforce_eager: false,
+        bit_exact: false,
     };
     Ok(OrtRunner::load(dir, manifest, &options)?)
 }

@@ -160,7 +160,8 @@ pub enum OutputKind {
 pub enum Kernel {
     /// The engine's own QuantizedMatMul and PostAttention: on the CPU only.
     Glmserve,
-    /// ONNX Runtime's, as in folders from before there was a choice.
+    /// ONNX Runtime's, for all of them or for those that were quantised before the export; so it was before there
+    /// was a choice.
     #[default]
     Ort,
 }

@@ -30,13 +30,15 @@ pub const SIMD_VARIABLE: &str = "GLMSERVE_SIMD";
 
 /// Makes a CPU session that has the operators; `commit` says of what graph. `num_threads` is how many
 /// intra-op threads the session has, 0 for one a core: it guides how work is cut up and never changes a
-/// result.
+/// result. With `bit_exact` all instruction sets give the same bits: attention does without AMX, whose products of
+/// bfloat16 round otherwise. (Its products of whole numbers are exact, so the matrix product keeps them.)
 ///
 /// # Errors
 /// When ONNX Runtime refuses a domain or the graph.
 pub fn session(
     builder: SessionBuilder,
     num_threads: usize,
+    bit_exact: bool,
     commit: impl FnOnce(SessionBuilder) -> ort::Result<Session>,
 ) -> ort::Result<Session> {
     // ONNX Runtime looks whether the process knows a domain and adds it, two steps that it does not keep
@@ -44,8 +46,9 @@ pub fn session(
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let matmul = quantized_matmul::QuantizedMatMul::new(num_threads);
     let post_attention = quantized_matmul::PostAttention::new(num_threads);
+    let attention = paged_attention::add_to(OperatorDomain::new(DOMAIN)?, num_threads, bit_exact)?;
     let builder = builder
-        .with_operators(paged_attention::add_to(OperatorDomain::new(DOMAIN)?, num_threads)?)?
+        .with_operators(attention)?
         .with_operators(OperatorDomain::new(OWN_DOMAIN)?.add(matmul)?.add(post_attention)?)?;
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     commit(builder)

@@ -35,6 +35,7 @@ fn options() -> OrtOptions {
         device_id: None,
         device_memory_bytes: Some(1 << 30),
         enforce_eager: true,
+        bit_exact: false,
     }
 }
 

@@ -151,6 +151,54 @@ fn a_session_computes_it_alike_for_any_threads_and_rows() {
     }
 }
 
+const EPSILON: f32 = 1e-3;
+
+/// A session whose product has the norm as an input, or a node for it.
+fn normed(fused: bool, attributes: &[(&str, Value)]) -> Session {
+    let norm = [("axis", Value::Int(-1)), ("epsilon", Value::Float(EPSILON))];
+    let mut graph = Graph::default();
+    graph.input("x", Type::Float32, 2).input("weights", Type::Uint8, 2).input("norm", Type::Float32, 1);
+    graph.output("output", 2);
+    if fused {
+        let inputs = ["x", "weights", "", "norm"];
+        graph.node((OWN_DOMAIN, "QuantizedMatMul"), &inputs, &["output"], attributes);
+    } else {
+        graph.node(("", "SimplifiedLayerNormalization"), &["x", "norm"], &["normed"], &norm);
+        graph.node((OWN_DOMAIN, "QuantizedMatMul"), &["normed", "weights"], &["output"], attributes);
+    }
+    graph.session(2).unwrap()
+}
+
+fn run_normed(session: &mut Session, norm: Vec<f32>) -> ort::Result<Vec<f32>> {
+    let (x, weights) = (Tensor::from_array(x(37))?, Tensor::from_array(packed(false))?);
+    let norm = Tensor::from_array(([norm.len()], norm))?;
+    let outputs = session.run(ort::inputs!["x" => x, "weights" => weights, "norm" => norm])?;
+    Ok(outputs["output"].try_extract_tensor::<f32>()?.1.to_vec())
+}
+
+#[test]
+fn a_norm_may_come_with_the_product() {
+    let norm: Vec<f32> = (0..K).map(|k| 1.0 + noise(7 * k)).collect();
+    let plain = attributes(false);
+    let with_epsilon = [&plain[..], &[("epsilon", Value::Float(EPSILON))]].concat();
+    let want = run_normed(&mut normed(false, &plain), norm.clone()).unwrap();
+    let mut fused = normed(true, &with_epsilon);
+    let found = run_normed(&mut fused, norm.clone()).unwrap();
+    let (mut error, mut size) = (0.0, 0.0);
+    for (found, want) in found.iter().zip(want) {
+        error += f64::from(found - want).powi(2);
+        size += f64::from(want).powi(2);
+    }
+    // Here and there a value becomes the other one of two whole numbers.
+    assert!(error.sqrt() <= 1e-3 * size.sqrt(), "{error} of {size}");
+
+    let refused = |session: &mut Session, norm| run_normed(session, norm).unwrap_err().to_string();
+    let words = refused(&mut fused, vec![1.0; K - 1]);
+    assert!(words.contains("QuantizedMatMul: norm: shape [191] is not [192]"), "{words}");
+    let words = refused(&mut normed(true, &plain), norm);
+    assert!(words.contains("QuantizedMatMul: epsilon is missing"), "{words}");
+}
+
 #[test]
 fn what_does_not_fit_is_an_error_that_names_it() {
     let mut session = session(1, &attributes(false), true).unwrap();

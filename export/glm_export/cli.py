@@ -23,6 +23,7 @@ from glm_export import (
 )
 from glm_export.error import ExportError
 from glm_export.output_folder import output_folder
+from glm_export.prequantised import Matrix
 from glm_export.quantize import MAX_BLOCK_SIZE, Scheme
 from glm_export.target import BLOCK_SIZES, KERNELS, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 
@@ -99,6 +100,9 @@ def export(
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)
+        # Codes that are taken as they are stay with ONNX Runtime, whatever multiplies by the rest.
+        if any(isinstance(tensors[weight.source], Matrix) for weight in weights.every(settings)):
+            made_for = replace(made_for, kernel="ort")
         return manifest.write(settings, made_for, folder)
 
 

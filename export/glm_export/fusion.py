@@ -1,4 +1,7 @@
-"""Owns the engine's operator PostAttention: the nodes between two attentions as one, and one as those nodes.
+"""Owns what the engine's operators take in besides a product: the nodes between two attentions as one
+PostAttention, the first norm as an input of the product after it; and such nodes as what they were made of.
+
+So no sum of floats is left to ONNX Runtime, whose order depends on the processor.
 
 Invariant: what a fused node computes is what it is expanded to, and weights keep their names.
 """
@@ -12,31 +15,86 @@ from onnx import NodeProto, helper
 OWN = "glmserve"
 MICROSOFT = "com.microsoft"
 KIND = "PostAttention"
+PRODUCT = "QuantizedMatMul"
+# Inputs of a product: rows, weights, bias, norm.
+NORM_INPUT = 3
 # Of the layer: its products and norms in order; the last two are the next layer's, or the head.
 PRODUCTS = ("dense", "gate_up", "down", "next")
 KINDS = (
-    "QuantizedMatMul",
+    PRODUCT,
     "SkipSimplifiedLayerNormalization",
-    "QuantizedMatMul",
-    "QuantizedMatMul",
+    PRODUCT,
+    PRODUCT,
     "SkipSimplifiedLayerNormalization",
-    "QuantizedMatMul",
+    PRODUCT,
 )
 
 
 def fused(nodes: Sequence[NodeProto]) -> Iterator[NodeProto]:
-    """The nodes, in their order, with one in place of each six that lie between two attentions."""
+    """The nodes, in their order, with one in place of each six that lie between two attentions, and of a norm
+    and the product that alone reads it.
+    """
     first = 0
     while first < len(nodes):
-        node = _fuse(nodes[first : first + len(KINDS)])
-        yield node or nodes[first]
-        first += len(KINDS) if node else 1
+        if node := _fuse(nodes[first : first + len(KINDS)]):
+            yield node
+            first += len(KINDS)
+        elif node := _fuse_norm(nodes, first):
+            yield node
+            first += 2
+        else:
+            yield nodes[first]
+            first += 1
 
 
 def expanded(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
     """The nodes, with what a fused one stands for in its place."""
     for node in nodes:
-        yield from _parts(node) if node.op_type == KIND else [node]
+        if node.op_type == KIND:
+            yield from _parts(node)
+        elif node.op_type == PRODUCT and len(node.input) > NORM_INPUT:
+            yield from _norm_and_product(node)
+        else:
+            yield node
+
+
+def _fuse_norm(nodes: Sequence[NodeProto], first: int) -> NodeProto | None:
+    if first + 1 >= len(nodes):
+        return None
+    norm, product = nodes[first : first + 2]
+    is_pair = (
+        (norm.op_type, product.op_type) == ("SimplifiedLayerNormalization", PRODUCT)
+        and product.input[0] == norm.output[0]
+        and sum(list(node.input).count(norm.output[0]) for node in nodes) == 1
+    )
+    if not is_pair:
+        return None
+    rows, scale = norm.input
+    _, *weights = product.input
+    return helper.make_node(
+        PRODUCT,
+        [rows, *weights, *[""] * (NORM_INPUT - 1 - len(weights)), scale],
+        product.output,
+        product.name,
+        domain=OWN,
+        **_attributes(product),
+        epsilon=_attributes(norm)["epsilon"],
+    )
+
+
+def _norm_and_product(node: NodeProto) -> list[NodeProto]:
+    attributes = _attributes(node)
+    epsilon = attributes.pop("epsilon")
+    rows, weight, bias, scale = node.input
+    name = _value(scale)
+    return [
+        helper.make_node(
+            "SimplifiedLayerNormalization", [rows, scale], [name], name, axis=-1, epsilon=epsilon
+        ),
+        helper.make_node(
+            PRODUCT, [name, weight, *filter(None, [bias])], node.output, node.name, domain=OWN, **attributes
+        ),
+    ]
 
 
 def _fuse(nodes: Sequence[NodeProto]) -> NodeProto | None:
@@ -92,7 +150,7 @@ def _parts(node: NodeProto) -> list[NodeProto]:
         role: str, rows: str, weights: list[str], width: int, num_rows: int, output: str
     ) -> NodeProto:
         return helper.make_node(
-            "QuantizedMatMul",
+            PRODUCT,
             [rows, *weights],
             [output],
             output,

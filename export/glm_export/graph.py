@@ -1,7 +1,8 @@
 """Owns the ONNX graph: nodes, names and order; the weights flow past it into the external data file.
 
 Invariant: the target's provider has a kernel in ONNX Runtime for every node, except PagedAttention,
-QuantizedMatMul and PostAttention on the CPU, which the engine brings itself.
+QuantizedMatMul and PostAttention on the CPU, which the engine brings itself. Where those multiply, nothing
+that ONNX Runtime computes rounds.
 """
 
 from __future__ import annotations

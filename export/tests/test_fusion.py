@@ -34,8 +34,14 @@ def test_a_fused_graph_reads_like_the_one_it_was_made_of(tiny_checkpoint, tmp_pa
     )
     # Of two layers; the first norm and product have no attention before them.
     assert (before["QuantizedMatMul"], before["SkipSimplifiedLayerNormalization"]) == (9, 4)
-    assert (after["QuantizedMatMul"], after["PostAttention"]) == (1, 2)
-    assert not after["SkipSimplifiedLayerNormalization"]
+    # What is left to ONNX Runtime copies numbers and widens them, which is exact on any processor.
+    assert after == {
+        "Gather": 3,
+        "Cast": 1,
+        "QuantizedMatMul": 1,
+        "PagedAttention": 2,
+        "PostAttention": 2,
+    }
     names = json.loads((unfused / MANIFEST_FILE).read_text())["graph"]["names"]
     for want, found in zip(
         interpreter.logits(unfused / GRAPH_FILE, IDS, names),
@@ -85,5 +91,13 @@ def test_what_one_node_cannot_compute_is_left_alone(unfused, change):
     first = next(i for i, node in enumerate(nodes) if node.name == "layers.0.dense")
     change(*nodes[first : first + len(fusion.KINDS)])
     found = list(fusion.fused(nodes))
-    assert found[first : first + len(fusion.KINDS)] == nodes[first : first + len(fusion.KINDS)]
+    # The norm before it is in the product by now.
+    assert found[first - 1 :][: len(fusion.KINDS)] == nodes[first:][: len(fusion.KINDS)]
     assert sum(node.op_type == fusion.KIND for node in found) == 1
+
+
+def test_a_norm_that_somebody_else_reads_stays_a_node(unfused):
+    nodes = list(load(unfused).node)
+    at = next(i for i, node in enumerate(nodes) if node.op_type == "SimplifiedLayerNormalization")
+    nodes.append(helper.make_node("Identity", [nodes[at].output[0]], ["other"]))
+    assert list(fusion.fused(nodes))[at : at + 2] == nodes[at : at + 2]

@@ -229,3 +229,14 @@ def test_settings_of_another_shape_are_named(tiny_checkpoint, tmp_path, file, co
     (folder / file).write_text(json.dumps(config | content if file == "config.json" else content))
     with pytest.raises(ExportError, match=message):
         cli.export(folder, tmp_path / "out", "int4")
+
+
+def test_the_manifest_says_whose_products_there_are(folders, tmp_path):
+    """A server that promises the bits of its own kernels must not be told that there are no others."""
+    root, _ = folders
+    cli.export(root / "quantised", tmp_path / "out", "int4")
+    kinds = {
+        node.op_type for node in onnx.load(tmp_path / "out" / GRAPH_FILE, load_external_data=False).graph.node
+    }
+    assert {"MatMulNBits", "QuantizedMatMul"} <= kinds
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["graph"]["kernel"] == "ort"

@@ -190,6 +190,7 @@ mod tests {
             device_id: None,
             device_memory_bytes: None,
             enforce_eager: false,
+            bit_exact: false,
         };
         let mut out = Vec::new();
         let num_wrong = run(folder.path(), options, &mut out, &mut |_| ()).unwrap();

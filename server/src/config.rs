@@ -87,6 +87,10 @@ pub struct RuntimeArgs {
     /// Launch every kernel by itself, no CUDA graphs of decode steps, for a graph of the CUDA provider
     #[arg(long, env = "GLMSERVE_ENFORCE_EAGER")]
     pub enforce_eager: bool,
+    /// Compute the same bits on every processor, for int4 and int8 graphs of the CPU provider: attention does
+    /// without AMX, the only instructions with bits of their own (prompts take longer where there are any)
+    #[arg(long, env = "GLMSERVE_BIT_EXACT")]
+    pub bit_exact: bool,
 }
 
 /// Options of `serve`.
@@ -284,6 +288,7 @@ impl RuntimeArgs {
             device_id: self.device,
             device_memory_bytes: self.gpu_memory.map(|mib| mib << 20),
             enforce_eager: self.enforce_eager,
+            bit_exact: self.bit_exact,
         }
     }
 }

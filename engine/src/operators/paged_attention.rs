@@ -1,8 +1,8 @@
 //! Owns the operator `PagedAttention` as ONNX Runtime sees it: its inputs, attributes and threads.
 //!
 //! Invariant: a row of the output depends, to the last bit, on its own sequence's tokens only: not on
-//! the batch, the chunks a sequence came in, the blocks it lies in or the number of threads. And no
-//! panic crosses into ONNX Runtime: bad inputs are errors that name the input.
+//! the batch, the chunks a sequence came in, the blocks it lies in, the number of threads or, AMX's apart, the
+//! instruction set. And no panic crosses into ONNX Runtime: bad inputs are errors that name the input.
 
 mod attend;
 mod attributes;
@@ -77,27 +77,33 @@ enum Presence {
 }
 
 /// Adds the operator over each type of cache. `num_threads` is how many the sessions have, 0 for one a
-/// core.
+/// core; `bit_exact` does without AMX.
 ///
 /// # Errors
 /// When ONNX Runtime refuses it.
-pub(super) fn add_to(domain: OperatorDomain, num_threads: usize) -> ort::Result<OperatorDomain> {
-    domain.add(PagedAttention::<f32>::new(num_threads))?.add(PagedAttention::<bf16>::new(num_threads))
+pub(super) fn add_to(
+    domain: OperatorDomain,
+    num_threads: usize,
+    bit_exact: bool,
+) -> ort::Result<OperatorDomain> {
+    let domain = domain.add(PagedAttention::<f32>::new(num_threads, bit_exact))?;
+    domain.add(PagedAttention::<bf16>::new(num_threads, bit_exact))
 }
 
 /// The operator over caches of `E`. Its kernels, one a layer, run one after the other and share a
 /// workspace.
 struct PagedAttention<E> {
     num_threads: usize,
+    bit_exact: bool,
     workspace: Arc<Mutex<Workspace>>,
     cache: PhantomData<E>,
 }
 
 impl<E> PagedAttention<E> {
     /// The operator for sessions of `num_threads` threads; 0 is one a core.
-    fn new(num_threads: usize) -> Self {
+    fn new(num_threads: usize, bit_exact: bool) -> Self {
         let num_threads = threads_of_session(num_threads);
-        Self { num_threads, workspace: Arc::default(), cache: PhantomData }
+        Self { num_threads, bit_exact, workspace: Arc::default(), cache: PhantomData }
     }
 }
 
@@ -154,6 +160,7 @@ impl<E: Element> Operator for PagedAttention<E> {
             attributes,
             simd,
             num_threads: self.num_threads,
+            bit_exact: self.bit_exact,
             workspace: Arc::clone(&self.workspace),
             cache: PhantomData,
         })
@@ -180,6 +187,7 @@ struct PagedAttentionKernel<E> {
     attributes: Attributes,
     simd: Simd,
     num_threads: usize,
+    bit_exact: bool,
     workspace: Arc<Mutex<Workspace>>,
     cache: PhantomData<E>,
 }
@@ -213,7 +221,7 @@ impl<E: Element> PagedAttentionKernel<E> {
             return Ok(());
         }
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
-        let in_tiles = self.simd.wants_tiles::<E>(&geometry);
+        let in_tiles = !self.bit_exact && self.simd.wants_tiles::<E>(&geometry);
         let (key_cache, value_cache) = (elements::<E>(key_cache)?, elements(value_cache)?);
         // SAFETY: the contract of the operator is that both caches are updated in place, each slot by one token
         // at most. So the caller gives two tensors of this shape, which nobody else uses during the run. The

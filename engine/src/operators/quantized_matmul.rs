@@ -3,9 +3,11 @@
 //!
 //! ```text
 //! inputs      x float32 [T, K]; weights uint8 [panels, panel bytes], see `packing`;
-//!             bias float32 [panels, 32], optional, in the order of the packed columns
+//!             bias float32 [panels, 32], optional, in the order of the packed columns;
+//!             norm float32 [K], optional: the weight of an RMSNorm of x, which comes first
 //! output      float32 [T, N]; with the epilogue swiglu [T, N / 2]: silu(first half) * second half
-//! attributes  K, N, bits (4, 8), block_size (32 to 512, a power of 2; divides K), epilogue (none, swiglu)
+//! attributes  K, N, bits (4, 8), block_size (32 to 512, a power of 2; divides K), epilogue (none, swiglu);
+//!             epsilon, with norm only
 //! ```
 //!
 //! Rows become int8 with a scale for each row and block of K.
@@ -38,6 +40,7 @@ use super::large_pages::{Copied, LargePages};
 use super::parallel::{SessionThreads, threads_of_session, with_workspace};
 use activations::Activations;
 use multiply::{Call, Rows};
+use norm::Norm;
 use packing::COLUMNS;
 use product::Product;
 use simd::Simd;
@@ -71,6 +74,7 @@ impl Operator for QuantizedMatMul {
             OperatorInput::required(TensorElementType::Float32),
             OperatorInput::required(TensorElementType::Uint8),
             OperatorInput::optional(TensorElementType::Float32),
+            OperatorInput::optional(TensorElementType::Float32),
         ]
     }
 
@@ -102,15 +106,22 @@ impl Operator for QuantizedMatMul {
     fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<QuantizedMatMulKernel> {
         let product = Product::check(|name| ctx.get(name), |name| ctx.get(name)).map_err(error)?;
         let simd = Simd::choose(super::forced_simd().as_deref()).map_err(error)?;
-        let (workspace, pages) = (Arc::clone(&self.workspace), Arc::clone(&self.pages));
-        let num_threads = self.num_threads;
-        Ok(QuantizedMatMulKernel { product, simd, num_threads, workspace, pages, weights: OnceLock::new() })
+        Ok(QuantizedMatMulKernel {
+            product,
+            epsilon: ctx.get("epsilon"),
+            simd,
+            num_threads: self.num_threads,
+            workspace: Arc::clone(&self.workspace),
+            pages: Arc::clone(&self.pages),
+            weights: OnceLock::new(),
+        })
     }
 }
 
 /// The kernel of one node.
 pub(super) struct QuantizedMatMulKernel {
     product: Product,
+    epsilon: Option<f32>,
     simd: Simd,
     num_threads: usize,
     workspace: Arc<Mutex<Activations>>,
@@ -129,7 +140,7 @@ impl Kernel for QuantizedMatMulKernel {
 impl QuantizedMatMulKernel {
     fn multiply(&self, ctx: &ComputeContext) -> ort::Result<()> {
         let product = self.product;
-        let (x, weights, bias) = (input(ctx, 0)?, input(ctx, 1)?, input(ctx, 2)?);
+        let (x, weights, bias, norm) = (input(ctx, 0)?, input(ctx, 1)?, input(ctx, 2)?, input(ctx, 3)?);
         let absent = |name: &str| error(format!("{name}: is absent"));
         let x = x.ok_or_else(|| absent("x"))?;
         let weights = weights.ok_or_else(|| absent("weights"))?;
@@ -150,6 +161,18 @@ impl QuantizedMatMulKernel {
                 Some(bias)
             }
         };
+        let norm = match (&norm, self.epsilon) {
+            (None, None) => None,
+            (Some(norm), Some(epsilon)) => {
+                let (shape, weight) = norm.try_extract_tensor::<f32>()?;
+                if **shape != [product.k as i64] {
+                    return Err(error(format!("norm: shape {shape:?} is not [{}]", product.k)));
+                }
+                Some(Norm { weight, epsilon })
+            }
+            (Some(_), None) => return Err(error("epsilon is missing, which the input norm needs".into())),
+            (None, Some(_)) => return Err(error("norm: is absent, but there is epsilon".into())),
+        };
         let output = ctx.output(0, [rows, product.width() as i64])?;
         let mut output = output.ok_or_else(|| error("output: is not wanted".into()))?;
         if rows == 0 {
@@ -158,7 +181,7 @@ impl QuantizedMatMulKernel {
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
         let threads = SessionThreads { ctx, num_threads: self.num_threads };
         let (x, output) = (Rows::read(x), Rows::write(output));
-        let call = Call { product, x, norm: None, weights, bias, addend: None, output };
+        let call = Call { product, x, norm, weights, bias, addend: None, output };
         with_workspace(&self.workspace, |activations| self.simd.run(&[call], activations, &threads))
             .map_err(error)
     }

@@ -41,6 +41,9 @@ pub struct OrtOptions {
     pub device_memory_bytes: Option<usize>,
     /// Whether decode steps are not to be captured as CUDA graphs; for graphs of the CUDA provider.
     pub enforce_eager: bool,
+    /// Whether every instruction set has to give the same bits, which excludes AMX from attention; for graphs of
+    /// the CPU provider with the engine's own products.
+    pub bit_exact: bool,
 }
 
 /// Runs a model folder's graph. [`ModelRunner::run`] is [`OrtRunner::bind`], [`OrtRunner::compute`] and
@@ -105,7 +108,7 @@ impl OrtRunner {
     /// [`LoadError`]: the library, the graph, the budget or an option doesn't fit.
     pub fn load(dir: &Path, manifest: &Manifest, options: &OrtOptions) -> Result<Self, LoadError> {
         let graph = manifest.graph.clone();
-        provider::check_options(graph.provider, options)?;
+        provider::check_options(graph.provider, graph.kernel, options)?;
         let layout = layout(&manifest.geometry, &graph, options.kv_cache_bytes)?;
         let environment = environment(&options.library)?;
         let device = Device::new(graph.provider, options);

@@ -144,7 +144,7 @@ impl Graph {
             model.message(8, Message::default().text(1, domain).int(2, version));
         }
         let builder = Session::builder(environment())?.with_intra_threads(num_threads)?;
-        operators::session(builder, num_threads, |mut builder| builder.commit_from_memory(&model.0))
+        operators::session(builder, num_threads, false, |mut builder| builder.commit_from_memory(&model.0))
     }
 }
 

@@ -1,8 +1,9 @@
 //! Owns the inner loops: scores, weights, weighted values, and folding one tile into another.
 //!
 //! Invariant: each result is one chain of operations in a fixed order (over channels for a score,
-//! over keys for a sum or an output) whatever the number of rows, keys or columns computed side by
-//! side. That is what makes a row's bits independent of the tile it is computed in.
+//! over keys for an output) or, for what is reduced over keys, 16 such chains that are combined by halving, whatever
+//! the number of rows, keys or columns computed side by side. That is what makes a row's bits independent of the
+//! tile it is computed in and of the instruction set.
 
 use super::element::Element;
 use super::exp::exp;
@@ -10,8 +11,14 @@ use super::kv_cache::{RUN, Runs, TILE, prefetch};
 use super::products::Rows;
 use super::simd::{Lanes, Level, MASKED};
 
+/// Lanes that sums and maxima over keys have at every level, in as many registers as it takes.
+const LANES: usize = 16;
+/// Registers that hold them at most.
+const MAX_REGISTERS: usize = LANES / 4;
+
 /// Scores of `A` rows from `row` on with the tile's first `num_keys` keys, `B` vectors of them at a time,
-/// into the working memory, `[width][TILE]`. What a row does not see is masked, up to a multiple of `B` vectors.
+/// into the working memory, `[width][TILE]`. What a row does not see is masked, up to a multiple of 16 keys and of
+/// `B` vectors.
 ///
 /// # Safety
 /// There are `row + A` rows, and no row sees a key from `num_keys` on; the working memory has room for the
@@ -26,7 +33,7 @@ pub(super) unsafe fn score<L: Lanes, E: Element, const A: usize, const B: usize>
 ) {
     let Rows { query, head_dim, visible, work: scores, .. } = *rows;
     let query = query.wrapping_add(row * head_dim);
-    for first in (0..num_keys).step_by(B * L::NUM) {
+    for first in (0..num_keys.next_multiple_of(LANES)).step_by(B * L::NUM) {
         let mut keys = [runs.keys[0]; B];
         let mut values = [runs.values[0]; B];
         let mut next = [runs.keys[0]; B];
@@ -77,34 +84,46 @@ pub(super) unsafe fn score<L: Lanes, E: Element, const A: usize, const B: usize>
 /// that and the sum of the weights.
 ///
 /// # Safety
-/// `scores` holds `num_keys` floats, rounded up to a vector, those from `num_keys` on masked.
+/// `scores` holds `num_keys` floats, rounded up to 16, those from `num_keys` on masked.
 #[inline(always)]
 pub(super) unsafe fn weights<L: Lanes>(lanes: L, scores: *mut f32, num_keys: usize) -> (f32, f32) {
-    let mut top = lanes.splat(MASKED);
-    for key in (0..num_keys).step_by(L::NUM) {
-        // SAFETY: the caller vouches for the vectors below num_keys.
-        top = lanes.max(top, unsafe { lanes.load(scores.add(key)) });
-    }
-    let top = reduce(lanes, top, |a, b| if a > b { a } else { b });
-    let mut sum = lanes.splat(0.0);
-    for key in (0..num_keys).step_by(L::NUM) {
-        // SAFETY: as above.
-        unsafe {
-            let weight = exp(lanes, lanes.sub(lanes.load(scores.add(key)), lanes.splat(top)));
-            sum = lanes.add(sum, weight);
-            lanes.store(scores.add(key), weight);
+    let num_registers = LANES / L::NUM;
+    let mut tops = [lanes.splat(MASKED); MAX_REGISTERS];
+    for key in (0..num_keys).step_by(LANES) {
+        for (i, top) in tops.iter_mut().enumerate().take(num_registers) {
+            // SAFETY: the caller vouches for the scores.
+            *top = lanes.max(*top, unsafe { lanes.load(scores.add(key + i * L::NUM)) });
         }
     }
-    (top, reduce(lanes, sum, |a, b| a + b))
+    let top = reduce(lanes, tops, |a, b| if a > b { a } else { b });
+    let mut sums = [lanes.splat(0.0); MAX_REGISTERS];
+    for key in (0..num_keys).step_by(LANES) {
+        for (i, sum) in sums.iter_mut().enumerate().take(num_registers) {
+            // SAFETY: as above.
+            unsafe {
+                let score = scores.add(key + i * L::NUM);
+                let weight = exp(lanes, lanes.sub(lanes.load(score), lanes.splat(top)));
+                *sum = lanes.add(*sum, weight);
+                lanes.store(score, weight);
+            }
+        }
+    }
+    (top, reduce(lanes, sums, |a, b| a + b))
 }
 
-/// All lanes as one, halving in a fixed order.
+/// 16 lanes as one, halving in a fixed order; they are in as many registers as it takes at this level.
 #[inline(always)]
-pub(super) fn reduce<L: Lanes>(lanes: L, x: L::Vector, f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut parts = [0f32; 16];
-    // SAFETY: no level has more lanes.
-    unsafe { lanes.store(parts.as_mut_ptr(), x) };
-    let mut len = L::NUM;
+pub(super) fn reduce<L: Lanes>(
+    lanes: L,
+    registers: [L::Vector; MAX_REGISTERS],
+    f: impl Fn(f32, f32) -> f32,
+) -> f32 {
+    let mut parts = [0f32; LANES];
+    for (part, register) in parts.chunks_exact_mut(L::NUM).zip(registers) {
+        // SAFETY: the part has room for a vector.
+        unsafe { lanes.store(part.as_mut_ptr(), register) };
+    }
+    let mut len = LANES;
     while len > 1 {
         len /= 2;
         for i in 0..len {

@@ -1,7 +1,7 @@
 //! Owns the choice of an instruction set and the vector operations that the kernels are written in.
 //!
-//! Invariant: a level's lane types round every operation alike whatever their width, so a value's
-//! bits do not depend on which width computed it. Only the choice of level may change bits.
+//! Invariant: lane types round every operation alike, whatever their width and level, so a value's bits do not depend
+//! on what computed it. Only AMX's tiles, which multiply bfloat16, give other bits.
 
 pub(super) mod portable;
 
@@ -55,7 +55,7 @@ pub(super) trait Lanes: Copy {
     fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `a * b`.
     fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
-    /// `a * b + c`, in one rounding where the level has such an instruction.
+    /// `a * b + c` in one rounding.
     fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// The larger of each pair.
     fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
@@ -107,7 +107,7 @@ impl Simd {
     /// Says whether the name is unknown or this CPU lacks it.
     pub(super) fn named(name: &str) -> Result<Self, String> {
         let level = match name {
-            "portable" => Some(Self::Portable(portable::Portable)),
+            "portable" => Some(Self::Portable(portable::Portable::detect())),
             #[cfg(target_arch = "x86_64")]
             "avx2" | "avxvnni" => avx2::Avx2::detect().map(Self::Avx2),
             #[cfg(target_arch = "x86_64")]
@@ -132,7 +132,7 @@ impl Simd {
                 .iter()
                 .rev()
                 .find_map(|name| Self::named(name).ok())
-                .unwrap_or(Self::Portable(portable::Portable))),
+                .unwrap_or_else(|| Self::Portable(portable::Portable::detect()))),
         }
     }
 

@@ -8,6 +8,7 @@ use half::bf16;
 
 use super::element::Element;
 use super::simd::Simd;
+use super::simd::portable::Portable;
 use crate::counting_allocator::num_allocations;
 use crate::operators::testing::Random;
 use world::{Shape, Share, World};
@@ -200,6 +201,38 @@ fn a_row_has_the_same_bits_in_any_company() {
         let mut random = Random(seed);
         let (len, head_dim) = (20 + random.below(500), random.pick(&[64, 80, 128]));
         same_bits::<bf16>(seed, Shape::of_heads(&mut random, head_dim, len.max(300)), len);
+    }
+}
+
+/// AMX apart, whose tiles multiply bfloat16.
+#[test]
+fn every_level_gives_the_same_bits() {
+    for seed in 300..330 {
+        let mut random = Random(seed);
+        let head_dim = random.pick(&[64, 128, 20, 50, 80, 256]);
+        let shape = Shape::of_heads(&mut random, head_dim, 340);
+        equal_at_every_level::<f32>(seed, shape);
+        equal_at_every_level::<bf16>(seed, shape);
+    }
+}
+
+fn equal_at_every_level<E: Element>(seed: u64, shape: Shape) {
+    let mut random = Random(seed + 1);
+    let block_size = random.pick(&[16, 32, 64, 128, 256, 512]);
+    // Every context up to the first length, then ragged ones.
+    let (len, rows) = (1 + random.below(300), 1 + random.below(40));
+    let baseline = Simd::Portable(Portable::baseline());
+    let mut expected: Option<Vec<u32>> = None;
+    for (name, simd) in
+        [("baseline", baseline)].into_iter().chain(levels()).filter(|(name, _)| *name != "amx")
+    {
+        let mut world = World::<E>::new(seed, 1, shape, block_size, 1);
+        let mut output = world.step(&[share(0, 0, len)], simd, 2);
+        output.extend(world.step(&[share(0, len, rows)], simd, 3));
+        let output = bits(&output);
+        let want = expected.get_or_insert_with(|| output.clone());
+        let at = output.iter().zip(&*want).position(|(got, want)| got != want);
+        assert_eq!(at, None, "{:?} seed {seed} {name} {shape:?} block_size {block_size} len {len}", E::TYPE);
     }
 }
 

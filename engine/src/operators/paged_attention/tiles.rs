@@ -124,7 +124,7 @@ impl Tiles {
                 }
             }
         }
-        let top = kernels::reduce(lanes, lanes.max(tops[0], tops[1]), |a, b| if a > b { a } else { b });
+        let top = kernels::reduce(lanes, [lanes.max(tops[0], tops[1]); _], |a, b| if a > b { a } else { b });
         let mut sums = [lanes.splat(0.0); 2];
         for key in (0..num_keys).step_by(DEPTH) {
             // SAFETY: the caller vouches for scores and parts.
@@ -138,7 +138,7 @@ impl Tiles {
                 self.split(weights, parts.add(key / DEPTH * PART), row);
             }
         }
-        (top, kernels::reduce(lanes, lanes.add(sums[0], sums[1]), |a, b| a + b))
+        (top, kernels::reduce(lanes, [lanes.add(sums[0], sums[1]); _], |a, b| a + b))
     }
 
     /// Where the tiles of each 32 of the first `num_keys` values start, and bytes from one to that of the next

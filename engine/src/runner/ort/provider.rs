@@ -17,7 +17,7 @@ use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::{KvCacheLayout, OrtOptions};
 use crate::error::LoadError;
-use crate::manifest::{Dtype, Geometry, Graph, Provider};
+use crate::manifest::{Dtype, Geometry, Graph, Kernel, Provider};
 use crate::operators;
 
 /// Bytes of a cache line.
@@ -73,11 +73,23 @@ fn device_id(options: &OrtOptions) -> i32 {
     options.device_id.unwrap_or(0)
 }
 
-/// Refuses options that a provider would take no notice of.
+/// Refuses options that a provider would take no notice of, and promises that its kernels do not keep.
 ///
 /// # Errors
 /// [`LoadError::Config`] names the first.
-pub(super) fn check_options(provider: Provider, options: &OrtOptions) -> Result<(), LoadError> {
+pub(super) fn check_options(
+    provider: Provider,
+    kernel: Kernel,
+    options: &OrtOptions,
+) -> Result<(), LoadError> {
+    if options.bit_exact && kernel != Kernel::Glmserve {
+        return Err(LoadError::Config(
+            "--bit-exact is for graphs with the engine's own products (exported with --precision int4 or int8 for \
+             the CPU, and --kernel glmserve); the products of this one are ONNX Runtime's, whose bits depend on the \
+             processor"
+                .into(),
+        ));
+    }
     let of_cuda = [
         ("--device", options.device_id.is_some()),
         ("--gpu-memory", options.device_memory_bytes.is_some()),
@@ -115,7 +127,8 @@ fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Re
         // product. Without an end they would take the processors from HTTP: tests/bench/NOTES.md.
         .with_config_entry("session.intra_op.spin_duration_us", "100")?
         .with_optimization_level(GraphOptimizationLevel::All)?;
-    operators::session(builder, options.num_threads, |mut builder| builder.commit_from_file(path))
+    let (num_threads, bit_exact) = (options.num_threads, options.bit_exact);
+    operators::session(builder, num_threads, bit_exact, |mut builder| builder.commit_from_file(path))
 }
 
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
@@ -241,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn options_of_a_gpu_are_refused_by_name_for_the_cpu() {
+    fn options_that_a_graph_cannot_honour_are_refused_by_name() {
         let none = OrtOptions {
             library: "no/such/library".into(),
             num_threads: 1,
@@ -249,17 +262,24 @@ mod tests {
             device_id: None,
             device_memory_bytes: None,
             enforce_eager: false,
+            bit_exact: false,
         };
-        assert!(check_options(Provider::Cpu, &none).is_ok());
+        assert!(check_options(Provider::Cpu, Kernel::Ort, &none).is_ok());
         for (name, options) in [
             // The very device that is the default: what is given is meant.
             ("--device ", OrtOptions { device_id: Some(0), ..none.clone() }),
             ("--gpu-memory ", OrtOptions { device_memory_bytes: Some(1), ..none.clone() }),
             ("--enforce-eager ", OrtOptions { enforce_eager: true, ..none.clone() }),
         ] {
-            let error = check_options(Provider::Cpu, &options).unwrap_err().to_string();
+            let error = check_options(Provider::Cpu, Kernel::Glmserve, &options).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");
-            assert!(check_options(Provider::Cuda, &options).is_ok());
+            assert!(check_options(Provider::Cuda, Kernel::Ort, &options).is_ok());
+        }
+        let exact = OrtOptions { bit_exact: true, ..none };
+        assert!(check_options(Provider::Cpu, Kernel::Glmserve, &exact).is_ok());
+        for provider in [Provider::Cpu, Provider::Cuda] {
+            let error = check_options(provider, Kernel::Ort, &exact).unwrap_err().to_string();
+            assert!(error.starts_with("--bit-exact "), "{error}");
         }
     }
 }

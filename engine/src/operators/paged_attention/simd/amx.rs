@@ -7,8 +7,9 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::Level;
-use super::avx2::{Fused, Xmm};
+use super::avx2::Xmm;
 use super::avx512::{Avx512, Zmm};
+use super::portable::Floats;
 use crate::operators::amx::{self, HEIGHT, Numbers, ROW, Shapes};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
 use crate::operators::paged_attention::element::Element;
@@ -167,7 +168,7 @@ impl Amx {
 impl Level for Amx {
     type Wide = Zmm;
     type Narrow = Xmm;
-    type Single = Fused;
+    type Single = Floats<1>;
 
     #[inline(always)]
     fn wide(self) -> Zmm {
@@ -178,7 +179,7 @@ impl Level for Amx {
         self.0.narrow()
     }
     #[inline(always)]
-    fn single(self) -> Fused {
+    fn single(self) -> Floats<1> {
         self.0.single()
     }
     fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {

@@ -5,7 +5,7 @@
 use std::arch::x86_64::*;
 
 use super::portable::Floats;
-use super::{Lanes, Level, x86_lanes};
+use super::{Level, x86_lanes};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
 use crate::operators::paged_attention::element::Element;
 use crate::operators::paged_attention::products::Vectors;
@@ -65,75 +65,10 @@ x86_lanes!(
     |y, z| _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(y), _mm_slli_epi32::<23>(_mm_castps_si128(z)),))
 );
 
-/// One float, with the fused multiplication of its wider kin.
-#[derive(Clone, Copy)]
-pub(in super::super) struct Fused(());
-
-impl Lanes for Fused {
-    type Vector = [f32; 1];
-    const NUM: usize = 1;
-
-    #[inline(always)]
-    fn splat(self, x: f32) -> [f32; 1] {
-        [x]
-    }
-    #[inline(always)]
-    unsafe fn load(self, from: *const f32) -> [f32; 1] {
-        // SAFETY: the caller vouches for one float.
-        unsafe { Floats::<1>.load(from) }
-    }
-    #[inline(always)]
-    unsafe fn widen(self, from: *const u16) -> [f32; 1] {
-        // SAFETY: the caller vouches for one element.
-        unsafe { Floats::<1>.widen(from) }
-    }
-    #[inline(always)]
-    fn iota(self) -> [f32; 1] {
-        Floats::<1>.iota()
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32, x: [f32; 1]) {
-        // SAFETY: the caller vouches for one float.
-        unsafe { Floats::<1>.store(to, x) }
-    }
-    #[inline(always)]
-    fn add(self, a: [f32; 1], b: [f32; 1]) -> [f32; 1] {
-        Floats::<1>.add(a, b)
-    }
-    #[inline(always)]
-    fn sub(self, a: [f32; 1], b: [f32; 1]) -> [f32; 1] {
-        Floats::<1>.sub(a, b)
-    }
-    #[inline(always)]
-    fn mul(self, a: [f32; 1], b: [f32; 1]) -> [f32; 1] {
-        Floats::<1>.mul(a, b)
-    }
-    #[inline(always)]
-    fn mul_add(self, a: [f32; 1], b: [f32; 1], c: [f32; 1]) -> [f32; 1] {
-        [a[0].mul_add(b[0], c[0])]
-    }
-    #[inline(always)]
-    fn max(self, a: [f32; 1], b: [f32; 1]) -> [f32; 1] {
-        Floats::<1>.max(a, b)
-    }
-    #[inline(always)]
-    fn zero_below(self, x: [f32; 1], limit: [f32; 1], y: [f32; 1]) -> [f32; 1] {
-        Floats::<1>.zero_below(x, limit, y)
-    }
-    #[inline(always)]
-    fn hide(self, score: [f32; 1], position: [f32; 1], visible: [f32; 1]) -> [f32; 1] {
-        Floats::<1>.hide(score, position, visible)
-    }
-    #[inline(always)]
-    fn add_exponent(self, y: [f32; 1], z: [f32; 1]) -> [f32; 1] {
-        Floats::<1>.add_exponent(y, z)
-    }
-}
-
 impl Level for Avx2 {
     type Wide = Ymm;
     type Narrow = Xmm;
-    type Single = Fused;
+    type Single = Floats<1>;
 
     #[inline(always)]
     fn wide(self) -> Ymm {
@@ -144,8 +79,8 @@ impl Level for Avx2 {
         Xmm(self)
     }
     #[inline(always)]
-    fn single(self) -> Fused {
-        Fused(())
+    fn single(self) -> Floats<1> {
+        Floats
     }
     fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
         #[target_feature(enable = "avx2,fma")]

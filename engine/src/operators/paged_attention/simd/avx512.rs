@@ -4,7 +4,8 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::{Avx2, Fused, Xmm};
+use super::avx2::{Avx2, Xmm};
+use super::portable::Floats;
 use super::{Level, x86_lanes};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
 use crate::operators::paged_attention::element::Element;
@@ -54,7 +55,7 @@ x86_lanes!(
 impl Level for Avx512 {
     type Wide = Zmm;
     type Narrow = Xmm;
-    type Single = Fused;
+    type Single = Floats<1>;
 
     #[inline(always)]
     fn wide(self) -> Zmm {
@@ -65,7 +66,7 @@ impl Level for Avx512 {
         self.0.narrow()
     }
     #[inline(always)]
-    fn single(self) -> Fused {
+    fn single(self) -> Floats<1> {
         self.0.single()
     }
     fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {

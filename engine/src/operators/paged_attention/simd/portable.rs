@@ -1,6 +1,8 @@
 //! Owns the kernels' arithmetic in plain Rust, for any CPU.
 //!
-//! Invariant: it needs no instruction beyond the target's baseline; the compiler vectorises it.
+//! Invariant: it needs no instruction beyond the target's baseline, and the compiler vectorises it. One rounding for
+//! `a * b + c` is part of the definition; where the baseline lacks the instruction it is a library call, unless the
+//! CPU has it nonetheless.
 
 use super::{Lanes, Level, MASKED};
 use crate::operators::paged_attention::attend::{Job, Task, attend};
@@ -8,12 +10,28 @@ use crate::operators::paged_attention::element::Element;
 use crate::operators::paged_attention::products::Vectors;
 use crate::operators::paged_attention::workspace::Scratch;
 
-/// Whether one rounding for `a * b + c` is an instruction; without it, it would be a library call.
-const FUSED: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
-
-/// Plain Rust.
+/// Plain Rust, with or without the proof that this CPU has FMA.
 #[derive(Debug, Clone, Copy)]
-pub(in super::super) struct Portable;
+pub(in super::super) struct Portable {
+    has_fma: bool,
+}
+
+impl Portable {
+    /// The baseline, with FMA where the CPU has it.
+    pub(in super::super) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let has_fma = is_x86_feature_detected!("fma");
+        #[cfg(not(target_arch = "x86_64"))]
+        let has_fma = false;
+        Self { has_fma }
+    }
+
+    /// The baseline only.
+    #[cfg(test)]
+    pub(in super::super) fn baseline() -> Self {
+        Self { has_fma: false }
+    }
+}
 
 /// `N` floats.
 #[derive(Clone, Copy)]
@@ -72,7 +90,7 @@ impl<const N: usize> Lanes for Floats<N> {
     fn mul_add(self, a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
         let mut out = c;
         for i in 0..N {
-            out[i] = if FUSED { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] };
+            out[i] = a[i].mul_add(b[i], c[i]);
         }
         out
     }
@@ -118,6 +136,15 @@ impl Level for Portable {
         Floats
     }
     fn attend<E: Element>(self, job: &Job<E>, task: Task, scratch: &mut Scratch) {
+        #[cfg(target_arch = "x86_64")]
+        if self.has_fma {
+            #[target_feature(enable = "fma")]
+            fn compiled<E: Element>(level: Portable, job: &Job<E>, task: Task, scratch: &mut Scratch) {
+                attend(level, Vectors::<_, 4, 2, 2>(level), job, task, scratch);
+            }
+            // SAFETY: `self` is the proof that this CPU has FMA.
+            return unsafe { compiled(self, job, task, scratch) };
+        }
         attend(self, Vectors::<_, 4, 2, 2>(self), job, task, scratch);
     }
 }
