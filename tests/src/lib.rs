@@ -3,6 +3,7 @@
 
 pub mod cache;
 pub mod fault_proxy;
+pub mod fuzz;
 pub mod machine;
 pub mod order;
 pub mod rng;

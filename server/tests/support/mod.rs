@@ -2,7 +2,8 @@
 //! what the user's message says.
 //!
 //! `say TEXT` replies TEXT; `slow N` replies N letters, 2 ms each; `pause MS` and `stall MS` hang so
-//! long before the first token and in mid-reply; `late MS` fails after so long; `flood N` replies N
+//! long before the first token and in mid-reply; `hush MS TEXT` replies TEXT and hangs that long at both
+//! places; `late MS` fails after so long; `flood N` replies N
 //! letters at once; `fail` fails on the third step, `refuse` on the first;
 //! `bytes HEX` replies these bytes.
 
@@ -332,6 +333,13 @@ fn play(history: &[u32]) -> Result<u32, RunError> {
                 std::thread::sleep(Duration::from_millis(argument.parse().unwrap()));
             }
             reply.extend(b"paused".map(byte));
+        }
+        "hush" => {
+            let (silence, text) = argument.split_once(' ').unwrap_or((argument, ""));
+            reply.extend(text.bytes().map(byte));
+            if generated == 0 || generated == reply.len() / 2 {
+                std::thread::sleep(Duration::from_millis(silence.parse().unwrap()));
+            }
         }
         "late" => {
             std::thread::sleep(Duration::from_millis(argument.parse().unwrap()));
