@@ -4,9 +4,9 @@
 
 use std::path::Path;
 
-use actix_web::body::MessageBody;
+use actix_web::body::{BoxBody, EitherBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::header;
+use actix_web::http::{Method, header};
 use actix_web::middleware::Next;
 use actix_web::{HttpMessage, web};
 use glm_engine::TenantId;
@@ -79,12 +79,14 @@ impl ApiKeys {
 
 /// Lets a request pass that brings a key, if keys are asked for, and notes whose it is.
 ///
+/// Others are answered with 401.
+///
 /// # Errors
-/// 401 otherwise.
+/// Those of the inner service.
 pub async fn guard<B: MessageBody>(
     request: ServiceRequest,
     next: Next<B>,
-) -> Result<ServiceResponse<B>, actix_web::Error> {
+) -> Result<ServiceResponse<EitherBody<B, BoxBody>>, actix_web::Error> {
     let keys = request.app_data::<web::Data<Lifecycle>>().and_then(|lifecycle| lifecycle.keys.as_ref());
     let (mut owner, mut tenant) = (Owner::ANYBODY, TenantId::default());
     if let Some(keys) = keys {
@@ -94,12 +96,16 @@ pub async fn guard<B: MessageBody>(
             scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
         });
         let found = given.and_then(|key| Some((keys.find(key)?, key)));
-        let (found, key) = found.ok_or_else(ApiError::invalid_api_key)?;
-        (owner, tenant) = (Owner::of(key), found);
+        (owner, tenant) = match found {
+            Some((found, key)) => (Owner::of(key), found),
+            // It says which methods a path takes, and does nothing.
+            None if request.method() == Method::OPTIONS => (owner, tenant),
+            None => return Ok(request.error_response(ApiError::invalid_api_key()).map_into_right_body()),
+        };
     }
     request.extensions_mut().insert(owner);
     request.extensions_mut().insert(tenant);
-    next.call(request).await
+    Ok(next.call(request).await?.map_into_left_body())
 }
 
 #[cfg(test)]

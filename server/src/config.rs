@@ -16,6 +16,7 @@ use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
 pub use self::scheduling::SchedulingArgs;
+use crate::origin::AllowedOrigins;
 use crate::state::HttpOptions;
 use crate::stream::event_log::LogLimits;
 use crate::stream::memory_store::StoreLimits;
@@ -112,6 +113,10 @@ pub struct ServeArgs {
     /// starts a comment [default: no key is needed]
     #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// Origins whose web pages may use the server: `https://HOST[:PORT]`, `localhost` for all of this machine,
+    /// `*` for all of the web; `null` and those of apps (`tauri://localhost`) only as they are
+    #[arg(long, env = "GLMSERVE_ALLOWED_ORIGINS", value_name = "ORIGIN,..", default_value = "localhost", value_parser = str::parse::<AllowedOrigins>)]
+    pub allowed_origins: AllowedOrigins,
     /// Who is computed when.
     #[command(flatten)]
     pub scheduling: SchedulingArgs,
@@ -215,6 +220,7 @@ impl ServeArgs {
     /// The limits of the HTTP side; no reply has more than `max_model_len` tokens.
     pub fn http_options(&self, max_model_len: usize) -> HttpOptions {
         HttpOptions {
+            allowed_origins: self.allowed_origins.clone(),
             max_body_bytes: self.max_body_bytes,
             body_memory_bytes: self.max_body_bytes.saturating_mul(NUM_LARGEST_BODIES),
             comment_period: Duration::from_secs(self.keep_alive_comment),
@@ -348,6 +354,15 @@ mod tests {
         let error = serve(&["--port", "tcp://10.0.0.1:80"]).unwrap_err();
         assert!(error.contains("enableServiceLinks"), "{error}");
         assert_eq!(serve(&["--port", "80"]).unwrap().port, 80);
+    }
+
+    #[test]
+    fn origins_are_checked_at_the_start() {
+        assert_eq!(serve(&[]).unwrap().allowed_origins, AllowedOrigins::default());
+        let args = serve(&["--allowed-origins", "https://chat.example, tauri://localhost"]).unwrap();
+        assert_eq!(args.allowed_origins, "https://chat.example,tauri://localhost".parse().unwrap());
+        let error = serve(&["--allowed-origins", "chat.example"]).unwrap_err();
+        assert!(error.contains("--allowed-origins") && error.contains("has no scheme"), "{error}");
     }
 
     #[test]

@@ -187,6 +187,12 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, DRAINING, message).retry_after(RETRY_UNAVAILABLE_S)
     }
 
+    /// A page that may not use this server asks.
+    pub fn origin_not_allowed(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::FORBIDDEN, "origin_not_allowed", message);
+        Self { param: Some("origin".into()), ..error }
+    }
+
     /// A request's header has a value that it can't have.
     pub fn invalid_header(name: &str, message: &str) -> Self {
         Self::parameter("invalid_header", name, format!("the header {name}: {message}"))

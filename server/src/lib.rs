@@ -12,7 +12,9 @@ mod json;
 pub mod known_answer;
 pub mod lifecycle;
 pub mod metrics;
+mod middleware;
 pub mod npy;
+pub mod origin;
 mod random;
 mod routes;
 pub mod shutdown;
@@ -29,6 +31,7 @@ use glm_engine::{SequenceError, SubmitError};
 use tokio::sync::mpsc;
 
 use crate::lifecycle::{Lifecycle, Loaded};
+use crate::middleware::{cors, paths, request_id};
 use crate::stream::connection::{self, Connection};
 use crate::text::TextError;
 
@@ -102,9 +105,12 @@ pub async fn serve<E: Into<LoadFailure>>(
     let app = move || {
         App::new()
             .app_data(shared.clone())
-            .wrap(from_fn(routes::loading::refuse))
-            .wrap(from_fn(routes::observe))
             // The last one is the first to see a request.
+            .wrap(from_fn(routes::loading::refuse))
+            .wrap(from_fn(cors::guard))
+            .wrap(from_fn(routes::observe))
+            .wrap(from_fn(paths::correct))
+            .wrap(from_fn(request_id::assign))
             .wrap(from_fn(routes::loading::attach_state))
             .configure(routes::configure)
     };

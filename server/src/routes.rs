@@ -15,13 +15,14 @@ use std::future::ready;
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::guard::{Any, Get, Head};
-use actix_web::http::{ConnectionType, Version};
+use actix_web::http::{ConnectionType, Method, Version, header};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{HttpRequest, HttpResponse, Resource, Route, web};
 
 use crate::auth;
 use crate::error::ApiError;
 use crate::lifecycle::Lifecycle;
+use crate::middleware::paths;
 
 /// Adds every route.
 pub(crate) fn configure(app: &mut web::ServiceConfig) {
@@ -36,12 +37,13 @@ pub(crate) fn configure(app: &mut web::ServiceConfig) {
                 // The last one is the first to see a request.
                 .wrap(from_fn(auth::guard))
                 .service(
-                    resource("/chat/completions", "POST").route(web::post().to(chat_completions::create)),
+                    resource("/chat/completions", "POST, OPTIONS")
+                        .route(web::post().to(chat_completions::create)),
                 )
                 .service(resource("/capabilities", READ).route(get().to(handshake::capabilities)))
                 .service(
                     // Not HEAD: it would be one more reader, of a reply that it throws away.
-                    resource("/streams/{id}", "GET, DELETE")
+                    resource("/streams/{id}", "GET, DELETE, OPTIONS")
                         .route(web::get().to(streams::get))
                         .route(web::delete().to(streams::delete)),
                 )
@@ -50,12 +52,12 @@ pub(crate) fn configure(app: &mut web::ServiceConfig) {
                 .service(resource("/models/{name:.+}", READ).route(get().to(models::get))),
         )
         .default_service(web::to(async |request: HttpRequest| -> Result<HttpResponse, ApiError> {
-            Err(ApiError::unknown_url(request.path()))
+            Err(ApiError::unknown_url(&paths::requested(&request)))
         }));
 }
 
 /// The methods of `get`.
-const READ: &str = "GET, HEAD";
+const READ: &str = "GET, HEAD, OPTIONS";
 
 fn get() -> Route {
     web::route().guard(Any(Get()).or(Head()))
@@ -63,8 +65,11 @@ fn get() -> Route {
 
 fn resource(path: &str, allowed: &'static str) -> Resource {
     let refuse = move |request: HttpRequest| {
-        let error = ApiError::method_not_allowed(request.method().as_str(), request.path(), allowed);
-        ready(Err::<HttpResponse, _>(error))
+        if request.method() == Method::OPTIONS {
+            return ready(Ok(HttpResponse::NoContent().insert_header((header::ALLOW, allowed)).finish()));
+        }
+        let path = paths::requested(&request);
+        ready(Err(ApiError::method_not_allowed(request.method().as_str(), &path, allowed)))
     };
     web::resource(path).default_service(web::to(refuse))
 }

@@ -8,12 +8,14 @@ use std::time::{Duration, SystemTime};
 
 use glm_engine::{EngineHandle, Fault, Manifest, Request, SubmitError};
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use crate::body_memory::BodyMemory;
 use crate::error::ApiError;
 use crate::known_answer::KnownAnswer;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Arrival, Metrics, StreamRecord};
+use crate::origin::AllowedOrigins;
 use crate::stream::cursor::Cursor;
 use crate::stream::event::Event;
 use crate::stream::event_log::{LogLimits, LogReader, event_log};
@@ -70,6 +72,8 @@ impl ServedModel {
 /// Limits and periods of the HTTP side.
 #[derive(Debug, Clone)]
 pub struct HttpOptions {
+    /// Whose pages may use the server.
+    pub allowed_origins: AllowedOrigins,
     /// Most bytes of a request's body.
     pub max_body_bytes: usize,
     /// Most bytes of all bodies that are being read.
@@ -228,7 +232,8 @@ impl AppState {
             limits,
             grace: self.options.resume_grace,
         };
-        self.pumps.spawn(pump.run());
+        // What it logs is about the request that started it, whoever reads the reply.
+        self.pumps.spawn(pump.run().in_current_span());
         Ok(OpenReply { stream, reader, arrival: Some(arrival) })
     }
 

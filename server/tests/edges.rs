@@ -158,9 +158,9 @@ fn methods_are_answered_as_http_says() {
             assert_eq!(server.call("HEAD", path, &[], &Value::Null).await.status(), 200, "{path}");
         }
         for (method, path, allowed) in [
-            ("GET", "/v1/chat/completions", "POST"),
-            ("PUT", "/readyz", "GET, HEAD"),
-            ("POST", "/v1/streams/x", "GET, DELETE"),
+            ("GET", "/v1/chat/completions", "POST, OPTIONS"),
+            ("PUT", "/readyz", "GET, HEAD, OPTIONS"),
+            ("POST", "/v1/streams/x", "GET, DELETE, OPTIONS"),
         ] {
             let response = server.call(method, path, &[], &Value::Null).await;
             assert_eq!(

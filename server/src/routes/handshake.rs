@@ -3,7 +3,7 @@
 //!
 //! Invariant: a client that pins a digest gets replies of exactly that model, or 409 with both values.
 
-use actix_web::body::MessageBody;
+use actix_web::body::{BoxBody, EitherBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::header::{HeaderName, HeaderValue};
 use actix_web::middleware::Next;
@@ -22,23 +22,23 @@ const API_VERSION: &str = "1";
 const VERSION_HEADER: HeaderName = HeaderName::from_static("glm-api-version");
 const DIGEST_HEADER: HeaderName = HeaderName::from_static("glm-model-digest");
 
-/// Compares what the client pins, and names what this server is.
+/// Compares what the client pins, and names what this server is. Who wants another model is answered with 409.
 ///
 /// # Errors
-/// 409 if the client wants another model; those of the inner service.
+/// Those of the inner service.
 pub(super) async fn greet<B: MessageBody>(
     request: ServiceRequest,
     next: Next<B>,
-) -> Result<ServiceResponse<B>, actix_web::Error> {
+) -> Result<ServiceResponse<EitherBody<B, BoxBody>>, actix_web::Error> {
     let state = request.app_data::<web::Data<AppState>>().cloned();
     let digest = state.as_ref().map_or("", |state| state.model.manifest.digest.as_str());
-    if let Some(pinned) = request.headers().get(DIGEST_HEADER)
-        && pinned.as_bytes() != digest.as_bytes()
-    {
-        let pinned = String::from_utf8_lossy(pinned.as_bytes());
-        return Err(ApiError::model_digest_mismatch(&pinned, digest).into());
-    }
-    let mut response = next.call(request).await?;
+    let other = request.headers().get(DIGEST_HEADER).filter(|pinned| pinned.as_bytes() != digest.as_bytes());
+    let mut response = match other.map(|other| String::from_utf8_lossy(other.as_bytes()).into_owned()) {
+        Some(other) => {
+            request.error_response(ApiError::model_digest_mismatch(&other, digest)).map_into_right_body()
+        }
+        None => next.call(request).await?.map_into_left_body(),
+    };
     let headers = response.headers_mut();
     headers.insert(VERSION_HEADER, HeaderValue::from_static(API_VERSION));
     if let Ok(digest) = HeaderValue::from_str(digest) {

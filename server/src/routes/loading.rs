@@ -4,7 +4,7 @@
 
 use std::rc::Rc;
 
-use actix_web::body::MessageBody;
+use actix_web::body::{BoxBody, EitherBody, MessageBody};
 use actix_web::dev::{Extensions, ServiceRequest, ServiceResponse};
 use actix_web::middleware::Next;
 use actix_web::web;
@@ -33,16 +33,16 @@ pub(crate) async fn attach_state<B: MessageBody>(
     next.call(request).await
 }
 
-/// Refuses what can't be answered before the model is loaded.
+/// Refuses with 503 what can't be answered before the model is loaded.
 ///
 /// # Errors
-/// 503 then; those of the inner service.
+/// Those of the inner service.
 pub(crate) async fn refuse<B: MessageBody>(
     request: ServiceRequest,
     next: Next<B>,
-) -> Result<ServiceResponse<B>, actix_web::Error> {
+) -> Result<ServiceResponse<EitherBody<B, BoxBody>>, actix_web::Error> {
     if request.app_data::<web::Data<AppState>>().is_none() && !FROM_THE_START.contains(&request.path()) {
-        return Err(ApiError::loading().into());
+        return Ok(request.error_response(ApiError::loading()).map_into_right_body());
     }
-    next.call(request).await
+    Ok(next.call(request).await?.map_into_left_body())
 }

@@ -19,9 +19,10 @@ pub(super) async fn get(
     name: web::Path<String>,
 ) -> Result<HttpResponse, ApiError> {
     let names = &state.model.names;
-    match names.contains(&name) {
-        true => Ok(json::answer(HttpResponse::Ok(), &describe(&state, &name))),
-        false => Err(ApiError::model_not_found(&name, names)),
+    // A slash at the end is the name's if there is such a name, or else the path's.
+    match names.iter().find(|known| **known == *name || *known == name.trim_end_matches('/')) {
+        Some(name) => Ok(json::answer(HttpResponse::Ok(), &describe(&state, name))),
+        None => Err(ApiError::model_not_found(&name, names)),
     }
 }
 

@@ -45,6 +45,7 @@ pub(crate) struct Options {
     pub(crate) drain_timeout: Duration,
     pub(crate) max_reply_bytes: usize,
     pub(crate) keys: Option<ApiKeys>,
+    pub(crate) allowed_origins: &'static str,
     pub(crate) max_model_len: usize,
     pub(crate) stall_min: Duration,
     pub(crate) comment_period: Duration,
@@ -65,6 +66,7 @@ impl Default for Options {
             drain_timeout: Duration::from_secs(10),
             max_reply_bytes: 1 << 20,
             keys: None,
+            allowed_origins: "localhost",
             max_model_len: 256,
             stall_min: Duration::from_secs(30),
             comment_period: Duration::from_secs(10),
@@ -121,6 +123,7 @@ impl Starting {
         };
         let (engine, _) = EngineThread::spawn(runner, config, geometry.vocab_size, metrics.clone()).unwrap();
         let http = HttpOptions {
+            allowed_origins: options.allowed_origins.parse().unwrap(),
             max_body_bytes: options.max_body_bytes,
             body_memory_bytes: 2 * options.max_body_bytes,
             comment_period: options.comment_period,
