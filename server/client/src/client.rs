@@ -1,10 +1,14 @@
 //! Owns the HTTP side: requests go out, and an answer is a stream, a body or a typed error.
 //!
-//! Invariant: every wait has an end: the connection, the headers, and each read.
+//! Invariants: every wait has an end: the connection, the headers, and each read; what a user tells the
+//! server (the key, the chat) goes to the origin of its configured address and to no other, whatever
+//! that server's redirects say.
 
 use std::time::Duration;
 
+use reqwest::Url;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER};
+use reqwest::redirect::{Attempt, Policy};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -14,6 +18,12 @@ use crate::stream::ChatStream;
 
 /// An answer that is not a stream (an error, a list of models) is read up to here.
 const MAX_BODY_BYTES: usize = 4 << 20;
+/// More than any server needs that does not redirect in a circle.
+const MAX_REDIRECTS: usize = 5;
+/// A request that is cancelled is asked for this often: the server may not have read it yet when the
+/// cancellation overtakes it.
+const NUM_CANCEL_TRIES: usize = 2;
+const CANCEL_PAUSE: Duration = Duration::from_millis(200);
 
 /// Where the server is, and how long to wait for it.
 #[derive(Clone, Debug)]
@@ -66,6 +76,7 @@ impl Client {
             // A connection that was idle may be closed by the server just as a request is sent on it, and
             // then nobody knows whether it was heard.
             .pool_max_idle_per_host(0)
+            .redirect(Policy::custom(within_origin))
             .no_proxy()
             .build()
             .map_err(ClientError::Transport)?;
@@ -104,6 +115,23 @@ impl Client {
         }
     }
 
+    /// Tells the server to stop the request of this key, of which no answer came that would name a stream.
+    /// One that the server does not know (any more), and a server that knows no keys, are no error.
+    pub(crate) async fn abort_key(&self, key: &str) -> Result<(), ClientError> {
+        for number in 0..NUM_CANCEL_TRIES {
+            if number > 0 {
+                tokio::time::sleep(CANCEL_PAUSE).await;
+            }
+            let request = self.http.delete(self.url("/v1/streams")).header("Idempotency-Key", key);
+            match self.send(request).await {
+                Err(ClientError::Status { status: 404, .. }) => {}
+                Ok(_) | Err(ClientError::Status { status: 405 | 410, .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     fn post_chat(&self, request: &ChatRequest) -> reqwest::RequestBuilder {
         #[derive(Serialize)]
         struct Streamed<'a> {
@@ -136,14 +164,22 @@ impl Client {
         Ok(models.iter().filter_map(|model| model["id"].as_str().map(str::to_owned)).collect())
     }
 
-    /// The body at `url`, such as the server's `/metrics`; the key goes to the server itself only.
+    /// The body at `url`, such as the server's `/metrics`; the key goes to the origin of the server itself only.
     pub async fn get(&self, url: &str) -> Result<String, ClientError> {
         let request = self.http.get(url);
-        let response = match url.starts_with(&self.config.base_url) {
+        let response = match self.is_own(url) {
             true => self.send(request).await?,
             false => self.send_without_key(request).await?,
         };
         self.body(response).await
+    }
+
+    /// Whether `url` has the scheme, host and port of this server.
+    fn is_own(&self, url: &str) -> bool {
+        let origin = |url: &str| Url::parse(url).ok().map(|url| url.origin());
+        let own = origin(&self.config.base_url);
+        // What cannot be read has no origin; an opaque one equals nothing, itself included.
+        own.is_some() && origin(url) == own
     }
 
     /// `path` on this server.
@@ -190,6 +226,19 @@ impl Client {
             body.extend_from_slice(&bytes);
         }
         Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+}
+
+/// Follows a redirect unless it leads to another origin, which would get the chat.
+fn within_origin(attempt: Attempt<'_>) -> reqwest::redirect::Action {
+    let previous = attempt.previous();
+    if previous.last().is_none_or(|from| from.origin() != attempt.url().origin()) {
+        let message = format!("the server redirects to another origin, {}: use that address", attempt.url());
+        return attempt.error(message);
+    }
+    match previous.len() > MAX_REDIRECTS {
+        true => attempt.error("the server redirects in a circle"),
+        false => attempt.follow(),
     }
 }
 
@@ -261,6 +310,70 @@ mod tests {
         let dead = Client::new(ClientConfig::new("http://127.0.0.1:1")).expect("a client");
         let error = dead.chat(&ChatRequest::default()).await.expect_err("nobody listens");
         assert!(error.to_string().contains("refused"), "{error}");
+    }
+
+    #[test]
+    fn the_key_goes_to_the_own_origin_only() {
+        let is_own =
+            |base: &str, url: &str| Client::new(ClientConfig::new(base)).expect("a client").is_own(url);
+        for (base, url) in [
+            ("http://host:8000", "http://host:8000/metrics"),
+            ("http://host:8000/v1", "http://HOST:8000"),
+            ("http://host", "http://host:80/x"),
+            ("https://host/prefix", "https://host:443/metrics"),
+            ("http://[::1]:8000", "http://[0:0:0:0:0:0:0:1]:8000/metrics"),
+        ] {
+            assert!(is_own(base, url), "{base} {url}");
+        }
+        for (base, url) in [
+            ("http://host:8000", "http://host:8000.evil.com/metrics"),
+            ("http://host:8000", "http://host:80001/metrics"),
+            ("http://host:8000", "http://host:8000@evil.com/metrics"),
+            ("http://host:8000", "http://host:9000/metrics"),
+            ("http://host:8000", "https://host:8000/metrics"),
+            ("http://host", "http://host.evil.com"),
+            ("http://host", "http://hostile"),
+            ("http://host", "/metrics"),
+            ("host:8000", "host:8000"),
+            ("nonsense", "nonsense"),
+        ] {
+            assert!(!is_own(base, url), "{base} {url}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_that_begins_like_the_own_one_gets_no_key() {
+        let server = CannedServer::start(|head, _| {
+            assert!(!head.to_lowercase().contains("authorization"), "{head}");
+            Reply::status("200 OK").part(b"metrics")
+        })
+        .await;
+        let base_url = server.base_url[..server.base_url.len() - 1].to_owned();
+        let config = ClientConfig { api_key: Some("secret".into()), ..ClientConfig::new(base_url) };
+        let body = Client::new(config).expect("a client").get(&format!("{}/metrics", server.base_url)).await;
+        assert_eq!(body.expect("an answer"), "metrics");
+    }
+
+    #[tokio::test]
+    async fn a_redirect_is_followed_to_the_own_origin_only() {
+        let elsewhere = CannedServer::start(|head, _| panic!("not to be asked: {head}")).await;
+        let target = format!("{}/v1/chat/completions", elsewhere.base_url);
+        let server =
+            CannedServer::start(move |head, _| match head.starts_with("POST /v1/chat/completions ") {
+                true => Reply::status(&format!("307 Temporary Redirect\r\nLocation: {target}")).part(b""),
+                false if head.starts_with("GET /v1/models ") => {
+                    Reply::status("302 Found\r\nLocation: /other").part(b"")
+                }
+                false => {
+                    assert!(head.to_lowercase().contains("authorization: bearer secret"), "{head}");
+                    Reply::status("200 OK").part(br#"{"data":[{"id":"m"}]}"#)
+                }
+            })
+            .await;
+        let client = client(&server).await;
+        assert_eq!(client.models().await.expect("a list"), ["m"]);
+        let error = client.chat(&ChatRequest::default()).await.expect_err("not followed");
+        assert!(error.to_string().contains("redirects to another origin, http://127.0.0.1"), "{error}");
     }
 
     #[tokio::test]

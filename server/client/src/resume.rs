@@ -30,18 +30,28 @@ pub struct ResumingStream {
     last_event_id: Option<String>,
     check: SealCheck,
     verified: Option<Verified>,
+    /// The request may have reached the server, and no answer to it has come: only the key names what may run.
+    is_unanswered: bool,
     ended: bool,
     num_resumes: u32,
 }
 
 impl Client {
-    /// Starts a streamed chat that survives broken connections; a refusal that may pass is tried again.
+    /// Starts a streamed chat that survives broken connections; a refusal that may pass is tried again. To be
+    /// able to stop it before it is open, use [`resuming`](Self::resuming).
     pub async fn chat_resuming(
         &self,
         request: &ChatRequest,
         policy: RetryPolicy,
     ) -> Result<ResumingStream, ClientError> {
-        let mut stream = ResumingStream {
+        let mut stream = self.resuming(request, policy);
+        stream.open().await?;
+        Ok(stream)
+    }
+
+    /// A streamed chat that is not [open](ResumingStream::open) yet.
+    pub fn resuming(&self, request: &ChatRequest, policy: RetryPolicy) -> ResumingStream {
+        ResumingStream {
             client: self.clone(),
             request: request.clone(),
             idempotency_key: random::key(),
@@ -51,17 +61,23 @@ impl Client {
             last_event_id: None,
             check: SealCheck::default(),
             verified: None,
+            is_unanswered: false,
             ended: false,
             num_resumes: 0,
-        };
-        while let Err(error) = stream.connect().await {
-            stream.wait(error).await?;
         }
-        Ok(stream)
     }
 }
 
 impl ResumingStream {
+    /// Sends the request, and waits for its answer to begin; a refusal that may pass is tried again. If this
+    /// is given up, the request goes on at the server until [`abort`](Self::abort) or its grace time ends it.
+    pub async fn open(&mut self) -> Result<(), ClientError> {
+        while let Err(error) = self.connect().await {
+            self.wait(error).await?;
+        }
+        Ok(())
+    }
+
     /// The next event; `None` after `Done`, after an error that the server told, and after an error.
     pub async fn next(&mut self) -> Option<Result<StreamEvent, ClientError>> {
         if self.ended {
@@ -88,6 +104,8 @@ impl ResumingStream {
         self.stream = None;
         match &self.stream_id {
             Some(stream_id) if !self.ended => self.client.abort_stream(stream_id).await,
+            // A server keeps a request with a key although its connection closed: somebody may come back.
+            None if self.is_unanswered => self.client.abort_key(&self.idempotency_key).await,
             _ => Ok(()),
         }
     }
@@ -133,7 +151,13 @@ impl ResumingStream {
     async fn connect(&mut self) -> Result<(), ClientError> {
         let stream = match (&self.stream_id, &self.last_event_id) {
             (Some(stream_id), Some(last)) => self.client.resume_stream(stream_id, last).await?,
-            _ => self.client.chat_with_key(&self.request, &self.idempotency_key).await?,
+            _ => {
+                // Before it is sent: whoever drops this future does not hear how far it came.
+                self.is_unanswered = true;
+                let answer = self.client.chat_with_key(&self.request, &self.idempotency_key).await;
+                self.is_unanswered = matches!(answer, Err(ClientError::Transport(_) | ClientError::Idle(_)));
+                answer?
+            }
         };
         let stream_id = stream.header("GLM-Stream-Id").map(str::to_owned);
         if self.last_event_id.is_some() && stream_id != self.stream_id {
@@ -341,5 +365,70 @@ mod tests {
         assert_eq!(read(&server).await, ("he".into(), Err("the stream went on as another: None".into())));
         open(&server).await.expect("a stream").abort().await.expect("gone is as good as stopped");
         assert_eq!(aborts.load(Ordering::Relaxed), 1);
+    }
+
+    /// What a client that is stopped before its answer begins asks the server, which says `statuses` to that.
+    async fn requests_of_a_stop(statuses: &'static [&'static str]) -> (Vec<String>, Result<(), String>) {
+        let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let (log, has_post) = (Arc::clone(&asked), Arc::new(tokio::sync::Notify::new()));
+        let posted = Arc::clone(&has_post);
+        let server = CannedServer::start(move |head, _| {
+            let key = head.lines().find_map(|line| line.strip_prefix("idempotency-key: ")).expect("a key");
+            let mut log = log.lock().expect("no panic");
+            log.push(format!("{} {key}", head.split(" HTTP").next().unwrap_or_default()));
+            match head.starts_with("POST ") {
+                true => {
+                    posted.notify_one();
+                    Reply::silence_ms(20_000)
+                }
+                false => Reply::status(statuses[log.len() - 2]).part(b"{}"),
+            }
+        })
+        .await;
+        let client = Client::new(ClientConfig::new(&server.base_url)).expect("a client");
+        let mut stream = client.resuming(&ChatRequest::default(), RetryPolicy::default());
+        let key = stream.idempotency_key.clone();
+        tokio::select! {
+            opened = stream.open() => panic!("{opened:?}"),
+            () = has_post.notified() => {}
+        }
+        let result = stream.abort().await.map_err(|error| error.to_string());
+        let asked = asked.lock().expect("no panic").clone();
+        (asked.into_iter().map(|asked| asked.replace(&key, "KEY")).collect(), result)
+    }
+
+    #[tokio::test]
+    async fn a_request_that_is_stopped_before_its_answer_is_stopped_by_its_key() {
+        let post = "POST /v1/chat/completions KEY".to_owned();
+        let delete = "DELETE /v1/streams KEY".to_owned();
+        for (statuses, num_deletes, expected) in [
+            (&["204 No Content"][..], 1, Ok(())),
+            (&["404 Not Found", "204 No Content"], 2, Ok(())),
+            (&["404 Not Found", "404 Not Found"], 2, Ok(())),
+            (&["405 Method Not Allowed"], 1, Ok(())),
+            (&["401 Unauthorized"], 1, Err("HTTP 401: {}".to_owned())),
+        ] {
+            let mut requests = vec![post.clone()];
+            requests.extend(vec![delete.clone(); num_deletes]);
+            assert_eq!(requests_of_a_stop(statuses).await, (requests, expected));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_never_sent_or_was_refused_is_not_stopped() {
+        let server = CannedServer::start(|head, _| {
+            assert!(head.starts_with("POST "), "{head}");
+            Reply::status("400 Bad Request").part(b"{}")
+        })
+        .await;
+        let client = Client::new(ClientConfig::new(&server.base_url)).expect("a client");
+        client
+            .resuming(&ChatRequest::default(), RetryPolicy::default())
+            .abort()
+            .await
+            .expect("nothing to do");
+        let mut stream = client.resuming(&ChatRequest::default(), RetryPolicy::default());
+        stream.open().await.expect_err("a refusal");
+        stream.abort().await.expect("nothing to do");
     }
 }

@@ -99,7 +99,7 @@ fn retry_after(error: &ClientError) -> Option<Duration> {
 /// Whether the same request may succeed later.
 fn is_retryable(error: &ClientError) -> bool {
     match error {
-        ClientError::Transport(error) => !error.is_builder(),
+        ClientError::Transport(error) => !error.is_builder() && !error.is_redirect(),
         ClientError::Idle(_) | ClientError::Truncated { .. } => true,
         // A conflict that passes says when; one that lasts, such as another model's digest, does not.
         ClientError::Status { status: 409, retry_after_s, .. } => retry_after_s.is_some(),

@@ -134,29 +134,37 @@ pub async fn run(args: ChatArgs) -> Result<(), ChatError> {
 
 /// Streams one reply to standard output; Ctrl-C stops it, at the server too.
 async fn reply(client: &Client, request: &ChatRequest) -> io::Result<Reply> {
+    let mut stream = client.resuming(request, RetryPolicy::default());
     let opened = tokio::select! {
-        opened = client.chat_resuming(request, RetryPolicy::default()) => opened,
-        _ = tokio::signal::ctrl_c() => return Ok(Reply::Stopped),
+        opened = stream.open() => Some(opened),
+        _ = tokio::signal::ctrl_c() => None,
     };
-    let mut stream = match opened {
-        Ok(stream) => stream,
-        Err(error) => return Ok(Reply::Failed(error.to_string())),
-    };
+    match opened {
+        Some(Ok(())) => {}
+        Some(Err(error)) => return Ok(Reply::Failed(error.to_string())),
+        None => return Ok(stop(stream).await),
+    }
     let printed = tokio::select! {
         printed = print(&mut stream) => Some(printed?),
         _ = tokio::signal::ctrl_c() => None,
     };
     writeln!(io::stdout())?;
-    let Some(reply) = printed else {
-        if let Err(error) = stream.abort().await {
-            eprintln!("glmserve: the server was not told to stop: {error}");
-        }
-        return Ok(Reply::Stopped);
-    };
+    let Some(reply) = printed else { return Ok(stop(stream).await) };
     if stream.verified() == Some(Verified::No) && io::stderr().is_terminal() {
         eprintln!("(this server gives no hash: the reply was not verified)");
     }
     Ok(reply)
+}
+
+/// Tells the server to stop; one more Ctrl-C does not wait for that.
+async fn stop(stream: ResumingStream) -> Reply {
+    tokio::select! {
+        stopped = stream.abort() => if let Err(error) = stopped {
+            eprintln!("glmserve: the server was not told to stop: {error}");
+        },
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    Reply::Stopped
 }
 
 async fn print(stream: &mut ResumingStream) -> io::Result<Reply> {

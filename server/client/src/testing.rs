@@ -20,6 +20,11 @@ impl Reply {
         Self { parts: vec![(Duration::ZERO, head.into_bytes())] }
     }
 
+    /// Nothing at all for so long.
+    pub(crate) fn silence_ms(pause_ms: u64) -> Self {
+        Self { parts: Vec::new() }.pause_ms(pause_ms)
+    }
+
     /// An event stream that ends when the connection closes.
     pub(crate) fn sse() -> Self {
         Self::head("200 OK", "Content-Type: text/event-stream")
