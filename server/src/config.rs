@@ -222,7 +222,8 @@ impl ServeArgs {
         HttpOptions {
             allowed_origins: self.allowed_origins.clone(),
             max_body_bytes: self.max_body_bytes,
-            body_memory_bytes: self.max_body_bytes.saturating_mul(NUM_LARGEST_BODIES),
+            // However small they are, a decoder has room.
+            body_memory_bytes: (self.max_body_bytes + MIB).saturating_mul(NUM_LARGEST_BODIES),
             comment_period: Duration::from_secs(self.keep_alive_comment),
             status_hold: Duration::from_millis(self.streams.status_hold),
             write_timeout: Duration::from_secs(self.streams.write_timeout),

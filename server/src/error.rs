@@ -2,6 +2,8 @@
 //!
 //! Invariant: each refusal has a stable code, and a client that may try again is told when.
 
+mod body;
+
 use std::time::Duration;
 
 use actix_web::body::BoxBody;
@@ -42,8 +44,6 @@ const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
 
 /// Another replica answers at once; this one will not come back sooner.
 pub(crate) const RETRY_UNAVAILABLE_S: u32 = 5;
-/// A body is read and converted in less, unless its client is slow.
-const RETRY_BODY_S: u32 = 1;
 /// Errors repeat what clients sent, which may be megabytes.
 const MAX_MESSAGE_CHARS: usize = 1000;
 const MAX_PARAM_CHARS: usize = 200;
@@ -102,36 +102,6 @@ impl ApiError {
     /// The body is not JSON.
     pub fn invalid_json(error: &serde_json::Error) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not valid JSON: {error}"))
-    }
-
-    /// The body could not be read.
-    pub fn invalid_body(error: &actix_web::Error) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "invalid_body", format!("the body cannot be read: {error}"))
-    }
-
-    /// The body is larger than the limit.
-    pub fn body_too_large(limit: usize) -> Self {
-        let message = format!("the body is larger than the limit of {limit} bytes");
-        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
-    }
-
-    /// Other bodies take all the memory that there is for them.
-    pub fn too_many_bodies() -> Self {
-        let message = "too many large requests are being read";
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, TOO_MANY_BODIES, message).retry_after(RETRY_BODY_S)
-    }
-
-    /// The body is compressed.
-    pub fn unsupported_encoding(encoding: &str) -> Self {
-        let message = format!("the header content-encoding: {encoding} is not read here");
-        let error = Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_encoding", message);
-        Self { param: Some("content-encoding".into()), ..error }
-    }
-
-    /// The body did not arrive in time.
-    pub fn body_timeout(seconds: u64) -> Self {
-        let message = format!("the body did not arrive within {seconds} seconds");
-        Self::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
     }
 
     /// No such model.
@@ -274,6 +244,9 @@ impl ResponseError for ApiError {
         }
         if self.status == StatusCode::UNAUTHORIZED {
             response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
+        }
+        if self.status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+            response.insert_header((header::ACCEPT_ENCODING, "gzip, zstd"));
         }
         json::answer(response, &self.body())
     }

@@ -3,6 +3,7 @@
 pub mod auth;
 mod body_memory;
 pub mod check;
+pub mod client;
 pub mod config;
 pub mod error;
 #[cfg(test)]

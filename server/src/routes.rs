@@ -1,6 +1,7 @@
 //! Owns the table of routes, and the answers to requests that fit none of them.
 
 mod answer;
+mod body;
 mod chat_completions;
 mod handshake;
 mod health;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use glm_engine::{EngineHandle, Fault, Manifest, Request, SubmitError};
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
@@ -110,7 +111,7 @@ pub struct AppState {
     /// The replies that run, and those kept for clients that come back.
     pub streams: Arc<dyn StreamStore>,
     /// Bounds the bodies that are being read.
-    pub(crate) body_memory: BodyMemory,
+    pub(crate) body_memory: Arc<BodyMemory>,
     /// The pumps that run.
     pub pumps: TaskTracker,
     /// Seconds since the epoch at the start.
@@ -173,7 +174,7 @@ impl AppState {
     ) -> Self {
         let Lifecycle { options, metrics, .. } = lifecycle;
         Self {
-            body_memory: BodyMemory::new(options.body_memory_bytes),
+            body_memory: Arc::new(BodyMemory::new(options.body_memory_bytes, Instant::now())),
             streams: Arc::new(MemoryStore::new(options.store_limits, Arc::clone(metrics))),
             options: options.clone(),
             model,

@@ -200,42 +200,8 @@ fn a_body_that_cannot_be_taken_is_refused_before_it_is_sent() {
         };
         let answer = raw(&server, &start("content-length: 2000000")).await;
         assert!(answer.starts_with("HTTP/1.1 413") && answer.contains("body_too_large"), "{answer}");
-        let answer = raw(&server, &start("content-encoding: gzip\r\ncontent-length: 9")).await;
+        let answer = raw(&server, &start("content-encoding: br\r\ncontent-length: 9")).await;
         assert!(answer.starts_with("HTTP/1.1 415") && answer.contains("unsupported_encoding"), "{answer}");
-    });
-}
-
-#[test]
-fn large_bodies_that_trickle_in_leave_room_for_small_ones_and_refuse_more() {
-    run(async {
-        let server = Server::start(Options::default()).await;
-        let large = format!("{}{}", " ".repeat(500_000), request("say hi"));
-        let mut slow = Vec::new();
-        let response = loop {
-            let response = server.send(large.clone()).await;
-            if response.status() == 503 {
-                break response;
-            }
-            assert!(slow.len() < 100, "each slow client is given room");
-            let mut socket = TcpStream::connect(server.address).await.unwrap();
-            let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1040000\r\n\r\n{";
-            socket.write_all(head.as_bytes()).await.unwrap();
-            slow.push(socket);
-        };
-        assert_eq!(
-            (response.status().as_u16(), response.headers()["retry-after"].as_bytes()),
-            (503, b"1".as_slice())
-        );
-        assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "too_many_bodies");
-        assert_eq!(server.post(request("say hi")).await.0, 200);
-        drop(slow);
-        for _ in 0..100 {
-            if server.send(large.clone()).await.status() == 200 {
-                return;
-            }
-            tokio::time::sleep(20 * MS).await;
-        }
-        panic!("the room of bodies whose clients left did not come back");
     });
 }
 

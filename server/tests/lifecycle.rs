@@ -45,7 +45,7 @@ fn large_and_broken_bodies_are_refused_in_openai_shape() {
         let server = Server::start(Options { max_body_bytes: 1000, ..Options::default() }).await;
         let (status, error) = server.post(request(&"x".repeat(1000))).await;
         assert_eq!((status, &error["error"]["code"]), (413, &json!("body_too_large")));
-        for body in ["", "{", "\u{FEFF}{}"] {
+        for body in ["", "{", "\u{FEFF}{"] {
             let response = server.send(body).await;
             assert_eq!(response.status(), 400);
             let error: Value = response.json().await.unwrap();

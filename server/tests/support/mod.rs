@@ -125,7 +125,7 @@ impl Starting {
         let http = HttpOptions {
             allowed_origins: options.allowed_origins.parse().unwrap(),
             max_body_bytes: options.max_body_bytes,
-            body_memory_bytes: 2 * options.max_body_bytes,
+            body_memory_bytes: 4 * options.max_body_bytes,
             comment_period: options.comment_period,
             status_hold: options.status_hold,
             write_timeout: options.write_timeout,

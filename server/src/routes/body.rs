@@ -1,0 +1,175 @@
+//! Owns the reading of a request's body: in time, within its limit, unpacked, and with the memory it takes.
+//!
+//! Invariant: a body holds memory only for what has arrived, until it is dropped after its conversion; what
+//! it announces holds nothing.
+
+mod coding;
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use actix_web::http::header;
+use actix_web::{HttpRequest, web};
+use futures_util::StreamExt;
+use tokio::time::Instant;
+
+use self::coding::{Coding, Decoder};
+use crate::body_memory::{BodyRefused, BodyShare, FREE_BYTES};
+use crate::client::Client;
+use crate::error::ApiError;
+use crate::state::AppState;
+
+/// A body that trickles in slower than this keeps a connection for nothing.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Packed bytes that are unpacked at once, so that one chunk can't keep the HTTP worker for long.
+const SLICE_BYTES: usize = 512;
+/// Unpacked bytes after which others have their turn.
+const TURN_BYTES: usize = 256 * 1024;
+
+/// A body that has arrived whole, and the memory that it takes.
+#[derive(Debug)]
+pub(super) struct Body {
+    bytes: Vec<u8>,
+    /// A mark of no meaning that some editors put in front.
+    num_mark_bytes: usize,
+    _share: BodyShare,
+}
+
+impl Body {
+    /// Reads the body of `request`.
+    pub(super) async fn read(
+        request: &HttpRequest,
+        mut payload: web::Payload,
+        client: Client,
+        state: &AppState,
+    ) -> Result<Self, ApiError> {
+        let coding = Coding::of(request.headers())?;
+        let limit = state.options.max_body_bytes;
+        let length = request.headers().get(header::CONTENT_LENGTH);
+        let length = length.and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+        if length.is_some_and(|length| length > limit) {
+            return Err(ApiError::body_too_large(limit));
+        }
+        let expected = length.filter(|_| coding == Coding::Identity).unwrap_or(limit);
+        let buffer = Buffer {
+            bytes: Vec::new(),
+            share: state.body_memory.open(client, Instant::now()),
+            coding,
+            limit,
+            expected,
+        };
+        let mut decoder = Decoder::Identity(buffer);
+        let mut has_begun = false;
+        let deadline = Instant::now() + BODY_TIMEOUT;
+        let mut num_in_turn = 0;
+        loop {
+            let share = &decoder.buffer().share;
+            let chunk = tokio::select! {
+                chunk = payload.next() => chunk,
+                () = share.cut() => return Err(ApiError::body_too_slow()),
+                () = tokio::time::sleep_until(deadline) => {
+                    return Err(ApiError::body_timeout(BODY_TIMEOUT.as_secs()));
+                }
+            };
+            let Some(chunk) = chunk else { break };
+            let chunk = chunk.map_err(|error| ApiError::invalid_body(&error))?;
+            if !has_begun {
+                has_begun = true;
+                decoder = decoder.begin()?;
+            }
+            decoder.buffer_mut().share.arrived(chunk.len(), Instant::now());
+            let slice_bytes = if coding == Coding::Identity { chunk.len().max(1) } else { SLICE_BYTES };
+            for slice in chunk.chunks(slice_bytes) {
+                let before = decoder.buffer().bytes.len();
+                decoder.write(slice)?;
+                num_in_turn += decoder.buffer().bytes.len() - before;
+                if num_in_turn >= TURN_BYTES {
+                    num_in_turn = 0;
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+        decoder.finish()?.complete()
+    }
+
+    /// Bytes that it takes.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+impl std::ops::Deref for Body {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.num_mark_bytes..]
+    }
+}
+
+/// A body that is arriving.
+#[derive(Debug)]
+struct Buffer {
+    bytes: Vec<u8>,
+    share: BodyShare,
+    coding: Coding,
+    /// Most bytes that it may have.
+    limit: usize,
+    /// Most bytes that it can have by its headers.
+    expected: usize,
+}
+
+impl Buffer {
+    /// Takes the memory for the decoder, before there is one.
+    fn reserve_decoder(&mut self) -> Result<(), ApiError> {
+        self.share.grow(self.coding.decoder_bytes(0), Instant::now()).map_err(refused)
+    }
+
+    fn extend(&mut self, bytes: &[u8]) -> Result<(), ApiError> {
+        let len = self.bytes.len() + bytes.len();
+        if len > self.limit {
+            return Err(ApiError::body_too_large(self.limit));
+        }
+        if len > self.bytes.capacity() {
+            // Little above what is there; a body that stays free is not made larger than that.
+            let capacity = match len {
+                ..=FREE_BYTES => len.next_power_of_two(),
+                _ => len + len / 4,
+            };
+            let capacity = capacity.min(self.expected).max(len);
+            self.share.grow(capacity + self.coding.decoder_bytes(len), Instant::now()).map_err(refused)?;
+            self.bytes.reserve_exact(capacity - self.bytes.len());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn complete(self) -> Result<Body, ApiError> {
+        self.share.complete().map_err(refused)?;
+        let num_mark_bytes = match self.bytes.as_slice() {
+            [0xEF, 0xBB, 0xBF, ..] => 3,
+            // A mark of UTF-16, or JSON's first character, which is ASCII, in two or four bytes.
+            [0xFF, 0xFE, ..] | [0xFE, 0xFF, ..] | [0, _, ..] | [_, 0, ..] => return Err(ApiError::not_utf8()),
+            _ => 0,
+        };
+        Ok(Body { bytes: self.bytes, num_mark_bytes, _share: self.share })
+    }
+}
+
+/// For decoders, which hand an error through as it is.
+impl Write for Buffer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.extend(bytes).map_err(io::Error::other)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn refused(refused: BodyRefused) -> ApiError {
+    match refused {
+        BodyRefused::NoRoom => ApiError::too_many_bodies(),
+        BodyRefused::Cut => ApiError::body_too_slow(),
+    }
+}
