@@ -183,6 +183,7 @@ impl<R: ModelRunner> Engine<R> {
             num_preemptions: self.outcome.num_preemptions,
             num_non_finite: 0,
             failed: false,
+            lost_device: false,
         };
         if self.plan.is_empty() {
             return report;
@@ -190,11 +191,10 @@ impl<R: ModelRunner> Engine<R> {
         let mut output = match self.runner.run(&self.plan) {
             Ok(output) => output,
             Err(error) => {
-                report.failed = true;
+                (report.failed, report.lost_device) = (true, error.is_permanent);
                 for scheduled in &self.plan.sequences {
                     self.scheduler.remove(scheduled.id);
-                    let failed = TokenEvent::Failed(SequenceError::Run(error.0.clone()));
-                    self.events.push((scheduled.id, failed));
+                    self.events.push((scheduled.id, TokenEvent::Failed(error.clone().into())));
                 }
                 return report;
             }
@@ -228,12 +228,12 @@ impl<R: ModelRunner> Engine<R> {
                 self.scheduler.commit_drafts(scheduled.id, num_accepted);
             }
             if is_finished {
-                let is_non_finite = matches!(
-                    self.events.last(),
-                    Some((_, TokenEvent::Failed(SequenceError::NonFiniteLogits { .. })))
-                );
-                report.num_non_finite += usize::from(is_non_finite);
-                if is_non_finite {
+                if let Some((_, TokenEvent::Failed(error))) = self.events.last() {
+                    report.num_non_finite +=
+                        usize::from(matches!(error, SequenceError::NonFiniteLogits { .. }));
+                    // The rows could not be copied: what the device computed may have failed, too.
+                    report.failed |= matches!(error, SequenceError::Run(_) | SequenceError::DeviceLost(_));
+                    report.lost_device |= matches!(error, SequenceError::DeviceLost(_));
                     // What a machine in doubt has computed is not served to others.
                     self.scheduler.forget_cached();
                 }
@@ -263,7 +263,7 @@ fn sample(
     if let Some(found) = candidates.and_then(|row| sampler.sample_candidates(row, sequence)) {
         return found;
     }
-    let rows = output.logits.rows().map_err(|error| SequenceError::Run(error.0))?;
+    let rows = output.logits.rows()?;
     let row = rows.row(row).to_slice();
     sampler.sample(row.ok_or_else(|| SequenceError::Run("logits are not contiguous".into()))?, sequence)
 }

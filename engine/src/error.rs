@@ -63,12 +63,42 @@ pub enum SequenceError {
     /// The engine thread ended while this sequence was alive.
     #[error("the engine thread ended unexpectedly")]
     EngineDied,
+    /// The device failed in a way that only a new process heals, in the runner's words. The engine thread has
+    /// ended.
+    #[error("the device that computes has failed, and this process can't use it again")]
+    DeviceLost(String),
 }
 
 /// A runner's failure on one step. Nothing advanced.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("{0}")]
-pub struct RunError(pub String);
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct RunError {
+    /// What failed, in the runner's own words.
+    pub message: String,
+    /// Whether every later run of this process would fail as well.
+    pub is_permanent: bool,
+}
+
+impl RunError {
+    /// A failure after which the next step may succeed.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), is_permanent: false }
+    }
+
+    /// A failure after which no step of this process can succeed.
+    pub fn permanent(message: impl Into<String>) -> Self {
+        Self { message: message.into(), is_permanent: true }
+    }
+}
+
+impl From<RunError> for SequenceError {
+    fn from(error: RunError) -> Self {
+        match error.is_permanent {
+            true => Self::DeviceLost(error.message),
+            false => Self::Run(error.message),
+        }
+    }
+}
 
 /// Why a model folder could not be loaded.
 #[derive(Debug, thiserror::Error)]

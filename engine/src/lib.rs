@@ -35,5 +35,6 @@ pub use request::{FinishReason, PRIORITIES, Request, RequestId, TenantId, TokenE
 pub use sampling_params::SamplingParams;
 pub use step::{Candidates, FetchLogits, Logits, ScheduledSequence, StepOutput, StepPlan};
 pub use thread::{
-    Clock, EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver, Fault, Progress, Stage,
+    Clock, EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver, Fault, FaultGeneration,
+    Progress, Stage,
 };

@@ -23,8 +23,10 @@ pub struct StepReport {
     pub num_preemptions: usize,
     /// Sequences that failed because their logits were not finite.
     pub num_non_finite: usize,
-    /// Whether the runner failed.
+    /// Whether the runner failed, in computing or in handing out what it computed.
     pub failed: bool,
+    /// Whether it can never succeed again in this process.
+    pub lost_device: bool,
 }
 
 /// Figures of a request that was admitted for the first time.

@@ -57,7 +57,10 @@ pub fn logits(
     let KvCacheLayout { num_blocks, block_size, .. } = runner.kv_cache();
     let needed = token_ids.len().div_ceil(block_size);
     if token_ids.is_empty() || needed > num_blocks {
-        return Err(RunError(format!("{} tokens need {needed} of {num_blocks} blocks", token_ids.len())));
+        return Err(RunError::new(format!(
+            "{} tokens need {needed} of {num_blocks} blocks",
+            token_ids.len()
+        )));
     }
     // The order of the blocks must not matter, so don't use the obvious one.
     let blocks: Vec<u32> = (0..needed as u32).rev().collect();
@@ -70,5 +73,5 @@ pub fn logits(
         parts.push(runner.run(&plan)?.logits.rows()?.to_owned());
     }
     let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
-    ndarray::concatenate(Axis(0), &views).map_err(|error| RunError(error.to_string()))
+    ndarray::concatenate(Axis(0), &views).map_err(|error| RunError::new(error.to_string()))
 }

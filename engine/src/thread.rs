@@ -4,6 +4,7 @@
 //! request can cause, so sending never fails for want of room and no event is lost. Every accepted
 //! request gets exactly one terminal event, even if the thread panics.
 
+mod fault;
 mod handle;
 mod load;
 mod progress;
@@ -18,7 +19,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
-pub use handle::{EngineHandle, EngineLimits, EngineStatus, EventReceiver, Fault};
+pub use fault::{Fault, FaultGeneration};
+pub use handle::{EngineHandle, EngineLimits, EngineStatus, EventReceiver};
 pub use progress::{Progress, Stage};
 
 use crate::config::EngineConfig;
@@ -58,7 +60,7 @@ impl fmt::Debug for Clock {
     }
 }
 
-/// The running thread. It ends when every [`EngineHandle`] is dropped.
+/// The running thread. It ends when every [`EngineHandle`] is dropped, or when the device is lost.
 #[derive(Debug)]
 pub struct EngineThread {
     thread: JoinHandle<()>,
@@ -136,6 +138,11 @@ impl EngineThread {
                 tracing::error!("the engine thread panicked; no request will be accepted any more");
             }
             worker.close();
+            if worker.has_lost_device() {
+                // To take a session down, ONNX Runtime calls the device once more, which can hang or abort
+                // the process. The operating system frees everything when the process ends.
+                std::mem::forget(worker.engine);
+            }
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(body);
         let thread =

@@ -104,7 +104,7 @@ fn decodes_are_captured_and_replayed(mut runner: OrtRunner, graph: &str) {
             Ok(output.logits.rows()?.nrows())
         });
         set("GLMSERVE_STUB_FAIL", "");
-        rows.map_err(|error| error.0)
+        rows.map_err(|error| error.message)
     };
     let mut prompt = StepPlan::default();
     prompt.clear(1);
@@ -145,7 +145,7 @@ fn what_was_prepared_is_launched_at_once(mut runner: OrtRunner, graph: &str) {
     set("GLMSERVE_STUB_FAIL", "launch");
     for (num_sequences, context) in [(1, 0), (1, 600), (2, 140), (4, 600), (7, 140), (8, 600)] {
         let found = runner.run(&decode(num_sequences, context)).map(drop);
-        assert_eq!(found.map_err(|error| error.0), Ok(()), "{graph}: {num_sequences} of {context}");
+        assert_eq!(found.map_err(|error| error.message), Ok(()), "{graph}: {num_sequences} of {context}");
     }
     assert!(runner.run(&decode(9, 140)).is_err(), "{graph}");
     set("GLMSERVE_STUB_FAIL", "");
@@ -192,7 +192,7 @@ fn a_failed_launch_ends_a_step_and_nothing_else(folder: &Path) {
     plan.clear(1);
     plan.push(RequestId(0), [1, 2, 3], 0, &[0], 128, 1);
     set("GLMSERVE_STUB_FAIL", "launch");
-    let error = runner.run(&plan).expect_err("a launch failed").0;
+    let error = runner.run(&plan).expect_err("a launch failed").message;
     assert!(error.contains("CUDA"), "{error}");
     set("GLMSERVE_STUB_FAIL", "");
     let mut output = runner.run(&plan).unwrap();

@@ -128,7 +128,7 @@ async fn a_failed_step_fails_its_sequences_and_the_next_request_works() {
     let mut num_calls = 0;
     let reply = move |_: &[u32]| {
         num_calls += 1;
-        if num_calls == 2 { Err(RunError("injected".into())) } else { Ok(9) }
+        if num_calls == 2 { Err(RunError::new("injected")) } else { Ok(9) }
     };
     let (handle, _thread, _) = spawn(FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)));
     let mut events = handle.submit(request(5)).unwrap();

@@ -64,7 +64,7 @@ impl ModelRunner for Machine {
             let _ = self.release.recv();
         }
         if plan.token_ids.contains(&(ERROR as i32)) {
-            return Err(RunError("injected".into()));
+            return Err(RunError::new("injected"));
         }
         self.logits = self.fake.run(plan)?.logits.rows()?.to_owned();
         for (scheduled, &start) in plan.sequences.iter().zip(&plan.cumulative_sequence_length) {
@@ -306,11 +306,12 @@ async fn nan_fails_its_sequence_only_and_a_probe_works_through_the_fault() {
     let mut sick = handle.submit(request(NAN, 8, 10)).unwrap();
     let end = last(&mut sick).await;
     assert_eq!(end, TokenEvent::Failed(SequenceError::NonFiniteLogits { position: 7 }));
-    assert_eq!(handle.status().fault, Some(Fault::NonFiniteLogits));
+    let (fault, seen) = handle.fault().unwrap();
+    assert_eq!((fault, handle.status().fault), (Fault::NonFiniteLogits, Some(fault)));
     let mut probe = handle.submit_probe(request(PLAIN, 20, 3)).unwrap();
     assert!(matches!(last(&mut probe).await, TokenEvent::Finished { .. }));
     assert_eq!(handle.status().fault, Some(Fault::NonFiniteLogits));
-    handle.clear_fault();
+    assert!(handle.clear_fault(seen));
     assert!(matches!(last(&mut healthy).await, TokenEvent::Finished { .. }));
     assert_eq!(handle.status().fault, None);
 }
@@ -332,8 +333,26 @@ async fn only_errors_in_a_row_are_a_fault() {
         last(&mut handle.submit_probe(request(PLAIN, 5, 1)).unwrap()).await,
         TokenEvent::Finished { .. }
     ));
-    handle.clear_fault();
+    let (_, seen) = handle.fault().unwrap();
+    assert!(handle.clear_fault(seen));
     assert_eq!(handle.status().fault, None);
+}
+
+/// The known answer that a fault asked for says nothing about what went wrong after its last step.
+#[tokio::test]
+async fn a_fault_after_the_known_answer_is_not_cleared_by_it() {
+    let World { handle, .. } = start(config());
+    let sick = || handle.submit(request(NAN, 8, 10)).unwrap();
+    last(&mut sick()).await;
+    let (_, seen) = handle.fault().unwrap();
+    let mut probe = handle.submit_probe(request(PLAIN, 20, 3)).unwrap();
+    assert!(matches!(last(&mut probe).await, TokenEvent::Finished { .. }));
+    last(&mut sick()).await;
+    assert!(!handle.clear_fault(seen));
+    let (fault, seen) = handle.fault().unwrap();
+    assert_eq!(fault, Fault::NonFiniteLogits);
+    assert!(handle.clear_fault(seen));
+    assert_eq!(handle.fault(), None);
 }
 
 #[tokio::test]

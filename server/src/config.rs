@@ -32,7 +32,9 @@ const NUM_LARGEST_BODIES: usize = 32;
     name = "glmserve",
     version,
     max_term_width = 110,
-    after_help = "GLMSERVE_SIMD=portable|avx2|avxvnni|avx512|amx forces the CPU's instruction set [default: the best]"
+    after_help = "GLMSERVE_SIMD=portable|avx2|avxvnni|avx512|amx forces the CPU's instruction set [default: the best]\n\n\
+                  Exit codes: 1 for an error, 2 for a command line that is not understood, 70 for an engine that failed \
+                  while it served and that only a new process heals"
 )]
 pub struct Cli {
     /// What to do.
@@ -135,6 +137,11 @@ pub struct ServeArgs {
     /// How long running streams may go on after SIGTERM, in seconds
     #[arg(long, env = "GLMSERVE_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub drain_timeout: u64,
+    /// How long the engine may fail to give its known answer after a fault, in seconds, before the process
+    /// ends with exit code 70, so that whoever supervises it starts a new one; 0 is for ever. A device that is
+    /// lost for good ends it at once
+    #[arg(long, env = "GLMSERVE_FAULT_EXIT_TIMEOUT", value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub fault_exit_timeout: u64,
     /// Form of the log on standard error; RUST_LOG chooses what is logged
     #[arg(long, env = "GLMSERVE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
@@ -228,6 +235,8 @@ impl ServeArgs {
             status_hold: Duration::from_millis(self.streams.status_hold),
             write_timeout: Duration::from_secs(self.streams.write_timeout),
             drain_timeout: Duration::from_secs(self.drain_timeout),
+            fault_exit_timeout: (self.fault_exit_timeout > 0)
+                .then(|| Duration::from_secs(self.fault_exit_timeout)),
             time_limits: self.streams.time_limits(),
             resume_grace: Duration::from_secs(self.streams.resume_grace),
             store_limits: StoreLimits {

@@ -3,18 +3,17 @@
 //! Invariant: each refusal has a stable code, and a client that may try again is told when.
 
 mod body;
+mod stream;
 
 use std::time::Duration;
 
 use actix_web::body::BoxBody;
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, ResponseError};
-use glm_engine::{SequenceError, SubmitError};
+use glm_engine::SubmitError;
 use serde_json::{Value, json};
 
 use crate::json;
-use crate::stream::event::StreamError;
-use crate::stream::time_limits::Limit;
 use crate::text::TextError;
 
 /// Codes of refusals that come from the server's load, start or shutdown, not from the request.
@@ -288,47 +287,6 @@ impl From<SubmitError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, error.to_string())
                     .retry_after(RETRY_UNAVAILABLE_S)
             }
-        }
-    }
-}
-
-impl From<StreamError> for ApiError {
-    fn from(error: StreamError) -> Self {
-        let (status, code) = match &error {
-            StreamError::Refused(error) => return error.clone().into(),
-            StreamError::Timeout(Limit::Queue, _) => (StatusCode::GATEWAY_TIMEOUT, QUEUE_TIMEOUT),
-            StreamError::Timeout(Limit::FirstToken, _) => (StatusCode::GATEWAY_TIMEOUT, FIRST_TOKEN_TIMEOUT),
-            StreamError::Timeout(Limit::InterToken, _) => (StatusCode::GATEWAY_TIMEOUT, INTER_TOKEN_TIMEOUT),
-            StreamError::Timeout(Limit::Total, _) => (StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT),
-            // A status that clients don't try again by themselves: somebody wanted this end.
-            StreamError::Aborted(_) => (StatusCode::GONE, "aborted"),
-            StreamError::Sequence(SequenceError::Run(_)) => {
-                (StatusCode::INTERNAL_SERVER_ERROR, "model_failed")
-            }
-            StreamError::Sequence(SequenceError::NonFiniteLogits { .. }) => {
-                (StatusCode::INTERNAL_SERVER_ERROR, "non_finite_logits")
-            }
-            StreamError::Sequence(SequenceError::ShuttingDown) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "shutting_down")
-            }
-            StreamError::Sequence(SequenceError::EngineDied) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "engine_died")
-            }
-            StreamError::TooLarge(_) => (StatusCode::INTERNAL_SERVER_ERROR, "reply_too_large"),
-            StreamError::Lost => (StatusCode::INTERNAL_SERVER_ERROR, "reply_lost"),
-        };
-        let message = match &error {
-            // The runtime's own words name nodes and files: they are for the log.
-            StreamError::Sequence(SequenceError::Run(details)) => {
-                tracing::error!(details, "a step failed");
-                "the model failed on this request".to_owned()
-            }
-            _ => error.to_string(),
-        };
-        let error = Self::new(status, code, message);
-        match status {
-            StatusCode::SERVICE_UNAVAILABLE => error.retry_after(RETRY_UNAVAILABLE_S),
-            _ => error,
         }
     }
 }

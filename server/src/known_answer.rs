@@ -6,7 +6,6 @@
 //! users. It is greedy, so a healthy engine has one answer.
 
 use std::path::Path;
-use std::time::Duration;
 
 use glm_engine::known_answer::{self, Agreement, Mismatch};
 use glm_engine::runner::{self, ModelRunner};
@@ -21,8 +20,6 @@ use crate::text::chat_format::{Message, Role};
 
 /// Enough to go through prefill and several decodes, and short beside any request.
 const NUM_TOKENS: usize = 4;
-/// Between two looks at the engine and the store of streams.
-const PERIOD: Duration = Duration::from_secs(1);
 
 /// A prompt and what follows it.
 #[derive(Debug)]
@@ -74,25 +71,11 @@ pub(crate) async fn warm_up(model: &ServedModel, engine: &EngineHandle) -> Resul
     Ok(KnownAnswer { request, token_ids })
 }
 
-/// Looks after the engine and the store of streams until it is dropped.
-pub(crate) async fn look_after(state: &AppState) {
-    loop {
-        tokio::time::sleep(PERIOD).await;
-        state.streams.sweep();
-        if let Some(fault) = state.engine.status().fault {
-            tracing::warn!(?fault, "asking the engine for the known answer");
-            match check(state).await {
-                Ok(()) => {
-                    state.engine.clear_fault();
-                    tracing::info!("the engine gave the known answer; ready again");
-                }
-                Err(reason) => tracing::error!(reason, "still unready"),
-            }
-        }
-    }
-}
-
-async fn check(state: &AppState) -> Result<(), String> {
+/// Asks the engine for the known answer.
+///
+/// # Errors
+/// Says what came instead.
+pub(crate) async fn ask(state: &AppState) -> Result<(), String> {
     let known = &state.known_answer;
     let events = state.engine.submit_probe(known.request.clone()).map_err(|error| error.to_string())?;
     let found = generate(events).await.map_err(|error| error.to_string())?;

@@ -5,6 +5,7 @@ mod body_memory;
 pub mod check;
 pub mod client;
 pub mod config;
+mod engine_watch;
 pub mod error;
 #[cfg(test)]
 #[path = "../tests/support/model_dir.rs"]
@@ -28,9 +29,10 @@ use std::time::Duration;
 
 use actix_web::middleware::from_fn;
 use actix_web::{App, HttpServer, web};
-use glm_engine::{SequenceError, SubmitError};
+use glm_engine::{RunError, SequenceError, SubmitError};
 use tokio::sync::mpsc;
 
+pub use crate::engine_watch::{ENGINE_FAILED_EXIT_CODE, EngineFailure};
 use crate::lifecycle::{Lifecycle, Loaded};
 use crate::middleware::{cors, paths, request_id};
 use crate::stream::connection::{self, Connection};
@@ -80,6 +82,9 @@ pub enum ServeError {
     /// The first generation failed.
     #[error("warm-up: {0}")]
     WarmUp(#[from] SequenceError),
+    /// The engine failed while it served, in a way that only a new process heals.
+    #[error("the engine failed for good: {0}")]
+    Engine(#[from] EngineFailure),
     /// The same prompt had two answers.
     #[error("warm-up: a greedy generation gave {first:?}, and then {second:?}")]
     Unsteady {
@@ -90,12 +95,31 @@ pub enum ServeError {
     },
 }
 
+impl ServeError {
+    /// Whether the engine, or its device, failed in a way that only a new process heals: the process has to end
+    /// with [`ENGINE_FAILED_EXIT_CODE`].
+    pub fn is_engine_failure(&self) -> bool {
+        match self {
+            Self::Engine(_) => true,
+            Self::WarmUp(error) => {
+                matches!(error, SequenceError::DeviceLost(_) | SequenceError::EngineDied)
+            }
+            Self::Load(error) => matches!(
+                error.downcast_ref(),
+                Some(known_answer::VerifyError::Run(RunError { is_permanent: true, .. }))
+            ),
+            _ => false,
+        }
+    }
+}
+
 /// Answers on `listener` at once, refuses requests until `loading` is done and the model warmed up, and serves then
 /// until `signals` says so: once to drain, twice to end what still runs with an error, three times to go at once. A
 /// closed channel is one signal. A signal before the model is ready ends the server at once: nothing was accepted.
 ///
 /// # Errors
-/// [`ServeError`]: the sockets, the loading or the first generation failed.
+/// [`ServeError`]: the sockets, the loading or the first generation failed, or the engine did for good. Then every
+/// stream was told first.
 pub async fn serve<E: Into<LoadFailure>>(
     listener: TcpListener,
     lifecycle: web::Data<Lifecycle>,
@@ -143,7 +167,10 @@ pub async fn serve<E: Into<LoadFailure>>(
         };
         tokio::select! {
             graceful = shutdown::drain(&state, &mut signals) => Ok::<_, ServeError>(graceful),
-            () = known_answer::look_after(&state) => Ok(false),
+            failure = engine_watch::look_after(&state) => {
+                shutdown::give_up(&state, &failure).await;
+                Err(failure.into())
+            }
         }
     };
     let end = tokio::select! {
@@ -151,7 +178,11 @@ pub async fn serve<E: Into<LoadFailure>>(
         end = end => end,
     };
     // Not awaited alone: the server answers only while it is polled.
-    let graceful = *end.as_ref().unwrap_or(&false);
+    let graceful = match &end {
+        Ok(graceful) => *graceful,
+        // What the streams were told is still on its way.
+        Err(error) => error.is_engine_failure(),
+    };
     let (result, ()) = tokio::join!(server, handle.stop(graceful));
     end?;
     Ok(result?)

@@ -17,7 +17,7 @@ use glmserve::config::{CheckArgs, Cli, Command, LogFormat, LogitsArgs, ModelArgs
 use glmserve::lifecycle::{Lifecycle, Loaded};
 use glmserve::metrics::Metrics;
 use glmserve::state::ServedModel;
-use glmserve::{LoadFailure, check, known_answer, npy, serve, shutdown};
+use glmserve::{ENGINE_FAILED_EXIT_CODE, LoadFailure, ServeError, check, known_answer, npy, serve, shutdown};
 use glmserve_client::bench::{self, BenchArgs};
 use glmserve_client::terminal::{self, ChatArgs};
 use tracing_subscriber::EnvFilter;
@@ -62,12 +62,26 @@ fn run_server(args: ServeArgs) -> MainResult {
         };
         Ok::<_, LoadFailure>(serve(listener, lifecycle, loading, signals).await?)
     });
+    if let Err(error) = &result
+        && let Some(error) = error.downcast_ref::<ServeError>()
+        && error.is_engine_failure()
+    {
+        end_at_once(error);
+    }
     // Whoever stops a server that is loading does not wait for the model.
     runtime.shutdown_background();
     if let Some(thread) = thread {
         thread.join();
     }
     result
+}
+
+/// Ends the process without a word to the device or to ONNX Runtime: their exit handlers can hang or abort
+/// when the device has failed, and then the exit code would be lost.
+fn end_at_once(error: &ServeError) -> ! {
+    let _ = writeln!(std::io::stderr(), "glmserve: {error}");
+    // SAFETY: ends the process; nothing is buffered that has to be written.
+    unsafe { libc::_exit(i32::from(ENGINE_FAILED_EXIT_CODE)) }
 }
 
 /// What is known before the model is loaded.

@@ -8,8 +8,11 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use crate::engine_watch::{ENGINE_FAILED_EXIT_CODE, EngineFailure};
 use crate::state::AppState;
 
+/// How long streams may take to hear that the engine has failed; the process ends soon after.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the engine may take to end what it was told to end: one step, however long.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -48,5 +51,21 @@ pub async fn drain(state: &AppState, signals: &mut mpsc::Receiver<()>) -> bool {
     tokio::select! {
         done = tokio::time::timeout(ABORT_TIMEOUT, state.pumps.wait()) => done.is_ok(),
         Some(()) = signals.recv() => false,
+    }
+}
+
+/// Ends every stream with its typed error because the engine has failed for good.
+pub(crate) async fn give_up(state: &AppState, failure: &EngineFailure) {
+    tracing::error!(
+        num_streams = state.pumps.len(),
+        exit_code = ENGINE_FAILED_EXIT_CODE,
+        "{failure}; only a new process can serve again, so this one ends"
+    );
+    state.set_engine_failed();
+    state.start_draining();
+    state.pumps.close();
+    state.engine.abort_all();
+    if tokio::time::timeout(GIVE_UP_TIMEOUT, state.pumps.wait()).await.is_err() {
+        tracing::error!(num_streams = state.pumps.len(), "the engine does not even end its streams");
     }
 }

@@ -87,6 +87,9 @@ pub struct HttpOptions {
     pub write_timeout: Duration,
     /// How long running streams may go on after the first signal.
     pub drain_timeout: Duration,
+    /// How long the engine may fail to give its known answer after a fault before the process ends;
+    /// `None` is for ever.
+    pub fault_exit_timeout: Option<Duration>,
     /// What a reply may grow to.
     pub log_limits: LogLimits,
     /// What a reply may take; a request may ask for less.
@@ -119,6 +122,7 @@ pub struct AppState {
     /// What the warm-up recorded.
     pub(crate) known_answer: KnownAnswer,
     draining: AtomicBool,
+    engine_failed: AtomicBool,
 }
 
 /// Whether requests are welcome.
@@ -184,6 +188,7 @@ impl AppState {
             created: unix_time(),
             known_answer,
             draining: AtomicBool::new(false),
+            engine_failed: AtomicBool::new(false),
         }
     }
 
@@ -287,6 +292,16 @@ impl AppState {
     /// Whether the server is going away.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
+    }
+
+    /// The engine has failed for good: this process is about to end.
+    pub(crate) fn set_engine_failed(&self) {
+        self.engine_failed.store(true, Ordering::Release);
+    }
+
+    /// Whether the engine has failed for good.
+    pub fn has_engine_failed(&self) -> bool {
+        self.engine_failed.load(Ordering::Acquire)
     }
 
     /// Whether requests are welcome.

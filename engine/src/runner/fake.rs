@@ -71,7 +71,8 @@ impl FakeRunner {
         self.history.clear();
         for position in 0..num_tokens {
             let slot = blocks[position / block_size] as usize * block_size + position % block_size;
-            let token = self.slots[slot].ok_or_else(|| RunError(format!("slot {slot} was never written")))?;
+            let token =
+                self.slots[slot].ok_or_else(|| RunError::new(format!("slot {slot} was never written")))?;
             self.history.push(token);
         }
         Ok(())

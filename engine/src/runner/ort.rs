@@ -6,6 +6,7 @@
 
 mod buffer;
 mod cuda_graphs;
+mod device_error;
 mod inputs;
 mod outputs;
 mod provider;
@@ -186,7 +187,7 @@ impl OrtRunner {
         if let (Some(graphs), Some(index)) = (&mut self.cuda_graphs, cuda_graph) {
             return graphs.run(&mut self.session, index, num_rows).map_err(failed);
         }
-        let outputs = self.outputs.as_mut().ok_or_else(|| RunError("no step is bound".into()))?;
+        let outputs = self.outputs.as_mut().ok_or_else(|| RunError::new("no step is bound"))?;
         let result = match &self.cuda_graphs {
             Some(graphs) => self.session.run_binding_with_options(&self.binding, graphs.uncaptured()),
             None => self.session.run_binding(&self.binding),
@@ -203,7 +204,7 @@ impl OrtRunner {
             (Some(graphs), Some(index)) => graphs.outputs(index),
             _ => self.outputs.as_mut(),
         };
-        outputs.ok_or_else(|| RunError("no step has run".into()))?.view()
+        outputs.ok_or_else(|| RunError::new("no step has run"))?.view()
     }
 }
 

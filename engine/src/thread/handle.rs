@@ -11,6 +11,7 @@ use crossbeam_channel::Sender;
 use tokio::sync::mpsc;
 
 use super::Clock;
+use super::fault::{Fault, FaultGeneration};
 use super::progress::{Progress, RequestState};
 use super::shared::{Place, Shared};
 use crate::error::{SequenceError, SubmitError};
@@ -31,18 +32,6 @@ pub struct EngineLimits {
     pub num_tenants: usize,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: usize,
-}
-
-/// Why the engine should not be trusted until a known answer was checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// Logits were not numbers.
-    NonFiniteLogits,
-    /// Steps in a row that failed.
-    RepeatedRunErrors {
-        /// How many.
-        count: u32,
-    },
 }
 
 /// What the engine is doing.
@@ -245,13 +234,19 @@ impl EngineHandle {
             num_requests: shared.num_requests.load(Ordering::Acquire) + num_probes,
             stalled_for,
             stall_limit: Duration::from_nanos(shared.stall_limit_ns.load(Ordering::Relaxed)),
-            fault: shared.fault(),
+            fault: shared.fault.get().map(|(fault, _)| fault),
         }
     }
 
-    /// Forgets the fault; to be called once a known-answer request was answered as known.
-    pub fn clear_fault(&self) {
-        self.shared.clear_fault();
+    /// What went wrong last and was not cleared, with what [`Self::clear_fault`] has to be told.
+    pub fn fault(&self) -> Option<(Fault, FaultGeneration)> {
+        self.shared.fault.get()
+    }
+
+    /// Forgets the fault that was `seen` before a known-answer request that was answered as known. False if
+    /// there was another one since, which stays.
+    pub fn clear_fault(&self, seen: FaultGeneration) -> bool {
+        self.shared.fault.clear(seen)
     }
 
     /// Takes no more requests; what was accepted goes on.

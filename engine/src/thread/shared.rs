@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::time::Duration;
 
 use super::Clock;
-use super::handle::{EngineLimits, Fault};
+use super::fault::PublishedFault;
+use super::handle::EngineLimits;
 use super::load::{PublishedCosts, PublishedLoad};
 use crate::config::{EngineConfig, PrefixCaching};
 use crate::cost_model::{Load, StepBounds};
@@ -42,17 +43,12 @@ pub(super) struct Shared {
     /// Engine time in nanoseconds.
     pub(super) progress_at: AtomicU64,
     pub(super) stall_limit_ns: AtomicU64,
-    fault: AtomicU64,
+    pub(super) fault: PublishedFault,
     /// Requests refused for their deadline while nothing was there, since the last step.
     pub(super) num_idle_refusals: AtomicU32,
     pub(super) load: PublishedLoad,
     pub(super) costs: PublishedCosts,
 }
-
-const NO_FAULT: u64 = 0;
-const NON_FINITE: u64 = 1;
-/// Added to the count of repeated errors.
-const REPEATED: u64 = 1 << 32;
 
 impl Shared {
     pub(super) fn new(
@@ -78,30 +74,10 @@ impl Shared {
             is_busy: AtomicBool::new(false),
             progress_at: AtomicU64::new(0),
             stall_limit_ns: AtomicU64::new(0),
-            fault: AtomicU64::new(NO_FAULT),
+            fault: PublishedFault::default(),
             num_idle_refusals: AtomicU32::new(0),
             load: PublishedLoad::new(limits.num_tenants),
             costs: PublishedCosts::default(),
-        }
-    }
-
-    pub(super) fn set_fault(&self, fault: Fault) {
-        let encoded = match fault {
-            Fault::NonFiniteLogits => NON_FINITE,
-            Fault::RepeatedRunErrors { count } => REPEATED + u64::from(count),
-        };
-        self.fault.store(encoded, Ordering::Release);
-    }
-
-    pub(super) fn clear_fault(&self) {
-        self.fault.store(NO_FAULT, Ordering::Release);
-    }
-
-    pub(super) fn fault(&self) -> Option<Fault> {
-        match self.fault.load(Ordering::Acquire) {
-            NO_FAULT => None,
-            NON_FINITE => Some(Fault::NonFiniteLogits),
-            encoded => Some(Fault::RepeatedRunErrors { count: (encoded - REPEATED) as u32 }),
         }
     }
 

@@ -3,6 +3,8 @@
 //! Invariant: between two steps nothing here waits or locks, and nothing allocates for a token: only a
 //! request that comes and the publication of the queue do.
 
+mod ends;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,14 +13,15 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use tokio::sync::mpsc;
 
-use super::handle::{Command, Fault, Submission};
+use super::fault::Fault;
+use super::handle::{Command, Submission};
 use super::progress::{RequestState, Stage};
 use super::shared::{Place, Shared};
 use crate::config::EngineConfig;
 use crate::cost_model::{CostModel, Load, StepWork};
 use crate::engine::Engine;
 use crate::error::SequenceError;
-use crate::observer::{EngineGauges, EngineObserver, StepReport};
+use crate::observer::{EngineObserver, StepReport};
 use crate::request::{RequestId, TokenEvent};
 use crate::runner::ModelRunner;
 use crate::sequence::Sequence;
@@ -66,6 +69,8 @@ pub(super) struct Worker<R> {
     num_run_errors: u32,
     /// Whether everything was told to end: what arrives later was on its way when that was said.
     is_aborting: bool,
+    /// What the runner said when it failed for good.
+    lost_device: Option<SequenceError>,
     queue_published_at: Duration,
     /// Requests and tokens taken from the channel since the queue was last published.
     seen: (usize, usize),
@@ -92,6 +97,7 @@ impl<R: ModelRunner> Worker<R> {
             costs: CostModel::default(),
             num_run_errors: 0,
             is_aborting: false,
+            lost_device: None,
             queue_published_at: Duration::ZERO,
             seen: (0, 0),
         };
@@ -100,9 +106,10 @@ impl<R: ModelRunner> Worker<R> {
         worker
     }
 
+    /// Runs until every handle is dropped, or no step can succeed any more.
     pub(super) fn run(&mut self) {
         let clock = self.shared.clock.clone();
-        loop {
+        while self.lost_device.is_none() {
             if self.engine.is_idle() {
                 self.observer.gauges(&self.engine.gauges());
                 self.publish(clock.now());
@@ -249,14 +256,18 @@ impl<R: ModelRunner> Worker<R> {
         if report.failed {
             self.num_run_errors = self.num_run_errors.saturating_add(1);
             if self.num_run_errors >= self.config.max_consecutive_run_errors {
-                self.shared.set_fault(Fault::RepeatedRunErrors { count: self.num_run_errors });
+                self.shared.fault.set(Fault::RepeatedRunErrors { count: self.num_run_errors });
             }
         } else {
             self.num_run_errors = 0;
             self.costs.observe_step(&StepWork::of(self.engine.plan()), report.duration);
         }
         if report.num_non_finite > 0 {
-            self.shared.set_fault(Fault::NonFiniteLogits);
+            self.shared.fault.set(Fault::NonFiniteLogits);
+        }
+        if report.lost_device {
+            self.shared.fault.set(Fault::DeviceLost);
+            self.note_lost_device();
         }
         self.shared.costs.publish(&self.costs);
     }
@@ -360,37 +371,5 @@ impl<R: ModelRunner> Worker<R> {
     ) -> Option<Duration> {
         let time = self.costs.time_to_first_token(load, num_cached_tokens, num_tokens, &self.shared.bounds);
         time.map(|time| now.saturating_add(time))
-    }
-
-    fn end(&mut self, id: RequestId, error: SequenceError) {
-        if let Some(client) = self.clients.remove(&id) {
-            self.shared.release(client.place);
-            let _ = client.events.try_send(TokenEvent::Failed(error));
-        }
-    }
-
-    /// Ends a request that the engine never saw.
-    fn refuse(&mut self, submission: Submission, error: SequenceError) {
-        self.seen.0 += 1;
-        self.seen.1 += submission.num_tokens();
-        let _ = submission.events.try_send(TokenEvent::Failed(error));
-        self.shared.release(submission.place);
-    }
-
-    /// Ends whatever is left when the thread ends, for whichever reason.
-    pub(super) fn close(&mut self) {
-        self.shared.accepting.store(false, Ordering::Release);
-        // Before the channel is emptied: a handle that sends later sees it and takes its request back.
-        self.shared.alive.store(false, Ordering::SeqCst);
-        self.shared.is_busy.store(false, Ordering::Release);
-        let ids: Vec<RequestId> = self.clients.keys().copied().collect();
-        ids.into_iter().for_each(|id| self.end(id, SequenceError::EngineDied));
-        // A bounded channel keeps what it holds while any sender is there; nobody would be told.
-        while let Ok(command) = self.commands.try_recv() {
-            if let Command::Submit(submission) = command {
-                self.refuse(submission, SequenceError::EngineDied);
-            }
-        }
-        self.observer.gauges(&EngineGauges::default());
     }
 }

@@ -27,6 +27,7 @@ pub(super) async fn live(lifecycle: web::Data<Lifecycle>) -> HttpResponse {
     let status = state.engine.status();
     match status.stalled_for {
         _ if !status.alive => unavailable("the engine thread has ended"),
+        _ if state.has_engine_failed() => unavailable("the engine has failed for good"),
         Some(stalled) if stalled > status.stall_limit => unavailable(&format!(
             "the engine has work and made no progress for {:.1} s",
             stalled.as_secs_f64()

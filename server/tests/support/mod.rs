@@ -5,7 +5,8 @@
 //! long before the first token and in mid-reply; `hush MS TEXT` replies TEXT and hangs that long at both
 //! places; `late MS` fails after so long; `flood N` replies N
 //! letters at once; `fail` fails on the third step, `refuse` on the first;
-//! `bytes HEX` replies these bytes.
+//! `bytes HEX` replies these bytes. `break` fails, and so does every step after it; `lose` loses the device,
+//! `panic` the engine's thread.
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
@@ -43,6 +44,7 @@ pub(crate) struct Options {
     pub(crate) max_num_waiting: usize,
     pub(crate) max_body_bytes: usize,
     pub(crate) drain_timeout: Duration,
+    pub(crate) fault_exit_timeout: Option<Duration>,
     pub(crate) max_reply_bytes: usize,
     pub(crate) keys: Option<ApiKeys>,
     pub(crate) allowed_origins: &'static str,
@@ -64,6 +66,7 @@ impl Default for Options {
             folder: model_dir::chatglm3,
             max_body_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(10),
+            fault_exit_timeout: None,
             max_reply_bytes: 1 << 20,
             keys: None,
             allowed_origins: "localhost",
@@ -112,7 +115,13 @@ impl Starting {
         let metrics = Arc::new(Metrics::new(&model.manifest).unwrap());
         let geometry = model.manifest.geometry;
         let num_blocks = 2048;
-        let runner = FakeRunner::scripted(geometry.vocab_size, num_blocks, 16, Box::new(play));
+        let mut is_broken = false;
+        let reply = move |history: &[u32]| {
+            let reply = play(history);
+            is_broken |= reply == Err(RunError::new(BROKEN));
+            if is_broken { Err(RunError::new(BROKEN)) } else { reply }
+        };
+        let runner = FakeRunner::scripted(geometry.vocab_size, num_blocks, 16, Box::new(reply));
         let config = EngineConfig {
             max_num_seqs: options.max_num_seqs,
             max_num_waiting: options.max_num_waiting,
@@ -133,6 +142,7 @@ impl Starting {
             resume_grace: options.resume_grace,
             store_limits: options.store_limits,
             drain_timeout: options.drain_timeout,
+            fault_exit_timeout: options.fault_exit_timeout,
             log_limits: LogLimits {
                 max_events: geometry.max_model_len + 2,
                 max_bytes: options.max_reply_bytes,
@@ -305,6 +315,8 @@ const USER: u32 = FIRST_SPECIAL + 6;
 const ASSISTANT: u32 = FIRST_SPECIAL + 7;
 const END: u32 = 2;
 const SPACE: u32 = 259;
+/// What a runner says that was told to break.
+const BROKEN: &str = "broken as scripted";
 
 fn byte(byte: u8) -> u32 {
     u32::from(byte) + 3
@@ -346,13 +358,16 @@ fn play(history: &[u32]) -> Result<u32, RunError> {
         }
         "late" => {
             std::thread::sleep(Duration::from_millis(argument.parse().unwrap()));
-            return Err(RunError("as scripted".into()));
+            return Err(RunError::new("as scripted"));
         }
         "flood" => {
             reply.extend((0..argument.parse().unwrap()).map(|i: u32| byte(b'a' + (i % 26) as u8)));
         }
-        "refuse" => return Err(RunError("as scripted".into())),
-        "fail" if generated == 5 => return Err(RunError("as scripted".into())),
+        "break" => return Err(RunError::new(BROKEN)),
+        "lose" => return Err(RunError::permanent("the device is gone, as scripted")),
+        "panic" => panic!("as scripted"),
+        "refuse" => return Err(RunError::new("as scripted")),
+        "fail" if generated == 5 => return Err(RunError::new("as scripted")),
         "fail" => reply.extend([byte(b'x'); 9]),
         "nothing" => reply.clear(),
         _ => {}

@@ -261,7 +261,7 @@ fn with_failures(
 ) -> FakeRunner {
     let reply = move |history: &[u32]| {
         if fails() {
-            return Err(RunError("injected".into()));
+            return Err(RunError::new("injected"));
         }
         model.reply(history)
     };

@@ -9,6 +9,7 @@ use ort::session::IoBinding;
 use ort::value::{DynTensor, TensorElementType};
 
 use super::buffer::{Buffer, align};
+use super::device_error::is_permanent;
 use crate::error::RunError;
 use crate::manifest::TensorNames;
 use crate::step::{Candidates, FetchLogits, Logits, StepOutput};
@@ -181,9 +182,10 @@ impl FetchLogits for Rows {
     }
 }
 
-/// The library's words.
+/// The library's words, and whether they are its last ones.
 pub(super) fn failed(error: ort::Error) -> RunError {
-    RunError(error.to_string())
+    let message = error.to_string();
+    RunError { is_permanent: is_permanent(&message), message }
 }
 
 /// The first rows of a tensor.
@@ -195,5 +197,5 @@ fn rows<'a, T>(
     let width = shape.last().map_or(0, |&width| width as usize);
     let wanted = values.get(..num_rows * width);
     let view = wanted.and_then(|wanted| ArrayView2::from_shape((num_rows, width), wanted).ok());
-    view.ok_or_else(|| RunError(format!("{num_rows} rows have shape {shape:?}")))
+    view.ok_or_else(|| RunError::new(format!("{num_rows} rows have shape {shape:?}")))
 }

@@ -1,0 +1,63 @@
+//! Owns how requests end when the engine can't end them: the server goes away, or the thread ends.
+//!
+//! Invariant: each of them gets one terminal event, and its place is free before it hears of it.
+
+use std::sync::atomic::Ordering;
+
+use super::Worker;
+use crate::error::SequenceError;
+use crate::observer::EngineGauges;
+use crate::request::{RequestId, TokenEvent};
+use crate::runner::ModelRunner;
+use crate::thread::handle::{Command, Submission};
+
+impl<R: ModelRunner> Worker<R> {
+    /// Keeps the first words about the device for all whom its loss ends.
+    pub(super) fn note_lost_device(&mut self) {
+        let words = self.engine.events().iter().find_map(|(_, event)| match event {
+            TokenEvent::Failed(SequenceError::DeviceLost(words)) => Some(words.clone()),
+            _ => None,
+        });
+        let words = words.unwrap_or_default();
+        tracing::error!(words, "the device failed for good: no step can succeed any more");
+        self.lost_device = Some(SequenceError::DeviceLost(words));
+    }
+
+    /// Whether the thread ended because no step can succeed any more.
+    pub(in crate::thread) fn has_lost_device(&self) -> bool {
+        self.lost_device.is_some()
+    }
+
+    pub(super) fn end(&mut self, id: RequestId, error: SequenceError) {
+        if let Some(client) = self.clients.remove(&id) {
+            self.shared.release(client.place);
+            let _ = client.events.try_send(TokenEvent::Failed(error));
+        }
+    }
+
+    /// Ends a request that the engine never saw.
+    pub(super) fn refuse(&mut self, submission: Submission, error: SequenceError) {
+        self.seen.0 += 1;
+        self.seen.1 += submission.num_tokens();
+        let _ = submission.events.try_send(TokenEvent::Failed(error));
+        self.shared.release(submission.place);
+    }
+
+    /// Ends whatever is left when the thread ends, for whichever reason.
+    pub(in crate::thread) fn close(&mut self) {
+        self.shared.accepting.store(false, Ordering::Release);
+        // Before the channel is emptied: a handle that sends later sees it and takes its request back.
+        self.shared.alive.store(false, Ordering::SeqCst);
+        self.shared.is_busy.store(false, Ordering::Release);
+        let ids: Vec<RequestId> = self.clients.keys().copied().collect();
+        let error = self.lost_device.clone().unwrap_or(SequenceError::EngineDied);
+        ids.into_iter().for_each(|id| self.end(id, error.clone()));
+        // A bounded channel keeps what it holds while any sender is there; nobody would be told.
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(submission) = command {
+                self.refuse(submission, error.clone());
+            }
+        }
+        self.observer.gauges(&EngineGauges::default());
+    }
+}
