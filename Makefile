@@ -93,7 +93,7 @@ CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 # The operators run once more in ONNX Runtime at each lesser instruction set.
 test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 	$(WITH_ORT) cargo test --release --locked --workspace
-	for simd in portable $$(grep -ow -m1 avx2 /proc/cpuinfo); do \
+	for simd in portable $$(grep -owE 'avx2|avx_vnni' /proc/cpuinfo | sort -u | tr -d _); do \
 	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention --test quantized_matmul \
 	    --test post_attention; done
 	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$< cargo test --release --locked --quiet -p glmserve --lib -- --ignored,\

@@ -16,6 +16,8 @@ import onnxruntime
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# What tests share with the benches.
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
 GLMSERVE = ROOT / "target" / "release" / "glmserve"
 DEFAULT_MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 # The library that the server loads comes out of the Python package's wheel.

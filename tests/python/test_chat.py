@@ -10,9 +10,10 @@ import httpx
 import openai
 import pytest
 from conftest import GLMSERVE, ROOT
+from examples import CAPITAL
 
 MODEL = "smollm2-135m-instruct"
-QUESTION = "What is the capital of France?"
+QUESTION = CAPITAL.question
 
 
 def load_example():

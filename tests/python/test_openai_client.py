@@ -6,9 +6,11 @@ import urllib.request
 
 import openai
 import pytest
+from conftest import ROOT
+from examples import CAPITAL, EXAMPLES
 
 MODEL = "smollm2-135m-instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": CAPITAL.question}]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,18 @@ def stream_text(client, **options):
 
 def test_a_sensible_answer_streams(client):
     text, finish_reason, usage = stream_text(client)
-    assert "Paris" in text
+    assert CAPITAL.word in text
     assert finish_reason == "stop"
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.word)
+def test_the_readme_says_what_the_model_says(client, example):
+    messages = [{"role": "user", "content": example.question}]
+    text, finish_reason, _ = stream_text(client, messages=messages, max_tokens=example.max_tokens)
+    readme = (ROOT / "README.md").read_text()
+    assert example.question in readme and text in readme, text
+    assert example.word in text and finish_reason == "stop"
 
 
 CACHED = {"prompt_tokens_details"}
@@ -46,7 +57,7 @@ CACHED = {"prompt_tokens_details"}
     [
         {},
         {"max_tokens": 5},
-        {"stop": ["Paris", "never"]},
+        {"stop": [CAPITAL.word, "never"]},
         {"temperature": 0.9, "top_p": 0.9, "seed": 7},
         {"messages": [{"role": "user", "content": "Write one emoji and one Chinese word."}]},
     ],
@@ -60,7 +71,7 @@ def test_streaming_and_not_are_equal(client, options):
     # Of the second one more may have come from the prefix cache.
     assert whole.usage.model_dump(exclude=CACHED) == usage.model_dump(exclude=CACHED)
     if "stop" in options:
-        assert "Paris" not in text and finish_reason == "stop"
+        assert CAPITAL.word not in text and finish_reason == "stop"
     if options["max_tokens"] == 5:
         assert finish_reason == "length" and usage.completion_tokens == 5
 
@@ -90,7 +101,7 @@ def test_sixteen_streams_share_steps(client, default_server):
 def test_aliases_and_models(client):
     assert {model.id for model in client.models.list()} == {MODEL, "chatglm3-6b"}
     text, _, _ = stream_text(client, model="chatglm3-6b")
-    assert "Paris" in text
+    assert CAPITAL.word in text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Streams a reply from glmserve and survives broken connections; a reply that is not whole is an error.
 
-pip install httpx; python chat.py "What is the capital of France?" [http://127.0.0.1:8000]
+pip install httpx; python chat.py "What is the capital of Japan?" [http://127.0.0.1:8000]
 """
 
 import hashlib
