@@ -3,6 +3,8 @@
 //! Invariant: each refusal has a stable code, and a client that may try again is told when.
 
 mod body;
+mod http;
+mod retry;
 mod stream;
 
 use std::time::Duration;
@@ -39,6 +41,7 @@ const LOADING: &str = "loading";
 const DRAINING: &str = "draining";
 const UNAVAILABLE: &str = "unavailable";
 const TOO_MANY_BODIES: &str = "too_many_bodies";
+const REPLY_TOO_LARGE: &str = "reply_too_large";
 const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
 
 /// Another replica answers at once; this one will not come back sooner.
@@ -220,7 +223,6 @@ impl ApiError {
     pub fn body(&self) -> Value {
         let kind = match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
-            StatusCode::UNAUTHORIZED => "authentication_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
@@ -240,6 +242,9 @@ impl ResponseError for ApiError {
         }
         if let Some(allowed) = self.allowed {
             response.insert_header((header::ALLOW, allowed));
+        }
+        if !self.may_heal() {
+            response.insert_header(("x-should-retry", "false"));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));

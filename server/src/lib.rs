@@ -10,6 +10,7 @@ pub mod error;
 #[cfg(test)]
 #[path = "../tests/support/model_dir.rs"]
 mod fixtures;
+mod http;
 mod json;
 pub mod known_answer;
 pub mod lifecycle;
@@ -25,30 +26,17 @@ pub mod stream;
 pub mod text;
 
 use std::net::TcpListener;
-use std::time::Duration;
 
 use actix_web::middleware::from_fn;
-use actix_web::{App, HttpServer, web};
+use actix_web::{App, web};
 use glm_engine::{RunError, SequenceError, SubmitError};
 use tokio::sync::mpsc;
 
 pub use crate::engine_watch::{ENGINE_FAILED_EXIT_CODE, EngineFailure};
 use crate::lifecycle::{Lifecycle, Loaded};
 use crate::middleware::{cors, paths, request_id};
-use crate::stream::connection::{self, Connection};
+use crate::stream::connection;
 use crate::text::TextError;
-
-/// HTTP is a small part of the work; the engine has the other cores.
-const NUM_WORKERS: usize = 2;
-/// Threads a worker has to parse and tokenise large bodies; more would take the engine's cores.
-const NUM_BLOCKING_THREADS: usize = 1;
-/// Connections a worker may hold, idle ones included.
-const MAX_CONNECTIONS: usize = 4096;
-/// Above what load balancers commonly keep (60 s), so that they close first and no request is lost.
-const KEEP_ALIVE: Duration = Duration::from_secs(75);
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the last bytes of ended streams may take to leave.
-const FLUSH_TIMEOUT_S: u64 = 5;
 
 /// Why a model could not be loaded; the words are for whoever started the server.
 pub type LoadFailure = Box<dyn std::error::Error + Send + Sync>;
@@ -140,24 +128,7 @@ pub async fn serve<E: Into<LoadFailure>>(
             .configure(routes::configure)
     };
     connection::bound_sends(&listener, lifecycle.options.write_timeout)?;
-    let server = HttpServer::new(app)
-        .on_connect(|io, extensions| {
-            if let Some(connection) = Connection::of(io) {
-                extensions.insert(connection);
-            }
-        })
-        .workers(NUM_WORKERS)
-        .worker_max_blocking_threads(NUM_BLOCKING_THREADS)
-        .max_connections(MAX_CONNECTIONS)
-        .keep_alive(KEEP_ALIVE)
-        .client_request_timeout(HEAD_TIMEOUT)
-        // A client that closed its side is gone: its handler is dropped, which aborts its request.
-        .h1_allow_half_closed(false)
-        .tcp_nodelay(true)
-        .disable_signals()
-        .shutdown_timeout(FLUSH_TIMEOUT_S)
-        .listen(listener)?
-        .run();
+    let server = http::listen(listener, app, lifecycle.clone())?;
     let handle = server.handle();
     tokio::pin!(server);
     let end = async {

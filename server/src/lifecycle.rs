@@ -10,6 +10,8 @@ use actix_web::web;
 use glm_engine::EngineHandle;
 
 use crate::auth::ApiKeys;
+use crate::error::ApiError;
+use crate::http::Watch;
 use crate::known_answer;
 use crate::metrics::Metrics;
 use crate::state::{AppState, HttpOptions, ServedModel};
@@ -62,5 +64,15 @@ impl Lifecycle {
         let _ = self.state.set(state.clone());
         tracing::info!("ready");
         Ok(state)
+    }
+}
+
+impl Watch for web::Data<Lifecycle> {
+    fn refused(&self, error: &ApiError) {
+        self.metrics.refused(error.code());
+    }
+
+    fn is_draining(&self) -> bool {
+        self.state().is_some_and(|state| state.is_draining())
     }
 }

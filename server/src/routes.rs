@@ -16,7 +16,7 @@ use std::future::ready;
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::guard::{Any, Get, Head};
-use actix_web::http::{ConnectionType, Method, Version, header};
+use actix_web::http::{Method, header};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{HttpRequest, HttpResponse, Resource, Route, web};
 
@@ -75,8 +75,7 @@ fn resource(path: &str, allowed: &'static str) -> Resource {
     web::resource(path).default_service(web::to(refuse))
 }
 
-/// Counts the requests that are answered with an error, lets connections go while draining, and
-/// answers HTTP/1.0 in its own form.
+/// Counts the requests that are answered with an error.
 ///
 /// # Errors
 /// Those of the inner service.
@@ -85,24 +84,14 @@ pub(crate) async fn observe<B: MessageBody>(
     next: Next<B>,
 ) -> Result<ServiceResponse<B>, actix_web::Error> {
     let lifecycle = request.app_data::<web::Data<Lifecycle>>().cloned();
-    let is_old = request.version() < Version::HTTP_11;
     let count = |error: Option<&actix_web::Error>| {
         if let (Some(lifecycle), Some(error)) = (&lifecycle, error.and_then(|e| e.as_error::<ApiError>())) {
             lifecycle.metrics.refused(error.code());
         }
     };
     match next.call(request).await {
-        Ok(mut response) => {
+        Ok(response) => {
             count(response.response().error());
-            let head = response.response_mut().head_mut();
-            if is_old {
-                // It knows no chunks: a stream of unknown length ends with its connection.
-                head.no_chunking(true);
-            }
-            let state = lifecycle.as_ref().and_then(|lifecycle| lifecycle.state());
-            if is_old || state.is_some_and(|state| state.is_draining()) {
-                head.set_connection_type(ConnectionType::Close);
-            }
             Ok(response)
         }
         Err(error) => {

@@ -34,7 +34,7 @@ impl From<StreamError> for ApiError {
             StreamError::Sequence(SequenceError::DeviceLost(_)) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "device_lost")
             }
-            StreamError::TooLarge(_) => (StatusCode::INTERNAL_SERVER_ERROR, "reply_too_large"),
+            StreamError::TooLarge(_) => (StatusCode::INTERNAL_SERVER_ERROR, REPLY_TOO_LARGE),
             StreamError::Lost => (StatusCode::INTERNAL_SERVER_ERROR, "reply_lost"),
         };
         let message = match &error {

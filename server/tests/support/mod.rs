@@ -12,6 +12,7 @@
 
 pub(crate) mod events;
 pub(crate) mod model_dir;
+pub(crate) mod wire;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
