@@ -31,6 +31,7 @@ pub(crate) use self::exchange::Malformed;
 use self::exchange::{AnswerBody, Exchange};
 use self::request_gate::RequestGate;
 use crate::error::ApiError;
+use crate::middleware::request_id;
 use crate::stream::connection::Connection;
 
 /// HTTP is a small part of the work; the engine has the other cores.
@@ -163,5 +164,8 @@ fn refusal(exchange: &Exchange, watch: &impl Watch) -> Response<BoxBody> {
         None => ApiError::internal("a request was not answered"),
     };
     watch.refused(&error);
-    error.error_response().into()
+    tracing::debug!(code = error.code(), "refused: {error}");
+    let mut response = error.error_response();
+    response.headers_mut().insert(request_id::NAME, request_id::random());
+    response.into()
 }

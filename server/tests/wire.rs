@@ -258,7 +258,7 @@ fn what_is_no_http_request_is_answered_in_json_and_counted() {
             let answer = wire.send(&format!("{text}{behind}")).await.answer().await;
             let answer = answer.unwrap_or_else(|| panic!("no answer to {text:?}"));
             assert_eq!((answer.status, answer.code()), (400, json!("malformed_http")), "{text:?} {answer:?}");
-            assert!(answer.says_close(), "{answer:?}");
+            assert!(answer.says_close() && answer.head.contains("\r\nx-request-id: req_"), "{answer:?}");
             assert!(wire.is_closed().await, "{text:?}");
         }
         let counted = "glmserve_http_requests_refused_total{code=\"malformed_http\"}";

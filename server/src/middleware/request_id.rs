@@ -54,7 +54,8 @@ fn given(headers: &HeaderMap) -> Option<HeaderValue> {
     is_sane.then(|| id.clone())
 }
 
-fn random() -> HeaderValue {
+/// A name for a request that has none.
+pub(crate) fn random() -> HeaderValue {
     let id = format!("req_{:016x}{:016x}", random_u64(), random_u64());
     HeaderValue::try_from(id).unwrap_or_else(|_| HeaderValue::from_static("req_0"))
 }
