@@ -4,7 +4,8 @@ use actix_web::http::StatusCode;
 use glm_engine::SequenceError;
 
 use super::{
-    ApiError, FIRST_TOKEN_TIMEOUT, INTER_TOKEN_TIMEOUT, QUEUE_TIMEOUT, REPLY_TOO_LARGE, REQUEST_TIMEOUT, RETRY_UNAVAILABLE_S,
+    ApiError, FIRST_TOKEN_TIMEOUT, INTER_TOKEN_TIMEOUT, QUEUE_TIMEOUT, REPLY_TOO_LARGE, REQUEST_TIMEOUT,
+    RETRY_UNAVAILABLE_S,
 };
 use crate::stream::event::StreamError;
 use crate::stream::time_limits::Limit;
