@@ -211,8 +211,8 @@ impl RequestGate {
 
     /// Whether a head is overdue. Between two requests a connection may be idle; then actix has the clock.
     fn is_overdue(&mut self, context: &mut Context<'_>) -> bool {
-        let waits = !self.exchange.in_progress() && self.body.is_none();
-        if !waits || !(self.is_first || !self.received.is_empty()) {
+        let is_expected = self.is_first || !self.received.is_empty();
+        if !is_expected || self.exchange.in_progress() || self.body.is_some() {
             return false;
         }
         let timer = self.head_timer.get_or_insert_with(|| Box::pin(sleep(HEAD_TIMEOUT)));
