@@ -184,6 +184,7 @@ impl<R: ModelRunner> Engine<R> {
             num_non_finite: 0,
             failed: false,
             lost_device: false,
+            serves_users: !self.plan.sequences.iter().all(|scheduled| self.scheduler.is_probe(scheduled.id)),
         };
         if self.plan.is_empty() {
             return report;
@@ -205,7 +206,10 @@ impl<R: ModelRunner> Engine<R> {
                 continue;
             };
             let end = scheduled.num_computed_tokens + num_known_tokens;
-            report.num_prompt_tokens += report_prompt_tokens(sequence, end);
+            let is_users = !sequence.is_probe;
+            if is_users {
+                report.num_prompt_tokens += report_prompt_tokens(sequence, end);
+            }
             let drafts = self.plan.drafts(index);
             let mut num_accepted = 0;
             let mut is_finished = false;
@@ -213,7 +217,7 @@ impl<R: ModelRunner> Engine<R> {
             for row in scheduled.logits_rows() {
                 let token_id = sample(&mut self.sampler, &mut output, row, sequence);
                 is_finished = apply_token(token_id, sequence, &mut self.events);
-                report.num_generated_tokens += 1;
+                report.num_generated_tokens += usize::from(is_users);
                 let draft = drafts.get(row - scheduled.logits_row);
                 if is_finished || draft.is_none_or(|&draft| sequence.tokens().last() != Some(&(draft as u32)))
                 {
@@ -221,8 +225,10 @@ impl<R: ModelRunner> Engine<R> {
                 }
                 num_accepted += 1;
             }
-            report.num_draft_tokens += drafts.len();
-            report.num_accepted_draft_tokens += num_accepted;
+            if is_users {
+                report.num_draft_tokens += drafts.len();
+                report.num_accepted_draft_tokens += num_accepted;
+            }
             if !drafts.is_empty() {
                 // Of a sequence that ends, too: its tenant is charged, and others may use its blocks.
                 self.scheduler.commit_drafts(scheduled.id, num_accepted);

@@ -31,7 +31,7 @@ pub use engine::Engine;
 pub use error::{LoadError, RunError, SequenceError, SubmitError};
 pub use manifest::Manifest;
 pub use observer::{AdmissionReport, EngineGauges, EngineObserver, NoObserver, StepReport};
-pub use request::{FinishReason, PRIORITIES, Request, RequestId, TenantId, TokenEvent};
+pub use request::{FinishReason, PRIORITIES, Request, RequestId, TenantId, TimedEvent, TokenEvent};
 pub use sampling_params::SamplingParams;
 pub use step::{Candidates, FetchLogits, Logits, ScheduledSequence, StepOutput, StepPlan};
 pub use thread::{

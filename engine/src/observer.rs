@@ -11,11 +11,11 @@ pub struct StepReport {
     pub duration: Duration,
     /// Tokens computed.
     pub num_scheduled_tokens: usize,
-    /// Of those, tokens that were computed for the first time and belong to a prompt.
+    /// Of those, tokens that were computed for the first time and belong to a user's prompt.
     pub num_prompt_tokens: usize,
-    /// Tokens sampled.
+    /// Tokens sampled for users.
     pub num_generated_tokens: usize,
-    /// Tokens guessed and computed beside decodes.
+    /// Tokens guessed and computed beside users' decodes.
     pub num_draft_tokens: usize,
     /// Of those, tokens that were sampled then.
     pub num_accepted_draft_tokens: usize,
@@ -27,11 +27,15 @@ pub struct StepReport {
     pub failed: bool,
     /// Whether it can never succeed again in this process.
     pub lost_device: bool,
+    /// Whether a request of a user was computed; else the step was for a probe only.
+    pub serves_users: bool,
 }
 
 /// Figures of a request that was admitted for the first time.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdmissionReport {
+    /// Whether it is a probe and not a user's.
+    pub is_probe: bool,
     /// From its submission.
     pub queue_time: Duration,
     /// Tokens that were looked up in the prefix cache: its prompt, unless it takes no part.
@@ -63,7 +67,7 @@ pub trait EngineObserver: Send + Sync {
     fn gauges(&self, gauges: &EngineGauges) {
         let _ = gauges;
     }
-    /// A request was admitted for the first time.
+    /// A user's request was admitted for the first time.
     fn admitted(&self, report: &AdmissionReport) {
         let _ = report;
     }

@@ -72,6 +72,23 @@ pub enum TokenEvent {
     Failed(SequenceError),
 }
 
+/// An event, and when it happened.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TimedEvent {
+    /// Engine time: of an admission its step's start, of everything else its step's end. What one step generates has
+    /// one time.
+    pub at: Duration,
+    /// What happened.
+    pub event: TokenEvent,
+}
+
+impl TimedEvent {
+    /// A sequence that could not be finished.
+    pub(crate) fn failed(at: Duration, error: SequenceError) -> Self {
+        Self { at, event: TokenEvent::Failed(error) }
+    }
+}
+
 impl TokenEvent {
     /// Whether nothing follows.
     pub fn is_terminal(&self) -> bool {

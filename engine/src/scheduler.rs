@@ -295,6 +295,12 @@ impl Scheduler {
         was_waiting
     }
 
+    /// Whether a running sequence is a probe, which is always the first one.
+    pub fn is_probe(&self, id: RequestId) -> bool {
+        let first = self.running.first().map(|running| &running.sequence);
+        first.is_some_and(|sequence| sequence.is_probe && sequence.id == id)
+    }
+
     /// Where a sequence is in the running list. A step's outcome is applied in the order of that list,
     /// so the next one that is asked for mostly stands at or behind the last one.
     fn position(&mut self, id: RequestId) -> Option<usize> {

@@ -374,6 +374,20 @@ async fn a_probe_passes_a_full_queue_and_there_is_one_at_a_time() {
 }
 
 #[tokio::test]
+async fn events_carry_the_time_of_their_step() {
+    let World { handle, .. } = start(config());
+    let mut events = handle.submit(request(PLAIN, 10, 3)).unwrap();
+    let mut times = Vec::new();
+    while let Some(timed) = events.recv_timed().await {
+        times.push(timed.at);
+    }
+    let gaps: Vec<u128> = times.windows(2).map(|pair| (pair[1] - pair[0]).as_micros()).collect();
+    // The admission at the start of the prompt's step, a token at the end of each step, and the end with the last.
+    assert_eq!(gaps, [2000, 1100, 1100, 0]);
+    assert_eq!(events.elapsed(times[0]), Duration::from_micros(4200));
+}
+
+#[tokio::test]
 async fn detached_requests_give_way_to_attached_ones() {
     // The prompts take 251 of 256 blocks.
     let config = EngineConfig { max_num_seqs: 3, watermark_permille: 0, ..config() };

@@ -132,7 +132,11 @@ impl Metrics {
                 r,
                 Gauge::new("glmserve_kv_cache_usage_ratio", "KV blocks in use, from 0 to 1.")?,
             )?,
-            steps: counter(r, "glmserve_engine_steps_total", "Steps of the engine.")?,
+            steps: counter(
+                r,
+                "glmserve_engine_steps_total",
+                "Steps of the engine, those for its known answer included.",
+            )?,
             failed_steps: counter(
                 r,
                 "glmserve_engine_failed_steps_total",
@@ -141,11 +145,11 @@ impl Metrics {
             step_duration: histogram(
                 r,
                 "glmserve_step_duration_seconds",
-                "Time of one step.",
+                "Time of one step that computed for users.",
                 &STEP_BUCKETS,
             )?,
-            prompt_tokens: counter(r, "glmserve_prompt_tokens_total", "Prompt tokens computed.")?,
-            generation_tokens: counter(r, "glmserve_generation_tokens_total", "Tokens sampled.")?,
+            prompt_tokens: counter(r, "glmserve_prompt_tokens_total", "Tokens of users' prompts computed.")?,
+            generation_tokens: counter(r, "glmserve_generation_tokens_total", "Tokens sampled for users.")?,
             draft_tokens: counter(
                 r,
                 "glmserve_draft_tokens_total",
@@ -170,25 +174,26 @@ impl Metrics {
             first_token: histogram(
                 r,
                 "glmserve_time_to_first_token_seconds",
-                "From the request's arrival to its first token.",
+                "From the arrival of a request's whole body to the end of the step that generated its first token.",
                 &FIRST_TOKEN_BUCKETS,
             )?,
             inter_token: histogram(
                 r,
                 "glmserve_inter_token_latency_seconds",
-                "Between two tokens of a request.",
+                "Engine time between two steps that generated for a request, divided by the tokens that the second one \
+                 generated for it; counted once for each of these.",
                 &INTER_TOKEN_BUCKETS,
             )?,
             queue_time: histogram(
                 r,
                 "glmserve_request_queue_seconds",
-                "From a request's submission to its first admission.",
+                "From the submission of a user's request to its first admission.",
                 &FIRST_TOKEN_BUCKETS,
             )?,
             duration: histogram(
                 r,
                 "glmserve_request_duration_seconds",
-                "From an accepted request's arrival to its end.",
+                "From the arrival of an accepted request's whole body to the end of its reply, not of its delivery.",
                 &DURATION_BUCKETS,
             )?,
             streams,
@@ -201,13 +206,13 @@ impl Metrics {
             delivered_first_token: histogram(
                 r,
                 "glmserve_delivered_time_to_first_token_seconds",
-                "From the request's arrival until its connection took the first text; streams only.",
+                "From the arrival of a request's whole body until its connection took the first text; streams only.",
                 &FIRST_TOKEN_BUCKETS,
             )?,
             delivery_lag: histogram(
                 r,
                 "glmserve_delivery_lag_seconds",
-                "From a text's generation until its connection took it; streams only.",
+                "From the time when a text was ready until its connection took it; streams only.",
                 &INTER_TOKEN_BUCKETS,
             )?,
             slow_readers_cut: counter(
@@ -279,7 +284,9 @@ impl EngineObserver for Metrics {
     fn step(&self, report: &StepReport) {
         self.steps.inc();
         self.failed_steps.inc_by(u64::from(report.failed));
-        self.step_duration.observe(report.duration.as_secs_f64());
+        if report.serves_users {
+            self.step_duration.observe(report.duration.as_secs_f64());
+        }
         self.prompt_tokens.inc_by(report.num_prompt_tokens as u64);
         self.generation_tokens.inc_by(report.num_generated_tokens as u64);
         self.draft_tokens.inc_by(report.num_draft_tokens as u64);
@@ -303,6 +310,7 @@ impl EngineObserver for Metrics {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::fixtures;
@@ -320,8 +328,11 @@ mod tests {
             assert!(text.contains(line), "{line} in {text}");
         }
         let mut record = StreamRecord::new(metrics.clone(), Arrival::now());
-        record.token();
-        record.token();
+        let second = Duration::from_secs(1);
+        // The second step generated three tokens, the third one token.
+        for at in [5, 8, 8, 8, 10] {
+            record.token(at * second, Duration::ZERO);
+        }
         record.end(Outcome::Stop);
         drop(record);
         drop(StreamRecord::new(metrics.clone(), Arrival::now()));
@@ -331,7 +342,10 @@ mod tests {
             "glmserve_streams_total{outcome=\"error\"} 1",
             "glmserve_empty_streams_total 1",
             "glmserve_time_to_first_token_seconds_count 1",
-            "glmserve_inter_token_latency_seconds_count 1",
+            "glmserve_inter_token_latency_seconds_count 4",
+            "glmserve_inter_token_latency_seconds_sum 5",
+            "glmserve_inter_token_latency_seconds_bucket{le=\"1\"} 3",
+            "glmserve_inter_token_latency_seconds_bucket{le=\"2.5\"} 4",
             "glmserve_request_duration_seconds_count 2",
         ] {
             assert!(text.contains(line), "{line} in {text}");

@@ -227,3 +227,32 @@ fn a_signal_ends_a_server_that_is_loading() {
         ended.expect("the server ends").unwrap().unwrap();
     });
 }
+
+#[test]
+fn figures_are_of_users_requests_only() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        // The known answer was generated twice.
+        assert!(server.metric("glmserve_engine_steps_total") > 0.0);
+        for name in [
+            "glmserve_prompt_tokens_total",
+            "glmserve_generation_tokens_total",
+            "glmserve_request_queue_seconds_count",
+            "glmserve_step_duration_seconds_count",
+            "glmserve_time_to_first_token_seconds_count",
+            "glmserve_prefix_cache_queries_total",
+        ] {
+            assert_eq!(server.metric(name), 0.0, "{name}");
+        }
+        let (_, reply) = server.post(request("say hi")).await;
+        let usage = |name: &str| reply["usage"][name].as_u64().unwrap();
+        // The last step is reported after its tokens are sent.
+        server.until("glmserve_prompt_tokens_total", usage("prompt_tokens")).await;
+        server.until("glmserve_generation_tokens_total", usage("completion_tokens")).await;
+        assert_eq!(server.metric("glmserve_request_queue_seconds_count"), 1.0);
+        assert_eq!(server.metric("glmserve_time_to_first_token_seconds_count"), 1.0);
+        // The first token has no gap before it.
+        let gaps = server.metric("glmserve_inter_token_latency_seconds_count");
+        assert_eq!(gaps, (usage("completion_tokens") - 1) as f64);
+    });
+}

@@ -112,6 +112,7 @@ impl Scheduler {
                 self.waiting.charge(sequence.tenant, num_input_tokens, 0);
             }
             let report = AdmissionReport {
+                is_probe: sequence.is_probe,
                 queue_time: now.saturating_sub(sequence.arrival),
                 num_queried_tokens: prefix.map_or(0, |_| sequence.num_prompt_tokens()),
                 num_cached_tokens,

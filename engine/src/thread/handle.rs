@@ -15,7 +15,7 @@ use super::fault::{Fault, FaultGeneration};
 use super::progress::{Progress, RequestState};
 use super::shared::{Place, Shared};
 use crate::error::{SequenceError, SubmitError};
-use crate::request::{PRIORITIES, Request, TenantId, TokenEvent};
+use crate::request::{PRIORITIES, Request, TenantId, TimedEvent, TokenEvent};
 
 /// What bounds every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +62,7 @@ pub(super) struct Submission {
     pub(super) num_cached_tokens: usize,
     pub(super) arrival: Duration,
     pub(super) place: Place,
-    pub(super) events: mpsc::Sender<TokenEvent>,
+    pub(super) events: mpsc::Sender<TimedEvent>,
     pub(super) state: Arc<RequestState>,
 }
 
@@ -81,7 +81,7 @@ pub(super) enum Command {
 /// The receiving end of one request. Dropping it aborts the request.
 #[derive(Debug)]
 pub struct EventReceiver {
-    events: mpsc::Receiver<TokenEvent>,
+    events: mpsc::Receiver<TimedEvent>,
     state: Arc<RequestState>,
     clock: Clock,
     has_ended: bool,
@@ -90,12 +90,25 @@ pub struct EventReceiver {
 impl EventReceiver {
     /// The next event; `None` after the terminal one. Cancel-safe.
     pub async fn recv(&mut self) -> Option<TokenEvent> {
+        self.recv_timed().await.map(|timed| timed.event)
+    }
+
+    /// The next event and its time; `None` after the terminal one. Cancel-safe.
+    pub async fn recv_timed(&mut self) -> Option<TimedEvent> {
         if self.has_ended {
             return None;
         }
-        let event = self.events.recv().await.unwrap_or(TokenEvent::Failed(SequenceError::EngineDied));
-        self.has_ended = event.is_terminal();
-        Some(event)
+        let timed = self.events.recv().await.unwrap_or_else(|| TimedEvent {
+            at: self.clock.now(),
+            event: TokenEvent::Failed(SequenceError::EngineDied),
+        });
+        self.has_ended = timed.event.is_terminal();
+        Some(timed)
+    }
+
+    /// How long ago `at` was, which is engine time.
+    pub fn elapsed(&self, at: Duration) -> Duration {
+        self.clock.now().saturating_sub(at)
     }
 
     /// Where the request is, as of the last step's start.

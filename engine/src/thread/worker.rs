@@ -22,7 +22,7 @@ use crate::cost_model::{CostModel, Load, StepWork};
 use crate::engine::Engine;
 use crate::error::SequenceError;
 use crate::observer::{EngineObserver, StepReport};
-use crate::request::{RequestId, TokenEvent};
+use crate::request::{RequestId, TimedEvent, TokenEvent};
 use crate::runner::ModelRunner;
 use crate::sequence::Sequence;
 
@@ -37,7 +37,7 @@ const MAX_STEPS_UNASKED: usize = 16;
 
 /// The thread's end of a request.
 struct Client {
-    events: mpsc::Sender<TokenEvent>,
+    events: mpsc::Sender<TimedEvent>,
     state: Arc<RequestState>,
     place: Place,
     /// A guess of what its prompt finds.
@@ -140,7 +140,8 @@ impl<R: ModelRunner> Worker<R> {
         let prefill_budget = self.costs.prefill_budget(&decodes, &self.shared.bounds);
         self.engine.set_draft_price(self.costs.draft_price(&decodes));
         self.engine.plan_step(start, prefill_budget);
-        self.engine.admitted().iter().for_each(|(_, report)| self.observer.admitted(report));
+        let admitted = self.engine.admitted().iter().filter(|(_, report)| !report.is_probe);
+        admitted.for_each(|(_, report)| self.observer.admitted(report));
         let num_delivered = self.deliver(0, start);
         self.publish(start);
         self.publish_stall_limit();
@@ -235,7 +236,7 @@ impl<R: ModelRunner> Worker<R> {
             }
             if !event.is_terminal() {
                 // Fails only if the receiver was dropped: the next step aborts the request.
-                let _ = client.events.try_send(event.clone());
+                let _ = client.events.try_send(TimedEvent { at: now, event: event.clone() });
                 continue;
             }
             // A probe is shorter than what users ask for, and a failure is no measure at all.
@@ -246,7 +247,7 @@ impl<R: ModelRunner> Worker<R> {
             }
             // Whoever sees the end finds the place free.
             self.shared.release(client.place);
-            let _ = client.events.try_send(event.clone());
+            let _ = client.events.try_send(TimedEvent { at: now, event: event.clone() });
             self.clients.remove(id);
         }
         self.engine.events().len()

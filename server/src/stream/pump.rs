@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use glm_engine::{EventReceiver, FinishReason, Progress, SequenceError, TokenEvent};
+use glm_engine::{EventReceiver, FinishReason, Progress, TimedEvent, TokenEvent};
 use sha2::{Digest, Sha256};
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
@@ -59,7 +59,7 @@ enum Wake {
     Abort,
     Readers,
     Question(oneshot::Sender<Progress>),
-    Engine(Option<TokenEvent>),
+    Engine(TimedEvent),
     Clock(StreamError),
 }
 
@@ -126,7 +126,8 @@ impl Pump {
             Ok(()) = self.wishes.abort.changed() => Wake::Abort,
             Ok(()) = readers.changed() => Wake::Readers,
             Some(asker) = self.wishes.questions.recv() => Wake::Question(asker),
-            event = self.events.recv() => Wake::Engine(event),
+            // After the terminal event nobody asks again.
+            Some(event) = self.events.recv_timed() => Wake::Engine(event),
             Some(error) = clock(until, error) => Wake::Clock(error),
         }
     }
@@ -170,8 +171,10 @@ impl Pump {
     }
 
     /// Takes what the engine said; returns the end of the reply.
-    fn take(&mut self, event: Option<TokenEvent>, seen: &mut Seen) -> Result<Option<Event>, StreamError> {
-        let reason = match event.unwrap_or(TokenEvent::Failed(SequenceError::EngineDied)) {
+    fn take(&mut self, event: TimedEvent, seen: &mut Seen) -> Result<Option<Event>, StreamError> {
+        let TimedEvent { at, event } = event;
+        let age = self.events.elapsed(at);
+        let reason = match event {
             TokenEvent::Admitted { num_cached_tokens } => {
                 seen.is_admitted = true;
                 seen.usage.num_cached_tokens = num_cached_tokens;
@@ -181,12 +184,16 @@ impl Pump {
                 seen.is_admitted = true;
                 seen.last_token = Some(Instant::now());
                 seen.usage.num_generated_tokens += 1;
-                self.record.token();
+                self.record.token(at, age);
                 let step = self.text.push(token_id);
                 self.append(step, seen)?.then_some(EndReason::Stop)
             }
             TokenEvent::Finished { reason, num_generated_tokens } => {
                 seen.usage.num_generated_tokens = num_generated_tokens;
+                if matches!(reason, FinishReason::Stop { .. }) {
+                    // The stop id is no text, but was generated all the same.
+                    self.record.token(at, age);
+                }
                 let step = self.text.finish();
                 match (self.append(step, seen)?, reason) {
                     (false, FinishReason::Length) => Some(EndReason::Length),

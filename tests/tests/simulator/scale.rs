@@ -102,7 +102,9 @@ fn scale() {
         }
         let has_replies = engine.decodes().num_decodes > 0;
         let report = engine.step(now, costs.prefill_budget(&engine.decodes(), &bounds));
-        for (id, AdmissionReport { queue_time, num_queried_tokens, num_cached_tokens }) in engine.admitted() {
+        for (id, AdmissionReport { queue_time, num_queried_tokens, num_cached_tokens, .. }) in
+            engine.admitted()
+        {
             let of = &mut tenants[owners[id]];
             of.longest_wait = of.longest_wait.max(*queue_time);
             num_queried += num_queried_tokens;

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::Worker;
 use crate::error::SequenceError;
 use crate::observer::EngineGauges;
-use crate::request::{RequestId, TokenEvent};
+use crate::request::{RequestId, TimedEvent, TokenEvent};
 use crate::runner::ModelRunner;
 use crate::thread::handle::{Command, Submission};
 
@@ -31,7 +31,7 @@ impl<R: ModelRunner> Worker<R> {
     pub(super) fn end(&mut self, id: RequestId, error: SequenceError) {
         if let Some(client) = self.clients.remove(&id) {
             self.shared.release(client.place);
-            let _ = client.events.try_send(TokenEvent::Failed(error));
+            let _ = client.events.try_send(TimedEvent::failed(self.shared.clock.now(), error));
         }
     }
 
@@ -39,7 +39,7 @@ impl<R: ModelRunner> Worker<R> {
     pub(super) fn refuse(&mut self, submission: Submission, error: SequenceError) {
         self.seen.0 += 1;
         self.seen.1 += submission.num_tokens();
-        let _ = submission.events.try_send(TokenEvent::Failed(error));
+        let _ = submission.events.try_send(TimedEvent::failed(self.shared.clock.now(), error));
         self.shared.release(submission.place);
     }
 
