@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use clap::Args;
-use clap::builder::FalseyValueParser;
 use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 
 use super::up_to;
@@ -35,14 +34,14 @@ pub struct SchedulingArgs {
     #[arg(long, env = "GLMSERVE_TARGET_INTER_TOKEN_LATENCY", value_name = "MS", default_value_t = EngineConfig::default().target_inter_token_latency.as_millis() as u64, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub target_inter_token_latency: u64,
     /// Take no notice of the field `priority` of requests
-    #[arg(long, env = "GLMSERVE_IGNORE_PRIORITY", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "GLMSERVE_IGNORE_PRIORITY")]
     pub ignore_priority: bool,
     /// Compute every prompt from its first token, although another one started alike
-    #[arg(long, env = "GLMSERVE_NO_PREFIX_CACHE", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "GLMSERVE_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,
     // Who measures time to first token can find out whether somebody else sent the same start.
     /// Use again only what was computed for the same API key
-    #[arg(long, env = "GLMSERVE_PREFIX_CACHE_SALT_PER_KEY", value_parser = FalseyValueParser::new(), conflicts_with = "no_prefix_cache")]
+    #[arg(long, env = "GLMSERVE_PREFIX_CACHE_SALT_PER_KEY", conflicts_with = "no_prefix_cache")]
     pub prefix_cache_salt_per_key: bool,
 }
 
@@ -132,7 +131,7 @@ mod tests {
         let places = ["--max-num-seqs", "2", "--max-num-waiting", "5"];
         let alone = config(&places, None).unwrap();
         assert_eq!((alone.tenant_weights, alone.max_num_requests_per_tenant), (vec![1], 7));
-        let keys = ApiKeys::parse("a\nb weight=3\n").unwrap().unwrap();
+        let keys = ApiKeys::parse(b"a\nb weight=3\n").unwrap();
         let several = config(&places, Some(&keys)).unwrap();
         assert_eq!((several.tenant_weights, several.max_num_requests_per_tenant), (vec![1, 3], 4));
     }

@@ -52,6 +52,11 @@ impl Owner {
     pub fn of(api_key: &str) -> Self {
         Self(Sha256::digest(api_key).into())
     }
+
+    /// The hash.
+    pub(crate) fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
 }
 
 /// What the client names a request by, and which request it was.
