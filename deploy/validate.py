@@ -19,7 +19,7 @@ DEPLOY = Path(__file__).resolve().parent
 METRICS = DEPLOY.parent / "server" / "src" / "metrics.rs"
 PROBES = {"startupProbe": "/startupz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
 # What the server itself takes after the drain: ending the streams that are left, and flushing.
-GOODBYES_S = 15
+GOODBYES_S = 20
 # kubernetes-validate has the core schemas only. Of this custom resource the fields in use are checked by
 # name, as its v1 definition spells them; an unknown field is an error, so add it here when you use it.
 POD_MONITOR_SPEC = {"jobLabel", "selector", "podMetricsEndpoints"}

@@ -12,6 +12,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::TcpListener;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -44,13 +45,16 @@ const MAX_CONNECTIONS: usize = 4096;
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
 /// How long a client may take to read on after an answer to a request that was not read to its end.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the last bytes of ended streams may take to leave.
-const FLUSH_TIMEOUT_S: u64 = 5;
+/// How long requests that nobody waited for while draining may take to end.
+const STOP_TIMEOUT_S: u64 = 5;
 
 /// What the server is told of requests that reach no route, and asks before each answer.
 pub(crate) trait Watch: Clone + Send + 'static {
     /// A request was refused with this error.
     fn refused(&self, error: &ApiError);
+
+    /// A connection was opened.
+    fn opened(&self, connection: &Arc<Connection>);
 
     /// Whether connections are let go.
     fn is_draining(&self) -> bool;
@@ -76,10 +80,11 @@ where
         .worker_max_blocking_threads(NUM_BLOCKING_THREADS)
         .max_concurrent_connections(MAX_CONNECTIONS)
         .disable_signals()
-        .shutdown_timeout(FLUSH_TIMEOUT_S);
+        .shutdown_timeout(STOP_TIMEOUT_S);
     let shutdown = builder.graceful_shutdown_signal();
     let builder = builder.listen("http", listener, move || {
         let (shutdown, watch) = (shutdown.clone(), watch.clone());
+        let connected = watch.clone();
         let app = apply_fn_factory(app(), move |request: Request, app: &S::Service| {
             let exchange = request.conn_data::<Rc<Exchange>>().cloned().unwrap_or_default();
             let is_old = request.head().version < Version::HTTP_11;
@@ -118,9 +123,10 @@ where
             .client_disconnect_timeout(DISCONNECT_TIMEOUT)
             // A client that closed its side is gone: its handler is dropped, which aborts its request.
             .h1_allow_half_closed(false)
-            .on_connect_ext(|gate: &RequestGate, extensions| {
+            .on_connect_ext(move |gate: &RequestGate, extensions| {
                 extensions.insert(Rc::clone(gate.exchange()));
                 if let Some(connection) = Connection::of(gate.socket()) {
+                    connected.opened(&connection);
                     extensions.insert(connection);
                 }
             })

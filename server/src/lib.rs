@@ -14,6 +14,7 @@ mod http;
 mod json;
 pub mod known_answer;
 pub mod lifecycle;
+pub mod memory_budget;
 pub mod metrics;
 mod middleware;
 pub mod npy;
@@ -137,7 +138,7 @@ pub async fn serve<E: Into<LoadFailure>>(
             _ = signals.recv() => return Ok(false),
         };
         tokio::select! {
-            graceful = shutdown::drain(&state, &mut signals) => Ok::<_, ServeError>(graceful),
+            graceful = shutdown::drain(&lifecycle, &state, &mut signals) => Ok::<_, ServeError>(graceful),
             failure = engine_watch::look_after(&state) => {
                 shutdown::give_up(&state, &failure).await;
                 Err(failure.into())

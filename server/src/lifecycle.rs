@@ -15,6 +15,8 @@ use crate::http::Watch;
 use crate::known_answer;
 use crate::metrics::Metrics;
 use crate::state::{AppState, HttpOptions, ServedModel};
+use crate::stream::connection::Connection;
+use crate::stream::connections::Connections;
 use crate::{LoadFailure, ServeError};
 
 /// A model that is loaded, and the engine that runs it.
@@ -35,13 +37,15 @@ pub struct Lifecycle {
     pub metrics: Arc<Metrics>,
     /// Who may use `/v1`; `None` is everybody.
     pub keys: Option<ApiKeys>,
+    /// The open connections.
+    pub connections: Connections,
     state: OnceLock<web::Data<AppState>>,
 }
 
 impl Lifecycle {
     /// A server whose model is not loaded.
     pub fn new(options: HttpOptions, metrics: Arc<Metrics>, keys: Option<ApiKeys>) -> Self {
-        Self { options, metrics, keys, state: OnceLock::new() }
+        Self { options, metrics, keys, connections: Connections::default(), state: OnceLock::new() }
     }
 
     /// What requests work with; `None` while the model is loaded and warmed up.
@@ -70,6 +74,10 @@ impl Lifecycle {
 impl Watch for web::Data<Lifecycle> {
     fn refused(&self, error: &ApiError) {
         self.metrics.refused(error.code());
+    }
+
+    fn opened(&self, connection: &Arc<Connection>) {
+        self.connections.add(connection);
     }
 
     fn is_draining(&self) -> bool {

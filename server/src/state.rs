@@ -22,6 +22,7 @@ use crate::stream::event::Event;
 use crate::stream::event_log::{LogLimits, LogReader, event_log};
 use crate::stream::memory_store::{MemoryStore, StoreLimits};
 use crate::stream::pump::Pump;
+use crate::stream::readers::Readers;
 use crate::stream::reply_stream::{Form, ReplyHead, ReplyStream};
 use crate::stream::store::{Owner, Registered, RequestKey, StreamId, StreamStore};
 use crate::stream::time_limits::TimeLimits;
@@ -117,6 +118,8 @@ pub struct AppState {
     pub(crate) body_memory: Arc<BodyMemory>,
     /// The pumps that run.
     pub pumps: TaskTracker,
+    /// The streamed answers that are being sent.
+    pub readers: Readers,
     /// Seconds since the epoch at the start.
     pub created: u64,
     /// What the warm-up recorded.
@@ -185,6 +188,7 @@ impl AppState {
             engine,
             metrics: Arc::clone(metrics),
             pumps: TaskTracker::new(),
+            readers: Readers::default(),
             created: unix_time(),
             known_answer,
             draining: AtomicBool::new(false),

@@ -1,11 +1,13 @@
 //! The seam between the engine and HTTP: one pump a request, one bounded log, any number of readers.
 
 pub mod connection;
+pub mod connections;
 pub mod cursor;
 pub mod event;
 pub mod event_log;
 pub mod memory_store;
 pub mod pump;
+pub mod readers;
 pub mod reply_stream;
 pub mod sse;
 pub mod store;

@@ -67,6 +67,7 @@ pub(super) async fn answer(
                 comment_period: options.heartbeat.then_some(period),
                 write_timeout: state.options.write_timeout,
                 metrics: Arc::clone(&state.metrics),
+                permit: state.readers.permit(),
                 delivery: arrival.map(|arrival| Delivery::new(Arc::clone(&state.metrics), arrival)),
             };
             let mut response = sse::respond(session, render);

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::cell::Cell;
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
@@ -46,6 +46,14 @@ impl Connection {
         // Without a second handle (no descriptors left) the client is served and can't be cut.
         let handle = stream.as_fd().try_clone_to_owned().ok()?;
         Some(Arc::new(Self(handle.into())))
+    }
+
+    /// Bytes that were written and that the other side has not acknowledged; 0 if the system does not tell.
+    pub(super) fn num_unacknowledged_bytes(&self) -> usize {
+        let mut num_bytes: libc::c_int = 0;
+        // SAFETY: the descriptor is open as long as `self`, and the request writes one int.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCOUTQ, &raw mut num_bytes) };
+        if result == 0 { usize::try_from(num_bytes).unwrap_or(0) } else { 0 }
     }
 
     fn cut(&self) {

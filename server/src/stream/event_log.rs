@@ -190,6 +190,17 @@ impl LogReader {
         Some(LoggedEvent { index, at, event })
     }
 
+    /// Whether there is more for it to read than the terminal event.
+    pub fn is_behind(&self) -> bool {
+        let log = self.log.borrow();
+        !self.ended && log.events.get(self.next_index).is_some_and(|(_, event)| !event.is_terminal())
+    }
+
+    /// Reads no further: there is no next event.
+    pub fn stop(&mut self) {
+        self.ended = true;
+    }
+
     /// Waits until the reply has said something or ended. Cancel-safe.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ use actix_web::web::{Bytes, BytesMut};
 use actix_web_lab::body::new_infallible_body_stream;
 use actix_web_lab::header::{CacheControl, CacheDirective};
 use futures_util::stream;
-use glm_engine::{Progress, Stage};
+use glm_engine::{Progress, SequenceError, Stage};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -31,6 +31,7 @@ use super::connection::{self, Connection};
 use super::cursor::Cursor;
 use super::event::Event;
 use super::event_log::LogReader;
+use super::readers::ReaderPermit;
 use super::reply_stream::ReplyStream;
 use crate::json;
 use crate::metrics::{Delivery, Metrics};
@@ -90,6 +91,8 @@ pub struct Session {
     pub metrics: Arc<Metrics>,
     /// What times the delivery; only the first reader's is a latency of the server's.
     pub delivery: Option<Delivery>,
+    /// Lets a drain wait for this answer, and cut it short.
+    pub permit: ReaderPermit,
 }
 
 struct Writer<R> {
@@ -134,6 +137,9 @@ impl<R: Render> Writer<R> {
     /// The next part of the body: what there is to say of one event of the log, or a heartbeat.
     async fn next(&mut self) -> Option<Bytes> {
         while !self.done {
+            if self.session.permit.is_over() && self.session.reader.is_behind() {
+                return Some(self.cut_short());
+            }
             let next = self.session.reader.next();
             let logged = match self.session.comment_period {
                 None => next.await,
@@ -176,6 +182,20 @@ impl<R: Render> Writer<R> {
         None
     }
 
+    /// The error that ends an answer for which there is no more time. It is no event of the reply and has no id: a
+    /// client may come back for what it has not got.
+    fn cut_short(&mut self) -> Bytes {
+        self.session.reader.stop();
+        if self.after_heartbeat && !self.has_ids {
+            self.frames.extend_from_slice(b":\n\n");
+        }
+        self.after_heartbeat = false;
+        let cursor = Cursor { event: 0, document: 0 };
+        let mut documents = Documents { frames: &mut self.frames, cursor, after: None, has_ids: false };
+        self.render.render(Event::Error(SequenceError::ShuttingDown.into()), &mut documents);
+        self.frames.split().freeze()
+    }
+
     /// A comment that says how far the reply is.
     async fn heartbeat(&mut self) -> Bytes {
         let progress = self.session.stream.progress().await;
@@ -213,6 +233,7 @@ mod tests {
     use crate::fixtures;
     use crate::stream::event::{StreamError, Usage};
     use crate::stream::event_log::{LogLimits, LogWriter, event_log};
+    use crate::stream::readers::Readers;
     use crate::stream::reply_stream::{Form, ReplyHead, Wishes};
     use crate::stream::store::{Owner, RequestKey, StreamId};
 
@@ -256,6 +277,7 @@ mod tests {
             write_timeout: Duration::from_secs(9),
             metrics: Arc::new(Metrics::new(&fixtures::chatglm3().manifest()).unwrap()),
             delivery: None,
+            permit: Readers::default().permit(),
         };
         (writer, wishes, session)
     }
