@@ -2,20 +2,22 @@
 //!
 //! Invariant: defaults give way to the environment, and the environment to flags.
 
+mod environment;
 mod scheduling;
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use glm_engine::LoadError;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use glm_engine::manifest::Provider;
 use glm_engine::runner::ort::OrtOptions;
+use glm_engine::{LoadError, Manifest};
 use glmserve_client::bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
 pub use self::scheduling::SchedulingArgs;
+use crate::memory_budget::MemoryNeed;
 use crate::origin::AllowedOrigins;
 use crate::state::HttpOptions;
 use crate::stream::event_log::LogLimits;
@@ -32,7 +34,8 @@ const NUM_LARGEST_BODIES: usize = 32;
     name = "glmserve",
     version,
     max_term_width = 110,
-    after_help = "GLMSERVE_SIMD=portable|avx2|avxvnni|avx512|amx forces the CPU's instruction set [default: the best]\n\n\
+    after_help = "An empty variable is an unset one; the variables of flags take 1, true, yes, on or 0, false, no, off.\n\
+                  GLMSERVE_SIMD=portable|avx2|avxvnni|avx512|amx forces the CPU's instruction set [default: the best]\n\n\
                   Exit codes: 1 for an error, 2 for a command line that is not understood, 70 for an engine that failed \
                   while it served and that only a new process heals"
 )]
@@ -40,6 +43,19 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// The whole command line, by the rules of the environment.
+    pub fn command_line() -> clap::Command {
+        environment::apply(Self::command(), &|name| std::env::var_os(name))
+    }
+
+    /// Reads the arguments and the environment of this process, which ends with a message if they are wrong.
+    pub fn read() -> Self {
+        let matches = Self::command_line().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
 }
 
 /// What to do.
@@ -66,7 +82,8 @@ pub struct ModelArgs {
     /// What computes.
     #[command(flatten)]
     pub runtime: RuntimeArgs,
-    /// Memory of the KV cache, in MiB
+    /// Memory of the KV cache, in MiB. What does not fit the memory of the machine or of the control group beside the
+    /// weights is refused
     #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = up_to::<{ 1 << 24 }>)]
     pub kv_cache_memory: usize,
 }
@@ -77,7 +94,8 @@ pub struct RuntimeArgs {
     /// The ONNX Runtime shared library
     #[arg(long, env = "GLMSERVE_ORT_LIB", value_name = "FILE", default_value = "libonnxruntime.so")]
     pub onnxruntime: PathBuf,
-    /// Threads that compute [default: the number of processors]
+    /// Threads that compute [default: the processors that this process may use, by its affinity and by the quota of its
+    /// control group]
     #[arg(long, env = "GLMSERVE_THREADS", value_name = "N", value_parser = up_to::<1024>)]
     pub threads: Option<usize>,
     /// Number of the GPU, for a graph of the CUDA provider [default: 0]
@@ -111,8 +129,8 @@ pub struct ServeArgs {
     /// Names that requests may use besides the model's own; repeatable
     #[arg(long, env = "GLMSERVE_SERVED_MODEL_NAME", value_name = "NAME,..", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
-    /// File with one API key a line that guards /v1, with `weight=N` after one that gets a larger share; #
-    /// starts a comment [default: no key is needed]
+    /// File with one API key a line that guards /v1, with `weight=N` after one that gets a larger share; a word that
+    /// starts with # starts a comment [default: no key is needed]
     #[arg(long, env = "GLMSERVE_API_KEY_FILE", value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
     /// Origins whose web pages may use the server: `https://HOST[:PORT]`, `localhost` for all of this machine,
@@ -134,7 +152,7 @@ pub struct ServeArgs {
     /// What replies may take, and what is kept of them.
     #[command(flatten)]
     pub streams: StreamArgs,
-    /// How long running streams may go on after SIGTERM, in seconds
+    /// How long running streams may go on, and clients may read what is left of them, after SIGTERM, in seconds
     #[arg(long, env = "GLMSERVE_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub drain_timeout: u64,
     /// How long the engine may fail to give its known answer after a fault, in seconds, before the process
@@ -142,7 +160,7 @@ pub struct ServeArgs {
     /// lost for good ends it at once
     #[arg(long, env = "GLMSERVE_FAULT_EXIT_TIMEOUT", value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub fault_exit_timeout: u64,
-    /// Form of the log on standard error; RUST_LOG chooses what is logged
+    /// Form of the log on standard error. RUST_LOG chooses what is logged, for example `info,ort=warn`
     #[arg(long, env = "GLMSERVE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 }
@@ -266,14 +284,14 @@ impl StreamArgs {
 }
 
 impl ModelArgs {
-    /// Bytes of the KV cache, which is in the provider's memory.
+    /// Bytes of the KV cache, which is in the provider's memory. Warns if they do not fit at the moment.
     ///
     /// # Errors
-    /// [`LoadError::Config`]: more than the machine has, where it would be granted now and missed later,
-    /// or than the GPU may give.
-    pub fn kv_cache_bytes(&self, provider: Provider) -> Result<usize, LoadError> {
+    /// [`LoadError::Config`]: together with the weights, more than this process may take, where it would be granted
+    /// now and missed later, or than the GPU may give.
+    pub fn kv_cache_bytes(&self, manifest: &Manifest) -> Result<usize, LoadError> {
         let num_bytes = self.kv_cache_memory * MIB;
-        if provider == Provider::Cuda {
+        if manifest.graph.provider == Provider::Cuda {
             return match self.runtime.gpu_memory {
                 Some(limit) if self.kv_cache_memory >= limit => Err(LoadError::Config(format!(
                     "--kv-cache-memory {} MiB leaves nothing of --gpu-memory {limit} MiB for the weights",
@@ -282,14 +300,12 @@ impl ModelArgs {
                 _ => Ok(num_bytes),
             };
         }
-        match machine_memory() {
-            Some(memory) if num_bytes > memory => Err(LoadError::Config(format!(
-                "--kv-cache-memory {} MiB is more than the machine's {} MiB",
-                self.kv_cache_memory,
-                memory / MIB
-            ))),
-            _ => Ok(num_bytes),
+        let weights = manifest.files.values().map(|file| file.bytes).sum();
+        let need = MemoryNeed { weights, kv_cache: num_bytes as u64 };
+        if let Some(warning) = need.check(Path::new("/")).map_err(LoadError::Config)? {
+            tracing::warn!("{warning}");
         }
+        Ok(num_bytes)
     }
 }
 
@@ -316,19 +332,6 @@ fn up_to<const MAX: usize>(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Bytes of the machine's memory, where Linux tells.
-fn machine_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib: usize = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?
-        .split_whitespace()
-        .next()?
-        .parse()
-        .ok()?;
-    Some(kib * 1024)
-}
-
 fn port(text: &str) -> Result<u16, String> {
     if text.starts_with("tcp://") {
         return Err(
@@ -342,8 +345,6 @@ fn port(text: &str) -> Result<u16, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     fn serve(arguments: &[&str]) -> Result<ServeArgs, String> {

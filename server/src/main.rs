@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use actix_web::web;
-use clap::Parser;
 use glm_engine::known_answer::Agreement;
 use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::OrtRunner;
@@ -28,7 +27,7 @@ fn main() -> ExitCode {
     // ONNX Runtime's own telemetry, which writes a device id before any session can turn it off.
     // SAFETY: no other thread exists yet that could read the environment.
     unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
-    let result = match Cli::parse().command {
+    let result = match Cli::read().command {
         Command::Serve(args) => run_server(*args),
         Command::Check(args) => check_folder(&args),
         Command::Logits(args) => write_logits(&args),
@@ -46,16 +45,16 @@ fn main() -> ExitCode {
 }
 
 fn run_server(args: ServeArgs) -> MainResult {
-    start_log(args.log_format);
+    start_log(args.log_format)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut thread = None;
     let result = runtime.block_on(async {
         // Before everything else: the first process of a container has no other way to hear a signal.
         let signals = shutdown::signals()?;
-        let Prepared { listener, lifecycle, manifest, config } = prepare(&args)?;
+        let Prepared { listener, lifecycle, manifest, config, kv_cache_bytes } = prepare(&args)?;
         let metrics = Arc::clone(&lifecycle.metrics);
         let loading = async {
-            let load = move || load(&args, manifest, config, metrics);
+            let load = move || load(&args, manifest, config, kv_cache_bytes, metrics);
             let (loaded, engine_thread) = tokio::task::spawn_blocking(load).await??;
             thread = Some(engine_thread);
             Ok::<_, LoadFailure>(loaded)
@@ -90,6 +89,7 @@ struct Prepared {
     lifecycle: web::Data<Lifecycle>,
     manifest: Manifest,
     config: EngineConfig,
+    kv_cache_bytes: usize,
 }
 
 /// Does what is quick, so that a mistake in the configuration is told at once, and binds the port.
@@ -101,7 +101,7 @@ fn prepare(args: &ServeArgs) -> MainResult<Prepared> {
     let keys = keys.transpose()?;
     let manifest = Manifest::load(&args.model.model)?;
     let config = args.scheduling.engine_config(&manifest, keys.as_ref())?;
-    args.model.kv_cache_bytes(manifest.graph.provider)?;
+    let kv_cache_bytes = args.model.kv_cache_bytes(&manifest)?;
     let address = SocketAddr::from((args.host, args.port));
     let listener =
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
@@ -109,7 +109,7 @@ fn prepare(args: &ServeArgs) -> MainResult<Prepared> {
     // The KV cache may hold less than this; then fewer events are used.
     let options = args.http_options(config.max_model_len);
     let lifecycle = web::Data::new(Lifecycle::new(options, Arc::new(Metrics::new(&manifest)?), keys));
-    Ok(Prepared { listener, lifecycle, manifest, config })
+    Ok(Prepared { listener, lifecycle, manifest, config, kv_cache_bytes })
 }
 
 /// Does what may take minutes.
@@ -117,13 +117,14 @@ fn load(
     args: &ServeArgs,
     manifest: Manifest,
     config: EngineConfig,
+    kv_cache_bytes: usize,
     metrics: Arc<Metrics>,
 ) -> MainResult<(Loaded, EngineThread)> {
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
     if !model.chat.has_chat() {
         tracing::warn!("this is a base model without a chat format: chat completions are refused");
     }
-    let mut runner = load_runner(&args.model, &model.manifest)?;
+    let mut runner = load_runner(&args.model, &model.manifest, kv_cache_bytes)?;
     let cache = runner.kv_cache();
     let capacity = cache.num_blocks * cache.block_size;
     if config.max_model_len > capacity {
@@ -158,12 +159,8 @@ fn load(
     Ok((Loaded { model, engine }, thread))
 }
 
-fn load_runner(args: &ModelArgs, manifest: &Manifest) -> Result<OrtRunner, LoadError> {
-    OrtRunner::load(
-        &args.model,
-        manifest,
-        &args.runtime.options(args.kv_cache_bytes(manifest.graph.provider)?),
-    )
+fn load_runner(args: &ModelArgs, manifest: &Manifest, kv_cache_bytes: usize) -> Result<OrtRunner, LoadError> {
+    OrtRunner::load(&args.model, manifest, &args.runtime.options(kv_cache_bytes))
 }
 
 fn check_folder(args: &CheckArgs) -> MainResult {
@@ -179,10 +176,11 @@ fn check_folder(args: &CheckArgs) -> MainResult {
 
 fn write_logits(args: &LogitsArgs) -> MainResult {
     let manifest = Manifest::load(&args.model.model)?;
+    let kv_cache_bytes = args.model.kv_cache_bytes(&manifest)?;
     // Before the model, which may take minutes.
     let file =
         File::create(&args.out).map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
-    let mut runner = load_runner(&args.model, &manifest)?;
+    let mut runner = load_runner(&args.model, &manifest, kv_cache_bytes)?;
     let logits = glm_engine::runner::logits(&mut runner, &args.ids, args.chunk.unwrap_or(args.ids.len()))?;
     let mut out = BufWriter::new(file);
     npy::write(&mut out, logits.view())?;
@@ -204,10 +202,9 @@ fn run_chat(args: ChatArgs) -> MainResult {
     Ok(runtime.block_on(terminal::run(args))?)
 }
 
-fn start_log(format: LogFormat) {
-    let default = || EnvFilter::new("info,ort=warn,actix_server=warn");
+fn start_log(format: LogFormat) -> MainResult {
     let log = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| default()))
+        .with_env_filter(log_filter()?)
         .with_ansi(std::io::stderr().is_terminal())
         // It would print its own failures and panic if that fails too: a lost log must not cost a reply.
         .log_internal_errors(false)
@@ -216,4 +213,13 @@ fn start_log(format: LogFormat) {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
     }
+    Ok(())
+}
+
+/// What RUST_LOG says, or the default where it is unset or empty.
+fn log_filter() -> MainResult<EnvFilter> {
+    let text = std::env::var_os("RUST_LOG").unwrap_or_default();
+    let text = text.to_str().ok_or("RUST_LOG is not UTF-8 text")?;
+    let text = if text.is_empty() { "info,ort=warn,actix_server=warn" } else { text };
+    EnvFilter::try_new(text).map_err(|error| format!("RUST_LOG={text:?} can't be read: {error}").into())
 }
