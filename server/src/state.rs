@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use crate::body_memory::BodyMemory;
+use crate::client::Client;
 use crate::error::ApiError;
 use crate::known_answer::KnownAnswer;
 use crate::lifecycle::Lifecycle;
@@ -156,6 +157,8 @@ pub struct NewReply {
     pub key: Option<RequestKey>,
     /// Whose it is.
     pub owner: Owner,
+    /// In whose share it is kept.
+    pub client: Client,
     /// When to give up.
     pub limits: TimeLimits,
 }
@@ -201,12 +204,12 @@ impl AppState {
     /// # Errors
     /// What the engine refuses; a key that names another request.
     pub fn start_reply(&self, new: NewReply, arrival: Arrival) -> Result<OpenReply, ApiError> {
-        let NewReply { request, stop, head, form, key, owner, limits } = new;
+        let NewReply { request, stop, head, form, key, owner, client, limits } = new;
         let (writer, log) = event_log(self.options.log_limits);
         let id = StreamId::random().map_err(|error| ApiError::internal(error.to_string()))?;
         // Before anybody can find the stream: its pump must never see it without a reader.
         let reader = log.reader(0);
-        let (stream, wishes) = ReplyStream::new(id, owner, key.clone(), head, form, log);
+        let (stream, wishes) = ReplyStream::new(id, owner, client, key.clone(), head, form, log);
         let stream = match self.streams.register(stream) {
             Registered::New(stream) => stream,
             Registered::Existing(stream) => {
@@ -219,9 +222,10 @@ impl AppState {
         let events = match self.engine.submit(request) {
             Ok(events) => events,
             Err(error) => {
-                // Another request with this key may read it already, and hears the same.
+                // Another request with this key may read it already, and hears the same. Whoever comes from now
+                // on starts anew.
+                self.streams.withdraw(&stream);
                 writer.close(Event::Error(error.clone().into()));
-                self.streams.ended(&stream);
                 return Err(self.refusal(error));
             }
         };

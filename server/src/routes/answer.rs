@@ -10,7 +10,6 @@
 //! gets silence changes nothing for the proxy.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -47,7 +46,7 @@ pub(super) async fn answer(
     state: &web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
     match wanted.form {
-        Form::Plain => plain(reply, wanted.prefer, state.options.status_hold).await,
+        Form::Plain => plain(reply, wanted.prefer, state).await,
         Form::Streamed(options) => {
             let OpenReply { stream, mut reader, arrival } = reply;
             let hold = wanted.prefer.wait.unwrap_or(state.options.status_hold);
@@ -79,31 +78,30 @@ pub(super) async fn answer(
     }
 }
 
-async fn plain(reply: OpenReply, prefer: Prefer, status_hold: Duration) -> Result<HttpResponse, ApiError> {
+async fn plain(reply: OpenReply, prefer: Prefer, state: &AppState) -> Result<HttpResponse, ApiError> {
     let OpenReply { stream, mut reader, .. } = reply;
-    if !prefer.respond_async {
-        let mut response = render::plain(reader, &stream.head).await?;
-        name(&mut response, &stream)?;
-        return Ok(response);
-    }
     // Short answers and early failures need no second request.
-    let wait = prefer.wait.unwrap_or(status_hold);
-    let mut response = match tokio::time::timeout(wait, reader.terminal()).await {
-        Ok(()) => render::plain(reader, &stream.head).await?,
-        Err(_) => accepted(&stream, reader),
+    let wait = prefer.wait.unwrap_or(state.options.status_hold);
+    let is_late = prefer.respond_async && tokio::time::timeout(wait, reader.terminal()).await.is_err();
+    let is_promised = is_late && state.streams.promise(&stream);
+    let mut response = match is_promised {
+        true => accepted(&stream, reader),
+        false => render::plain(reader, &stream.head).await?,
     };
     name(&mut response, &stream)?;
-    let mut preference = "respond-async".to_owned();
-    if let Some(wait) = prefer.wait {
-        preference += &format!(", wait={}", wait.as_secs());
+    // What cannot be promised is waited for, as if nothing had been preferred.
+    if prefer.respond_async && is_late == is_promised {
+        let mut preference = "respond-async".to_owned();
+        if let Some(wait) = prefer.wait {
+            preference += &format!(", wait={}", wait.as_secs());
+        }
+        applied(&mut response, &preference)?;
     }
-    applied(&mut response, &preference)?;
     Ok(response)
 }
 
-/// Tells where to fetch the answer. The reader leaves only after the reply is known to be wanted.
+/// Tells where to fetch the answer. The reader leaves only after the promise that it can be.
 fn accepted(stream: &ReplyStream, reader: LogReader) -> HttpResponse {
-    stream.promise();
     drop(reader);
     let location = format!("/v1/streams/{}", stream.id);
     let mut response = HttpResponse::Accepted();

@@ -57,7 +57,8 @@ pub(super) async fn create(
     engine_request.tenant = *tenant;
     let reply = match cursor {
         None => {
-            let new = NewReply { request: engine_request, stop, head, form, key, owner: *owner, limits };
+            let new =
+                NewReply { request: engine_request, stop, head, form, key, owner: *owner, client, limits };
             state.start_reply(new, arrival)?
         }
         Some(_) => {

@@ -157,6 +157,11 @@ impl EventLog {
         self.0.log.borrow().readable().get(index).map(|(_, event)| event.clone())
     }
 
+    /// Whether nothing follows.
+    pub fn is_over(&self) -> bool {
+        self.0.log.borrow().terminal().is_some()
+    }
+
     /// Whether the reply failed for a reason that another try may not meet; if `unsaid`, before it said anything.
     pub fn is_worth_another_try(&self, unsaid: bool) -> bool {
         let log = self.0.log.borrow();

@@ -12,6 +12,7 @@ use super::cursor::Cursor;
 use super::event::{AbortReason, Event};
 use super::event_log::EventLog;
 use super::store::{Owner, RequestKey, StreamId};
+use crate::client::Client;
 use glm_engine::Progress;
 
 /// Questions that may wait for one pump; heartbeats are seconds apart.
@@ -66,6 +67,8 @@ pub struct ReplyStream {
     pub id: StreamId,
     /// Whose it is.
     pub owner: Owner,
+    /// In whose share it is kept; `owner` alone says who may read it.
+    pub client: Client,
     /// The client's own name for the request.
     pub key: Option<RequestKey>,
     /// What every answer repeats.
@@ -94,6 +97,7 @@ impl ReplyStream {
     pub fn new(
         id: StreamId,
         owner: Owner,
+        client: Client,
         key: Option<RequestKey>,
         head: ReplyHead,
         form: Form,
@@ -102,7 +106,8 @@ impl ReplyStream {
         let (abort, aborted) = watch::channel(None);
         let (questions, asked) = mpsc::channel(MAX_QUESTIONS);
         let (is_promised, was_streamed) = (AtomicBool::new(false), AtomicBool::new(false));
-        let stream = Self { id, owner, key, head, form, log, abort, is_promised, was_streamed, questions };
+        let stream =
+            Self { id, owner, client, key, head, form, log, abort, is_promised, was_streamed, questions };
         (stream, Wishes { abort: aborted, questions: asked })
     }
 
@@ -111,8 +116,14 @@ impl ReplyStream {
         self.abort.send_if_modified(|abort| abort.replace(reason).is_none());
     }
 
-    /// A client was told to fetch the reply later: it goes on without a reader, until its time limits.
-    pub fn promise(&self) {
+    /// Whether somebody ended it, though its pump may not have noticed yet.
+    pub fn is_aborted(&self) -> bool {
+        self.abort.borrow().is_some()
+    }
+
+    /// A client may be told to fetch the reply later: it goes on without a reader, until its time limits. Only the
+    /// store says so, which counts promises.
+    pub(super) fn promise(&self) {
         self.is_promised.store(true, Ordering::Release);
     }
 

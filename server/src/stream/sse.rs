@@ -230,6 +230,7 @@ mod tests {
     use futures_util::{FutureExt, StreamExt};
 
     use super::*;
+    use crate::client::Client;
     use crate::fixtures;
     use crate::stream::event::{StreamError, Usage};
     use crate::stream::event_log::{LogLimits, LogWriter, event_log};
@@ -266,8 +267,15 @@ mod tests {
         };
         let reader = log.reader(after.map_or(0, |cursor| cursor.event));
         let key = key.map(|key| RequestKey { key: key.to_owned(), fingerprint: [0; 32] });
-        let (stream, wishes) =
-            ReplyStream::new(StreamId::given("name"), Owner::ANYBODY, key, head, Form::Plain, log);
+        let (stream, wishes) = ReplyStream::new(
+            StreamId::given("name"),
+            Owner::ANYBODY,
+            Client::Peer(None),
+            key,
+            head,
+            Form::Plain,
+            log,
+        );
         let session = Session {
             stream: Arc::new(stream),
             reader,

@@ -83,6 +83,14 @@ pub trait StreamStore: fmt::Debug + Send + Sync {
     /// [`ReplyStream::gives_key_up`].
     fn register(&self, stream: ReplyStream) -> Registered;
 
+    /// A reply was refused before it started: nobody finds it any more, and its key is free. Who found it already
+    /// hears of the refusal from its log.
+    fn withdraw(&self, stream: &Arc<ReplyStream>);
+
+    /// Whether a client may be told to fetch this running reply later. If so, it goes on without a reader until
+    /// its own time limits, and its end is kept before others of the same client.
+    fn promise(&self, stream: &Arc<ReplyStream>) -> bool;
+
     /// The reply of this name, if it is this owner's.
     fn find(&self, owner: Owner, id: &StreamId) -> Option<Arc<ReplyStream>>;
 
