@@ -200,6 +200,16 @@ impl ApiError {
         Self { param: Some("last-event-id".into()), ..error }
     }
 
+    /// The event is of another stream, such as an earlier one under the same key.
+    pub fn cursor_of_another_stream(id: &str) -> Self {
+        let message = format!(
+            "the event {id} is not of this stream but of another, which cannot be continued here; without \
+             Last-Event-ID this one is read from its start"
+        );
+        let error = Self::new(StatusCode::CONFLICT, "cursor_of_another_stream", message);
+        Self { param: Some("last-event-id".into()), ..error }
+    }
+
     /// The client wants another model than is here.
     pub fn model_digest_mismatch(wanted: &str, served: &str) -> Self {
         let message = format!("the request wants the model {wanted}, and this server has {served}");
@@ -296,10 +306,15 @@ impl From<StreamError> for ApiError {
     fn from(error: StreamError) -> Self {
         let (status, code) = match &error {
             StreamError::Refused(error) => return error.clone().into(),
-            StreamError::Timeout(Limit::Queue, _) => (StatusCode::GATEWAY_TIMEOUT, QUEUE_TIMEOUT),
-            StreamError::Timeout(Limit::FirstToken, _) => (StatusCode::GATEWAY_TIMEOUT, FIRST_TOKEN_TIMEOUT),
-            StreamError::Timeout(Limit::InterToken, _) => (StatusCode::GATEWAY_TIMEOUT, INTER_TOKEN_TIMEOUT),
-            StreamError::Timeout(Limit::Total, _) => (StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT),
+            StreamError::Timeout(limit, _) | StreamError::ReaderTimeout(limit, _) => {
+                let code = match limit {
+                    Limit::Queue => QUEUE_TIMEOUT,
+                    Limit::FirstToken => FIRST_TOKEN_TIMEOUT,
+                    Limit::InterToken => INTER_TOKEN_TIMEOUT,
+                    Limit::Total => REQUEST_TIMEOUT,
+                };
+                (StatusCode::GATEWAY_TIMEOUT, code)
+            }
             // A status that clients don't try again by themselves: somebody wanted this end.
             StreamError::Aborted(_) => (StatusCode::GONE, "aborted"),
             StreamError::Sequence(SequenceError::Run(_)) => {

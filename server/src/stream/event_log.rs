@@ -2,8 +2,8 @@
 //!
 //! Invariants: events are only appended; exactly one terminal event ends a log, even if its writer is
 //! torn down; a reader sees every event once and in order, whenever it comes and from wherever it
-//! starts, and a role not before what follows it; the writer knows at once how many readers there are. Must not know HTTP, JSON or the
-//! engine's channel.
+//! starts, and a role not before what follows it; a reader whose own time limits pass ends alone; the
+//! writer knows at once how many readers there are. Must not know HTTP, JSON or the engine's channel.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::event::{Event, StreamError};
+use super::time_limits::{Milestones, TimeLimits};
 
 /// What a log may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +37,7 @@ pub struct LoggedEvent {
 struct Log {
     events: Vec<(Instant, Event)>,
     num_bytes: usize,
+    milestones: Milestones,
 }
 
 impl Log {
@@ -83,6 +85,9 @@ pub struct LogReader {
     log: watch::Receiver<Log>,
     next_index: usize,
     ended: bool,
+    /// Its own, beside those that end the reply.
+    limits: TimeLimits,
+    since: Instant,
 }
 
 /// An empty log.
@@ -119,6 +124,16 @@ impl LogWriter {
         Ok(())
     }
 
+    /// Notes how far the reply is, for readers with time limits.
+    pub fn set_milestones(&mut self, milestones: Milestones) {
+        self.shared.log.send_if_modified(|log| {
+            let before = std::mem::replace(&mut log.milestones, milestones);
+            // A later token only moves a limit back, which its reader finds out when it would have passed.
+            before.is_admitted != milestones.is_admitted
+                || before.last_token.is_some() != milestones.last_token.is_some()
+        });
+    }
+
     /// Appends the terminal event and closes the log.
     pub fn close(self, event: Event) {
         debug_assert!(event.is_terminal());
@@ -149,7 +164,8 @@ impl EventLog {
     pub fn reader(&self, index: usize) -> LogReader {
         let shared = Arc::clone(&self.0);
         shared.num_readers.send_modify(|number| *number += 1);
-        LogReader { log: shared.log.subscribe(), shared, next_index: index, ended: false }
+        let (limits, since) = (TimeLimits::default(), Instant::now());
+        LogReader { log: shared.log.subscribe(), shared, next_index: index, ended: false, limits, since }
     }
 
     /// The event at `index`, if it is there for readers.
@@ -159,9 +175,21 @@ impl EventLog {
 
     /// Whether the reply failed for a reason that another try may not meet; if `unsaid`, before it said anything.
     pub fn is_worth_another_try(&self, unsaid: bool) -> bool {
+        self.failure(unsaid).is_some_and(|error| error.may_pass())
+    }
+
+    /// Why the reply failed, if it did; if `unsaid`, before it said anything.
+    pub fn failure(&self, unsaid: bool) -> Option<StreamError> {
         let log = self.0.log.borrow();
-        let end = if unsaid { log.opening() } else { log.terminal() };
-        matches!(end, Some(Event::Error(error)) if error.may_pass())
+        match if unsaid { log.opening() } else { log.terminal() } {
+            Some(Event::Error(error)) => Some(error.clone()),
+            _ => None,
+        }
+    }
+
+    /// Whether nothing follows what is there.
+    pub fn has_ended(&self) -> bool {
+        self.0.log.borrow().terminal().is_some()
     }
 
     /// Memory that the events take.
@@ -172,40 +200,75 @@ impl EventLog {
 }
 
 impl LogReader {
+    /// The same, with time limits of its own, which are counted from now on.
+    pub fn within(mut self, limits: TimeLimits) -> Self {
+        (self.limits, self.since) = (limits, Instant::now());
+        self
+    }
+
     /// The next event; after the terminal one, `None`. Cancel-safe.
-    pub async fn next(&mut self) -> Option<LoggedEvent> {
+    ///
+    /// # Errors
+    /// A time limit of this reader passed; it has no more events.
+    pub async fn next(&mut self) -> Result<Option<LoggedEvent>, StreamError> {
         if self.ended {
-            return None;
+            return Ok(None);
         }
         let index = self.next_index;
         let has_news = |log: &Log| log.readable().len() > index || log.terminal().is_some();
-        // The sender lives as long as this reader, which holds it.
-        let log = self.log.wait_for(has_news).await.ok()?;
-        let Some((at, event)) = log.readable().get(index).cloned() else {
+        let waited = self.until(has_news).await;
+        self.ended = waited.is_err();
+        waited?;
+        let Some((at, event)) = self.log.borrow().readable().get(index).cloned() else {
             self.ended = true;
-            return None;
+            return Ok(None);
         };
         self.next_index += 1;
         self.ended = event.is_terminal();
-        Some(LoggedEvent { index, at, event })
+        Ok(Some(LoggedEvent { index, at, event }))
     }
 
     /// Waits until the reply has said something or ended. Cancel-safe.
     ///
     /// # Errors
-    /// It ended with this before it said anything.
+    /// It ended with this before it said anything, or a time limit of this reader passed.
     pub async fn opening(&mut self) -> Result<(), StreamError> {
-        let log = self.log.wait_for(|log| log.opening().is_some()).await;
-        match log.ok().as_deref().and_then(Log::opening) {
+        self.until(|log| log.opening().is_some()).await?;
+        match self.log.borrow().opening() {
             Some(Event::Error(error)) => Err(error.clone()),
             _ => Ok(()),
         }
     }
 
     /// Waits until the reply has ended. Cancel-safe.
-    pub async fn terminal(&mut self) {
-        // The sender lives as long as this reader, which holds it.
-        let _ = self.log.wait_for(|log| log.terminal().is_some()).await;
+    ///
+    /// # Errors
+    /// A time limit of this reader passed.
+    pub async fn terminal(&mut self) -> Result<(), StreamError> {
+        self.until(|log| log.terminal().is_some()).await
+    }
+
+    /// Waits until the log is as it is waited for: that comes before the clock, as in the pump.
+    async fn until(&mut self, is_it: impl Fn(&Log) -> bool) -> Result<(), StreamError> {
+        loop {
+            let first = {
+                let log = self.log.borrow_and_update();
+                if is_it(&log) {
+                    return Ok(());
+                }
+                self.limits.first_to_pass(self.since, &log.milestones)
+            };
+            // The sender lives as long as this reader, which holds it.
+            let Some((until, limit, duration)) = first else {
+                let _ = self.log.changed().await;
+                continue;
+            };
+            if until <= Instant::now() {
+                return Err(StreamError::ReaderTimeout(limit, duration));
+            }
+            // Whichever it is, a change or the time: the log says what it means.
+            let _ = tokio::time::timeout_at(until, self.log.changed()).await;
+        }
     }
 }
 
@@ -239,7 +302,7 @@ mod tests {
 
     /// What is there, with each place.
     fn read(reader: &mut LogReader) -> Vec<(usize, Event)> {
-        let next = || reader.next().now_or_never().flatten();
+        let next = || reader.next().now_or_never()?.unwrap();
         std::iter::from_fn(next).map(|logged| (logged.index, logged.event)).collect()
     }
 
@@ -247,7 +310,7 @@ mod tests {
     fn a_reader_sees_all_events_from_wherever_it_starts() {
         let (mut writer, log) = event_log(LIMITS);
         let mut early = log.reader(0);
-        assert_eq!(early.next().now_or_never(), None, "nothing yet");
+        assert!(early.next().now_or_never().is_none(), "nothing yet");
         writer.append(Event::Role).unwrap();
         assert_eq!(read(&mut early), [], "a role says nothing");
         assert_eq!((log.get(0), early.opening().now_or_never()), (None, None));
@@ -259,7 +322,7 @@ mod tests {
         assert_eq!(read(&mut early), [(0, Event::Role), (1, delta("a")), (2, finish())]);
         assert_eq!(read(&mut ahead), [(2, finish())]);
         assert_eq!(read(&mut log.reader(1)), [(1, delta("a")), (2, finish())]);
-        assert_eq!(log.reader(3).next().now_or_never(), Some(None), "beyond the end");
+        assert_eq!(log.reader(3).next().now_or_never(), Some(Ok(None)), "beyond the end");
     }
 
     #[test]
@@ -305,5 +368,45 @@ mod tests {
             assert_eq!(log.is_worth_another_try(false), expected, "{end:?}");
             assert!(!log.is_worth_another_try(true), "it said something");
         }
+    }
+
+    #[tokio::test]
+    async fn a_reader_with_limits_of_its_own_ends_alone() {
+        let limited = |log: &EventLog, limit: &str| log.reader(0).within(TimeLimits::parse(limit).unwrap());
+        let gave_up = |limit| Err(StreamError::ReaderTimeout(limit, Duration::from_millis(20)));
+        let (mut writer, log) = event_log(LIMITS);
+        let mut patient = log.reader(0);
+        assert_eq!(limited(&log, "queue=0.02,total=9").opening().await, gave_up(Limit::Queue));
+        writer.set_milestones(Milestones { is_admitted: true, last_token: None });
+        let mut reader = limited(&log, "queue=0.02,first-token=0.02");
+        assert_eq!(reader.next().await, gave_up(Limit::FirstToken).map(|()| None));
+        assert_eq!(reader.next().await, Ok(None), "it has no more events");
+        assert_eq!(limited(&log, "total=0.02").terminal().await, gave_up(Limit::Total));
+        writer.set_milestones(Milestones { is_admitted: true, last_token: Some(Instant::now()) });
+        writer.append(delta("a")).unwrap();
+        // What is there is in time, however late it is asked for.
+        let mut late = limited(&log, "inter-token=0.02,total=0.02");
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        assert_eq!(late.next().await.unwrap().unwrap().event, delta("a"));
+        let late = late.within(TimeLimits::parse("inter-token=0.02").unwrap()).next().await;
+        assert_eq!(late, gave_up(Limit::InterToken).map(|()| None));
+        // The others never noticed.
+        assert_eq!(patient.next().await.unwrap().unwrap().event, delta("a"));
+        writer.close(finish());
+        assert_eq!(patient.next().await.unwrap().unwrap().event, finish());
+    }
+
+    #[tokio::test]
+    async fn a_token_without_text_keeps_a_reader_waiting() {
+        let second = Duration::from_secs(1);
+        let (mut writer, log) = event_log(LIMITS);
+        let mut set = |last_token| {
+            writer.set_milestones(Milestones { is_admitted: true, last_token: Some(last_token) });
+        };
+        set(Instant::now() + second);
+        let mut reader = log.reader(0).within(TimeLimits::parse("inter-token=0.001").unwrap());
+        let token = async { set(Instant::now() + 100 * second) };
+        let (still_waits, ()) = tokio::join!(tokio::time::timeout(second * 3 / 2, reader.next()), token);
+        assert!(still_waits.is_err(), "{still_waits:?}");
     }
 }
