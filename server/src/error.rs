@@ -202,6 +202,16 @@ impl ApiError {
         Self { param: Some("last-event-id".into()), ..error }
     }
 
+    /// The event is of another stream, such as an earlier one under the same key.
+    pub fn cursor_of_another_stream(id: &str) -> Self {
+        let message = format!(
+            "the event {id} is not of this stream but of another, which cannot be continued here; without \
+             Last-Event-ID this one is read from its start"
+        );
+        let error = Self::new(StatusCode::CONFLICT, "cursor_of_another_stream", message);
+        Self { param: Some("last-event-id".into()), ..error }
+    }
+
     /// The client wants another model than is here.
     pub fn model_digest_mismatch(wanted: &str, served: &str) -> Self {
         let message = format!("the request wants the model {wanted}, and this server has {served}");

@@ -43,9 +43,13 @@ pub(crate) fn configure(app: &mut web::ServiceConfig) {
                 )
                 .service(resource("/capabilities", READ).route(get().to(handshake::capabilities)))
                 .service(
-                    // Not HEAD: it would be one more reader, of a reply that it throws away.
-                    resource("/streams/{id}", "GET, DELETE, OPTIONS")
+                    resource("/streams", "DELETE, OPTIONS").route(web::delete().to(streams::delete_by_key)),
+                )
+                .service(
+                    resource("/streams/{id}", "GET, HEAD, DELETE, OPTIONS")
                         .route(web::get().to(streams::get))
+                        // Not what GET does: it would be one more reader, of a reply that it throws away.
+                        .route(web::head().to(streams::head))
                         .route(web::delete().to(streams::delete)),
                 )
                 .service(resource("/models", READ).route(get().to(models::list)))

@@ -18,7 +18,7 @@ use crate::known_answer::KnownAnswer;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Arrival, Metrics, StreamRecord};
 use crate::origin::AllowedOrigins;
-use crate::stream::cursor::Cursor;
+use crate::stream::cursor::{Cursor, EventId};
 use crate::stream::event::Event;
 use crate::stream::event_log::{LogLimits, LogReader, event_log};
 use crate::stream::memory_store::{MemoryStore, StoreLimits};
@@ -161,6 +161,8 @@ pub struct NewReply {
     pub client: Client,
     /// When to give up.
     pub limits: TimeLimits,
+    /// When to give up waiting if its key names a reply already, whose limits are not this request's.
+    pub patience: TimeLimits,
 }
 
 /// A reply and a reader of it.
@@ -204,7 +206,7 @@ impl AppState {
     /// # Errors
     /// What the engine refuses; a key that names another request.
     pub fn start_reply(&self, new: NewReply, arrival: Arrival) -> Result<OpenReply, ApiError> {
-        let NewReply { request, stop, head, form, key, owner, client, limits } = new;
+        let NewReply { request, stop, head, form, key, owner, client, limits, patience } = new;
         let (writer, log) = event_log(self.options.log_limits);
         let id = StreamId::random().map_err(|error| ApiError::internal(error.to_string()))?;
         // Before anybody can find the stream: its pump must never see it without a reader.
@@ -214,7 +216,7 @@ impl AppState {
             Registered::New(stream) => stream,
             Registered::Existing(stream) => {
                 check_fingerprint(&stream, key.as_ref())?;
-                return self.attach(stream, None);
+                return self.attach(stream, None, patience);
             }
         };
         let request = Request { deadline: limits.first_token, ..request };
@@ -263,31 +265,36 @@ impl AppState {
         if self.is_draining() { ApiError::draining() } else { error.into() }
     }
 
-    /// The reply that a key names, after `cursor`. Nothing is generated again.
+    /// The reply that a key names, after the event `last`. Nothing is generated again.
     ///
     /// # Errors
-    /// The key names nothing, or another request; the cursor is not of that reply.
+    /// The key names nothing, or another request; the event is not of that reply.
     pub fn resume(
         &self,
         owner: Owner,
         key: &RequestKey,
-        cursor: Option<Cursor>,
+        last: Option<EventId>,
+        patience: TimeLimits,
     ) -> Result<OpenReply, ApiError> {
         let stream = self.streams.find_key(owner, &key.key).ok_or_else(ApiError::stream_gone)?;
         check_fingerprint(&stream, Some(key))?;
-        self.attach(stream, cursor)
+        self.attach(stream, last, patience)
     }
 
-    /// One more reader, after `cursor`.
+    /// One more reader, after the event `last`, that waits as long as its own limits say: the others and
+    /// the reply are not ended by them.
     ///
     /// # Errors
-    /// The cursor is not of that reply.
-    pub fn attach(&self, stream: Arc<ReplyStream>, cursor: Option<Cursor>) -> Result<OpenReply, ApiError> {
-        if let Some(cursor) = cursor.filter(|cursor| !stream.has(*cursor)) {
-            return Err(ApiError::cursor_out_of_range(&cursor.to_string()));
-        }
+    /// The event is not of that reply.
+    pub fn attach(
+        &self,
+        stream: Arc<ReplyStream>,
+        last: Option<EventId>,
+        patience: TimeLimits,
+    ) -> Result<OpenReply, ApiError> {
+        let cursor = place(&stream, last)?;
         self.metrics.stream_resumed();
-        let reader = stream.log.reader(cursor.map_or(0, |cursor| cursor.event));
+        let reader = stream.log.reader(cursor.map_or(0, |cursor| cursor.event)).within(patience);
         Ok(OpenReply { stream, reader, arrival: None })
     }
 
@@ -324,6 +331,18 @@ impl AppState {
         } else {
             Readiness::Ready
         }
+    }
+}
+
+/// Where the event `last` is in a reply.
+///
+/// # Errors
+/// It is not of that reply.
+pub(crate) fn place(stream: &ReplyStream, last: Option<EventId>) -> Result<Option<Cursor>, ApiError> {
+    match last {
+        Some(last) if last.stream != stream.tag => Err(ApiError::cursor_of_another_stream(&last.to_string())),
+        Some(last) if !stream.has(last.cursor) => Err(ApiError::cursor_out_of_range(&last.to_string())),
+        last => Ok(last.map(|last| last.cursor)),
     }
 }
 

@@ -160,7 +160,7 @@ fn methods_are_answered_as_http_says() {
         for (method, path, allowed) in [
             ("GET", "/v1/chat/completions", "POST, OPTIONS"),
             ("PUT", "/readyz", "GET, HEAD, OPTIONS"),
-            ("POST", "/v1/streams/x", "GET, DELETE, OPTIONS"),
+            ("POST", "/v1/streams/x", "GET, HEAD, DELETE, OPTIONS"),
         ] {
             let response = server.call(method, path, &[], &Value::Null).await;
             assert_eq!(

@@ -9,8 +9,8 @@ use std::time::Duration;
 use serde_json::Value;
 use support::events::{Events, complete_text};
 use support::{Options, Server, read_all, request, run, streaming, two_keys};
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
 
 fn request_id(response: &reqwest::Response) -> &str {
     response.headers()["x-request-id"].to_str().unwrap()
@@ -81,23 +81,93 @@ impl Write for Log {
 fn what_is_logged_for_a_request_has_its_id() {
     tracing_subscriber::fmt().with_ansi(false).with_writer(|| Log).init();
     run(async {
-        let options = Options { status_hold: Duration::from_millis(10), ..Options::default() };
+        let options = Options {
+            status_hold: Duration::from_millis(10),
+            max_model_len: 2048,
+            write_timeout: Duration::from_millis(500),
+            ..Options::default()
+        };
         let server = Server::start(options).await;
         // Its headers are gone when it fails, so the pump and the body have something to log.
         let late = server.chat(&[("x-request-id", "late-1")], &streaming("late 300")).await;
         assert_eq!(late.status(), 200);
         assert!(late.text().await.unwrap().contains("model_failed"));
         assert_eq!(server.chat(&[("x-request-id", "early-1")], &request("refuse")).await.status(), 500);
-        let log = String::from_utf8(LOG.lock().unwrap().clone()).unwrap();
+        // More than the buffers between here and there hold.
+        let body = streaming("flood 1500").to_string();
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let mut socket = socket.connect(server.address).await.unwrap();
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-request-id: slow-1\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        socket.write_all((head + &body).as_bytes()).await.unwrap();
         for (id, words) in [
             ("late-1", "a reply failed"),
             ("late-1", "a step failed"),
             ("early-1", "a reply failed"),
             ("early-1", "code=\"model_failed\""),
+            ("slow-1", "took no bytes"),
         ] {
-            let is_it = |line: &&str| line.contains(&format!("id=\"{id}\"")) && line.contains(words);
-            assert!(log.lines().any(|line| is_it(&line)), "{id}: {words} in {log}");
+            // What is logged is not answered, so it may come a little later.
+            for tries in 0.. {
+                let log = String::from_utf8(LOG.lock().unwrap().clone()).unwrap();
+                let is_it = |line: &&str| line.contains(&format!("id=\"{id}\"")) && line.contains(words);
+                if log.lines().any(|line| is_it(&line)) {
+                    break;
+                }
+                assert!(tries < 3000, "{id}: {words} in {log}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
         }
+    });
+}
+
+#[test]
+fn a_head_is_followed_by_no_body_and_has_the_headers_of_the_answer() {
+    run(async {
+        let server = Server::start(Options::default()).await;
+        for path in [
+            "/livez",
+            "/readyz",
+            "/startupz",
+            "/health",
+            "/v1/models",
+            "/v1/models/alias/of",
+            "/v1/capabilities",
+            "/no/such",
+        ] {
+            let names = |answer: &str| {
+                let head = answer.split("\r\n\r\n").next().unwrap().to_owned();
+                let lines = head
+                    .lines()
+                    .filter(|line| !line.starts_with("x-request-id") && !line.starts_with("date"));
+                let mut lines: Vec<String> = lines.map(str::to_owned).collect();
+                lines.sort_unstable();
+                lines
+            };
+            let (head, get) = (raw(&server, "HEAD", path, "").await, raw(&server, "GET", path, "").await);
+            assert_eq!(names(&head), names(&get), "{path}");
+            assert!(names(&head).iter().any(|line| line.starts_with("content-length: ")), "{head}");
+            assert!(head.ends_with("\r\n\r\n"), "{head}");
+        }
+        // On one connection the next answer follows at once.
+        let key = ("idempotency-key", "k");
+        let stream = Events::of(server.chat(&[key], &streaming("say hi")).await).stream_id();
+        let mut socket = TcpStream::connect(server.address).await.unwrap();
+        for path in [&format!("/v1/streams/{stream}"), "/v1/models", "/no/such"] {
+            socket.write_all(format!("HEAD {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(socket.read_u8().await.unwrap());
+            }
+            assert!(head.starts_with(b"HTTP/1.1 "), "{path}: {:?}", String::from_utf8_lossy(&head));
+        }
+        let last = "GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        socket.write_all(last.as_bytes()).await.unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(20), read_all(socket)).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
     });
 }
 

@@ -102,7 +102,8 @@ fn a_key_generates_once_whoever_asks_and_when() {
         assert_eq!(server.metric("glmserve_streams_resumed_total"), 3.0);
         let other = error(server.chat(&[key], &streaming("slow 25")).await).await;
         assert_eq!(other, (422, "idempotency_key_reused".into()));
-        let other = error(server.chat(&[key, ("last-event-id", "1.0")], &streaming("slow 25")).await).await;
+        let other =
+            error(server.chat(&[key, ("last-event-id", "00000000.1.0")], &streaming("slow 25")).await).await;
         assert_eq!(other, (422, "idempotency_key_reused".into()));
     });
 }
@@ -133,29 +134,61 @@ fn wrong_cursors_are_refused() {
         let body = streaming("say ab");
         let events = Events::of(server.chat(&[key], &body).await);
         let id = events.stream_id();
-        assert_eq!(events.rest().await.len(), 4);
+        let events = events.rest().await;
+        assert_eq!(events.len(), 4);
+        let tag = events[0].id.split('.').next().unwrap();
         for (cursor, expected) in [
             ("x", (400, "invalid_header")),
-            ("1", (400, "invalid_header")),
-            ("01.0", (400, "invalid_header")),
-            ("4.0", (409, "cursor_out_of_range")),
-            ("1.1", (409, "cursor_out_of_range")),
-            ("3.2", (409, "cursor_out_of_range")),
-            ("99999999.0", (409, "cursor_out_of_range")),
+            ("1.0", (400, "invalid_header")),
+            ("TAG.1", (400, "invalid_header")),
+            ("TAG.01.0", (400, "invalid_header")),
+            ("TAG.4.0", (409, "cursor_out_of_range")),
+            ("TAG.1.1", (409, "cursor_out_of_range")),
+            ("TAG.3.2", (409, "cursor_out_of_range")),
+            ("TAG.99999999.0", (409, "cursor_out_of_range")),
+            ("0123abcd.1.0", (409, "cursor_of_another_stream")),
         ] {
-            let cursor = ("last-event-id", cursor);
+            let cursor = cursor.replace("TAG", tag);
+            let cursor = ("last-event-id", cursor.as_str());
             let expected = (expected.0, expected.1.to_owned());
             assert_eq!(error(server.get_stream(&id, &[cursor]).await).await, expected, "{cursor:?}");
             assert_eq!(error(server.chat(&[key, cursor], &body).await).await, expected, "{cursor:?}");
         }
-        let cursor = ("last-event-id", "1.0");
+        let (first, last) = (format!("{tag}.1.0"), format!("{tag}.3.1"));
+        let cursor = ("last-event-id", first.as_str());
         assert_eq!(error(server.chat(&[cursor], &body).await).await.1, "invalid_header");
         assert_eq!(error(server.chat(&[key, cursor], &request("say ab")).await).await.1, "invalid_header");
         let unknown = error(server.chat(&[("idempotency-key", "new"), cursor], &body).await).await;
         assert_eq!(unknown, (410, "stream_gone".into()));
         // A client that asked for the usage may come back without.
-        let last = Events::of(server.get_stream(&id, &[("last-event-id", "3.1")]).await);
+        let last = Events::of(server.get_stream(&id, &[("last-event-id", &last)]).await);
         assert_eq!(last.rest().await, []);
+    });
+}
+
+#[test]
+fn a_cursor_of_an_earlier_stream_under_the_key_never_joins_the_present_one() {
+    run(async {
+        let options = Options { store_limits: store(50, 1 << 20, 16), ..Options::default() };
+        let server = Server::start(options).await;
+        let key = ("idempotency-key", "k");
+        let body = streaming("say abc");
+        let earlier = Events::of(server.chat(&[key], &body).await);
+        let id = earlier.stream_id();
+        let earlier = earlier.rest().await;
+        while server.get_stream(&id, &[]).await.status() != 404 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // The key is free, so the same body under it is another reply; sampled, it might say something else.
+        let mut present = Events::of(server.chat(&[key], &streaming("slow 230")).await);
+        assert_ne!(present.stream_id(), id);
+        present.next().await.unwrap();
+        for event in earlier {
+            let headers = [key, ("last-event-id", event.id.as_str())];
+            let expected = (409, "cursor_of_another_stream".to_owned());
+            assert_eq!(error(server.chat(&headers, &streaming("slow 230")).await).await, expected);
+            assert_eq!(error(server.get_stream(&present.stream_id(), &headers).await).await, expected);
+        }
     });
 }
 

@@ -58,6 +58,42 @@ fn each_limit_has_its_own_error_before_and_after_headers() {
 }
 
 #[test]
+fn who_shares_a_reply_gives_up_alone() {
+    run(async {
+        for (limit, command, code, needs_queue) in [
+            ("queue=0.1", "say paused", "queue_timeout", true),
+            ("first-token=0.1", "pause 1500", "first_token_timeout", false),
+            ("inter-token=0.1", "stall 1500", "inter_token_timeout", false),
+            ("total=0.1, queue=60", "stall 1500", "request_timeout", false),
+        ] {
+            let options = Options { max_num_seqs: 1, status_hold: 20 * MS, ..Options::default() };
+            let server = Server::start(options).await;
+            let mut blocker = None;
+            if needs_queue {
+                blocker = Some(Events::of(server.chat(&[], &streaming("pause 1500")).await));
+            }
+            let (key, own) = (("idempotency-key", "k"), ("glm-timeout", limit));
+            let starter = Events::of(server.chat(&[key], &streaming(command)).await);
+            let joined = server.chat(&[key, own], &request(command)).await;
+            assert_eq!(error(joined).await, (504, json!(code)), "{limit}");
+            let id = starter.stream_id();
+            let read = server.get_stream(&id, &[own, ("prefer", "wait=0")]).await;
+            assert_eq!(read.status(), 200);
+            let read = read.text().await.unwrap();
+            // Its error is no event of the reply, so it has no id from which somebody could go on.
+            let (before, end) = read.rsplit_once("\n\ndata: {\"error\"").unwrap_or(("", &read));
+            assert!(
+                end.contains(code) && end.contains("own") && end.ends_with("\n\ndata: [DONE]\n\n"),
+                "{read}"
+            );
+            assert!(!before.contains("error") && !end.contains("id: "), "{read}");
+            assert_eq!(complete_text(&starter.rest().await), "paused", "{limit}");
+            drop(blocker);
+        }
+    });
+}
+
+#[test]
 fn the_servers_own_limits_hold_and_a_header_cannot_lengthen_them() {
     run(async {
         let time_limits = TimeLimits { total: Some(100 * MS), ..TimeLimits::default() };

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import signal
 import socket
 import subprocess
 import threading
@@ -115,3 +116,51 @@ def test_a_chat_that_cannot_be_says_why(default_server):
     assert result.returncode == 1 and "refused" in result.stderr
     result = chat("--base-url", default_server.url, "--model", "gpt-4", "--message", QUESTION)
     assert result.returncode == 1 and "gpt-4" in result.stderr
+
+
+def read_request(connection: socket.socket) -> tuple[str, dict[str, str]]:
+    """The first line and the headers of a request, after all of it has come."""
+    data = b""
+    while True:
+        head, end, body = data.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
+        if end and len(body) >= int(headers.get("content-length", 0)):
+            return lines[0], headers
+        received = connection.recv(65536)
+        assert received, data
+        data += received
+
+
+def test_ctrl_c_before_the_answer_ends_the_request_at_the_server():
+    """To close the connection is not enough: a request with a key goes on for a client that comes back."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(60)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        command = [
+            GLMSERVE,
+            "chat",
+            "--base-url",
+            url,
+            "--model",
+            "m",
+            "--message",
+            QUESTION,
+            "--api-key",
+            "secret",
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            question, _ = listener.accept()
+            with question:
+                line, headers = read_request(question)
+                assert line == "POST /v1/chat/completions HTTP/1.1"
+                process.send_signal(signal.SIGINT)
+                stop, _ = listener.accept()
+            with stop:
+                line, stop_headers = read_request(stop)
+                stop.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+            _, stderr = process.communicate(timeout=60)
+    assert line == "DELETE /v1/streams HTTP/1.1"
+    assert stop_headers["idempotency-key"] == headers["idempotency-key"]
+    assert stop_headers["authorization"] == "bearer secret"
+    assert process.returncode == 1 and "not whole: stopped" in stderr, stderr

@@ -14,10 +14,15 @@ impl From<StreamError> for ApiError {
     fn from(error: StreamError) -> Self {
         let (status, code) = match &error {
             StreamError::Refused(error) => return error.clone().into(),
-            StreamError::Timeout(Limit::Queue, _) => (StatusCode::GATEWAY_TIMEOUT, QUEUE_TIMEOUT),
-            StreamError::Timeout(Limit::FirstToken, _) => (StatusCode::GATEWAY_TIMEOUT, FIRST_TOKEN_TIMEOUT),
-            StreamError::Timeout(Limit::InterToken, _) => (StatusCode::GATEWAY_TIMEOUT, INTER_TOKEN_TIMEOUT),
-            StreamError::Timeout(Limit::Total, _) => (StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT),
+            StreamError::Timeout(limit, _) | StreamError::ReaderTimeout(limit, _) => {
+                let code = match limit {
+                    Limit::Queue => QUEUE_TIMEOUT,
+                    Limit::FirstToken => FIRST_TOKEN_TIMEOUT,
+                    Limit::InterToken => INTER_TOKEN_TIMEOUT,
+                    Limit::Total => REQUEST_TIMEOUT,
+                };
+                (StatusCode::GATEWAY_TIMEOUT, code)
+            }
             // A status that clients don't try again by themselves: somebody wanted this end.
             StreamError::Aborted(_) => (StatusCode::GONE, "aborted"),
             StreamError::Sequence(SequenceError::Run(_)) => {

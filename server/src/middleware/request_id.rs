@@ -31,7 +31,8 @@ pub(crate) async fn assign<B: MessageBody + 'static>(
     next: Next<B>,
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let id = given(request.headers()).unwrap_or_else(random);
-    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
+    // As high as any line in it, or a filter that keeps warnings would drop their request's id.
+    let span = tracing::error_span!("request", id = id.to_str().unwrap_or_default());
     match next.call(request).instrument(span.clone()).await {
         Ok(mut response) => {
             span.in_scope(|| log(&response));

@@ -9,10 +9,12 @@
 //! which is the very mistake that this server exists to end; and to stream inside while the client
 //! gets silence changes nothing for the proxy.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use actix_web::http::header;
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, body, web};
+use futures_util::stream::empty;
 use serde_json::json;
 
 use super::chat_completions::render;
@@ -23,7 +25,6 @@ use crate::metrics::Delivery;
 use crate::state::{AppState, OpenReply};
 use crate::stream::connection::Connection;
 use crate::stream::cursor::Cursor;
-use crate::stream::event_log::LogReader;
 use crate::stream::reply_stream::{Form, ReplyStream};
 use crate::stream::sse::{self, Session};
 
@@ -70,9 +71,7 @@ pub(super) async fn answer(
                 delivery: arrival.map(|arrival| Delivery::new(Arc::clone(&state.metrics), arrival)),
             };
             let mut response = sse::respond(session, render);
-            if let Some(wait) = wanted.prefer.wait {
-                applied(&mut response, &format!("wait={}", wait.as_secs()))?;
-            }
+            apply_wait(&mut response, wanted.prefer)?;
             Ok(response)
         }
     }
@@ -82,27 +81,72 @@ async fn plain(reply: OpenReply, prefer: Prefer, state: &AppState) -> Result<Htt
     let OpenReply { stream, mut reader, .. } = reply;
     // Short answers and early failures need no second request.
     let wait = prefer.wait.unwrap_or(state.options.status_hold);
-    let is_late = prefer.respond_async && tokio::time::timeout(wait, reader.terminal()).await.is_err();
-    let is_promised = is_late && state.streams.promise(&stream);
+    let waited = match prefer.respond_async {
+        true => tokio::time::timeout(wait, reader.terminal()).await,
+        false => Ok(Ok(())),
+    };
+    // What cannot be promised is waited for, as if nothing had been preferred.
+    let is_late = waited.is_err();
+    let is_promised = match waited {
+        Ok(ended) => {
+            ended?;
+            false
+        }
+        Err(_) => state.streams.promise(&stream),
+    };
+    let is_async = prefer.respond_async && (!is_late || is_promised);
     let mut response = match is_promised {
-        true => accepted(&stream, reader),
+        true => {
+            // The reader leaves only after the promise that the reply can be fetched.
+            drop(reader);
+            pending(&stream)
+        }
         false => render::plain(reader, &stream.head).await?,
     };
-    name(&mut response, &stream)?;
-    // What cannot be promised is waited for, as if nothing had been preferred.
-    if prefer.respond_async && is_late == is_promised {
-        let mut preference = "respond-async".to_owned();
-        if let Some(wait) = prefer.wait {
-            preference += &format!(", wait={}", wait.as_secs());
-        }
-        applied(&mut response, &preference)?;
-    }
+    finish_plain(&mut response, &stream, Prefer { respond_async: is_async, ..prefer })?;
     Ok(response)
 }
 
-/// Tells where to fetch the answer. The reader leaves only after the promise that it can be.
-fn accepted(stream: &ReplyStream, reader: LogReader) -> HttpResponse {
-    drop(reader);
+/// What an answer begins with, as far as that is known without reading the reply.
+///
+/// # Errors
+/// What the reply ended with, where its answer would have that status.
+pub(super) fn head(stream: &ReplyStream, wanted: Wanted) -> Result<HttpResponse, ApiError> {
+    // A client that has a part of the stream has had its status.
+    let is_begun = wanted.cursor.is_some();
+    let is_streamed = wanted.form != Form::Plain;
+    if let Some(error) = stream.log.failure(is_streamed).filter(|_| !is_begun) {
+        return Err(error.into());
+    }
+    if is_streamed {
+        // As long as the stream itself: unknown.
+        let mut response = sse::head(&stream.id).streaming(empty::<Result<web::Bytes, Infallible>>());
+        apply_wait(&mut response, wanted.prefer)?;
+        return Ok(response);
+    }
+    let mut response = match wanted.prefer.respond_async && !stream.log.has_ended() {
+        true => pending(stream),
+        // Its length is known to who reads it.
+        false => HttpResponse::Ok().content_type("application/json").body(body::None::new()),
+    };
+    finish_plain(&mut response, stream, wanted.prefer)?;
+    Ok(response)
+}
+
+fn finish_plain(response: &mut HttpResponse, stream: &ReplyStream, prefer: Prefer) -> Result<(), ApiError> {
+    name(response, stream)?;
+    if !prefer.respond_async {
+        return Ok(());
+    }
+    let mut preference = "respond-async".to_owned();
+    if let Some(wait) = prefer.wait {
+        preference += &format!(", wait={}", wait.as_secs());
+    }
+    applied(response, &preference)
+}
+
+/// Tells where to fetch the answer.
+fn pending(stream: &ReplyStream) -> HttpResponse {
     let location = format!("/v1/streams/{}", stream.id);
     let mut response = HttpResponse::Accepted();
     response.insert_header((header::LOCATION, location.as_str()));
@@ -113,6 +157,10 @@ fn accepted(stream: &ReplyStream, reader: LogReader) -> HttpResponse {
 
 fn name(response: &mut HttpResponse, stream: &ReplyStream) -> Result<(), ApiError> {
     set(response, "glm-stream-id", &stream.id.to_string())
+}
+
+fn apply_wait(response: &mut HttpResponse, prefer: Prefer) -> Result<(), ApiError> {
+    prefer.wait.map_or(Ok(()), |wait| applied(response, &format!("wait={}", wait.as_secs())))
 }
 
 fn applied(response: &mut HttpResponse, preference: &str) -> Result<(), ApiError> {

@@ -35,7 +35,7 @@ pub(super) async fn create(
     tenant: web::ReqData<TenantId>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
-    let RequestHeaders { key, cursor, prefer, limits } =
+    let RequestHeaders { key, last, prefer, limits, patience } =
         RequestHeaders::read(&request, state.options.time_limits)?;
     let client = Client::of(*owner, request.peer_addr());
     let body = Body::read(&request, body, client, &state).await?;
@@ -55,10 +55,19 @@ pub(super) async fn create(
     };
     let Completion { request: mut engine_request, stop, head, form } = completion;
     engine_request.tenant = *tenant;
-    let reply = match cursor {
+    let reply = match last {
         None => {
-            let new =
-                NewReply { request: engine_request, stop, head, form, key, owner: *owner, client, limits };
+            let new = NewReply {
+                request: engine_request,
+                stop,
+                head,
+                form,
+                key,
+                owner: *owner,
+                client,
+                limits,
+                patience,
+            };
             state.start_reply(new, arrival)?
         }
         Some(_) => {
@@ -67,9 +76,10 @@ pub(super) async fn create(
             if form == Form::Plain {
                 return error("it needs `stream: true`");
             }
-            state.resume(*owner, &key, cursor)?
+            state.resume(*owner, &key, last, patience)?
         }
     };
+    let cursor = last.map(|last| last.cursor);
     answer(reply, Wanted { form, prefer, cursor }, &request, &state).await
 }
 

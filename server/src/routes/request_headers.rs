@@ -10,7 +10,7 @@ use actix_web::HttpRequest;
 use actix_web::http::header::HeaderMap;
 
 use crate::error::ApiError;
-use crate::stream::cursor::Cursor;
+use crate::stream::cursor::EventId;
 use crate::stream::time_limits::TimeLimits;
 
 /// Longer than any UUID with a prefix, and short enough to keep thousands.
@@ -18,8 +18,8 @@ pub(super) const MAX_KEY_BYTES: usize = 255;
 /// Proxies commonly cut what is silent for 60 s.
 pub(super) const MAX_WAIT: Duration = Duration::from_secs(60);
 
-const KEY: &str = "idempotency-key";
-const CURSOR: &str = "last-event-id";
+pub(super) const KEY: &str = "idempotency-key";
+const LAST: &str = "last-event-id";
 const TIMEOUT: &str = "glm-timeout";
 
 /// What `Prefer` asks for.
@@ -35,9 +35,12 @@ pub(super) struct Prefer {
 #[derive(Debug)]
 pub(super) struct RequestHeaders {
     pub(super) key: Option<String>,
-    pub(super) cursor: Option<Cursor>,
+    pub(super) last: Option<EventId>,
     pub(super) prefer: Prefer,
+    /// The server's limits, shortened by the request's.
     pub(super) limits: TimeLimits,
+    /// The request's own limits alone.
+    pub(super) patience: TimeLimits,
 }
 
 impl RequestHeaders {
@@ -48,18 +51,19 @@ impl RequestHeaders {
             1..=MAX_KEY_BYTES => Ok(key.to_owned()),
             _ => Err(ApiError::invalid_header(KEY, &format!("it must have 1 to {MAX_KEY_BYTES} bytes"))),
         });
-        let cursor = text(headers, CURSOR)?.map(|cursor| {
-            cursor
-                .parse()
-                .map_err(|()| ApiError::invalid_header(CURSOR, "it must be an `id:` of this stream"))
+        let last = text(headers, LAST)?.map(|last| {
+            last.parse().map_err(|()| ApiError::invalid_header(LAST, "it must be an `id:` of this stream"))
         });
-        let limits = match text(headers, TIMEOUT)? {
-            None => limits,
-            Some(header) => {
-                limits.shortened(header).map_err(|error| ApiError::invalid_header(TIMEOUT, &error))?
-            }
-        };
-        Ok(Self { key: key.transpose()?, cursor: cursor.transpose()?, prefer: prefer(headers), limits })
+        let patience = text(headers, TIMEOUT)?.map(TimeLimits::parse).transpose();
+        let patience =
+            patience.map_err(|error| ApiError::invalid_header(TIMEOUT, &error))?.unwrap_or_default();
+        Ok(Self {
+            key: key.transpose()?,
+            last: last.transpose()?,
+            prefer: prefer(headers),
+            limits: limits.shortened_by(&patience),
+            patience,
+        })
     }
 }
 
@@ -117,7 +121,8 @@ mod tests {
             ("idempotency-key", "x".repeat(256).as_str()),
             ("idempotency-key", "schlüssel"),
             ("last-event-id", "7"),
-            ("last-event-id", "1.0x"),
+            ("last-event-id", "1.0"),
+            ("last-event-id", "00ab0102.1.0x"),
             ("glm-timeout", "soon"),
         ] {
             assert_eq!(read(&[(name, value)]).unwrap_err(), format!("{name:?}"), "{value}");

@@ -1,4 +1,4 @@
-//! Owns `/v1/streams/{id}`: read a reply again or further, and end it.
+//! Owns `/v1/streams`: read a reply again or further by its id, and end it, by its id or by its key.
 //!
 //! Invariant: to anybody but its owner a reply is not there.
 
@@ -7,10 +7,10 @@ use std::sync::Arc;
 use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
 
-use super::answer::{Wanted, answer};
-use super::request_headers::RequestHeaders;
+use super::answer::{self, Wanted, answer};
+use super::request_headers::{KEY, RequestHeaders};
 use crate::error::ApiError;
-use crate::state::AppState;
+use crate::state::{AppState, place};
 use crate::stream::event::AbortReason;
 use crate::stream::reply_stream::{Form, ReplyStream, StreamOptions};
 use crate::stream::store::{Owner, StreamId};
@@ -22,14 +22,51 @@ pub(super) async fn get(
     owner: web::ReqData<Owner>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
-    let headers = RequestHeaders::read(&request, state.options.time_limits)?;
-    let stream = find(&id, *owner, &state)?;
+    let (headers, stream, wanted) = asked(&request, &id, *owner, &state)?;
+    let reply = state.attach(stream, headers.last, headers.patience)?;
+    answer(reply, wanted, &request, &state).await
+}
+
+/// What `get` would begin with. It is no reader: nobody waits for it, and no reply goes on for it.
+pub(super) async fn head(
+    request: HttpRequest,
+    id: web::Path<String>,
+    owner: web::ReqData<Owner>,
+    state: web::Data<AppState>,
+) -> Result<HttpResponse, ApiError> {
+    let (_, stream, wanted) = asked(&request, &id, *owner, &state)?;
+    answer::head(&stream, wanted)
+}
+
+/// The reply that is asked for, and how.
+fn asked(
+    request: &HttpRequest,
+    id: &str,
+    owner: Owner,
+    state: &AppState,
+) -> Result<(RequestHeaders, Arc<ReplyStream>, Wanted), ApiError> {
+    let headers = RequestHeaders::read(request, state.options.time_limits)?;
+    let stream = find(id, owner, state)?;
     if !stream.is_resumable() {
         return Err(ApiError::stream_not_resumable());
     }
-    let form = form(&request, &stream, headers.cursor.is_some())?;
-    let reply = state.attach(stream, headers.cursor)?;
-    answer(reply, Wanted { form, prefer: headers.prefer, cursor: headers.cursor }, &request, &state).await
+    let form = form(request, &stream, headers.last.is_some())?;
+    let wanted = Wanted { form, prefer: headers.prefer, cursor: place(&stream, headers.last)? };
+    Ok((headers, stream, wanted))
+}
+
+/// Ends the reply that the key names, for a client that has no answer yet which would name the stream.
+pub(super) async fn delete_by_key(
+    request: HttpRequest,
+    owner: web::ReqData<Owner>,
+    state: web::Data<AppState>,
+) -> Result<HttpResponse, ApiError> {
+    let key = RequestHeaders::read(&request, state.options.time_limits)?.key;
+    let key =
+        key.ok_or_else(|| ApiError::invalid_header(KEY, "it is needed here: it says which reply to end"))?;
+    let stream = state.streams.find_key(*owner, &key).ok_or_else(ApiError::stream_not_found)?;
+    stream.abort(AbortReason::Deleted);
+    Ok(HttpResponse::NoContent().finish())
 }
 
 /// Ends the reply; an ended one stays ended.

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 /// The kernel's send buffer: seconds of text for a reader, and a bound for thousands of them.
 const SEND_BUFFER_BYTES: usize = 64 * 1024;
@@ -82,12 +83,14 @@ pub fn watch<S>(
     let owed = Rc::new(Owed::default());
     if let Some(connection) = connection {
         let (owed, connection) = (Rc::downgrade(&owed), Arc::downgrade(connection));
-        actix_web::rt::spawn(async move {
+        let watching = async move {
             if let Some(connection) = stuck(&owed, &connection, timeout).await {
                 connection.cut();
                 on_cut();
             }
-        });
+        };
+        // What `on_cut` logs is about the request that is being answered.
+        actix_web::rt::spawn(watching.in_current_span());
     }
     Watched { body, owed }
 }

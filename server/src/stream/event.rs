@@ -41,6 +41,9 @@ pub enum StreamError {
     /// A time limit passed.
     #[error("the {0} time limit of {1:?} passed")]
     Timeout(Limit, Duration),
+    /// A time limit of one reader passed; it is told to that reader only and is in no log.
+    #[error("this request's own {0} time limit of {1:?} passed; the reply that it shares has not ended")]
+    ReaderTimeout(Limit, Duration),
     /// Somebody or something ended it on purpose.
     #[error("the reply was aborted: {0}")]
     Aborted(AbortReason),

@@ -2,15 +2,19 @@
 //!
 //! Invariants: events are only appended; exactly one terminal event ends a log, even if its writer is
 //! torn down; a reader sees every event once and in order, whenever it comes and from wherever it
-//! starts, and a role not before what follows it; the writer knows at once how many readers there are. Must not know HTTP, JSON or the
-//! engine's channel.
+//! starts, and a role not before what follows it; a reader whose own time limits pass ends alone; the
+//! writer knows at once how many readers there are. Must not know HTTP, JSON or the engine's channel.
+
+mod reader;
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+pub use self::reader::{LogReader, LoggedEvent};
 use super::event::{Event, StreamError};
+use super::time_limits::Milestones;
 
 /// What a log may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,21 +25,11 @@ pub struct LogLimits {
     pub max_bytes: usize,
 }
 
-/// An event and where it stands.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoggedEvent {
-    /// Its place in the log.
-    pub index: usize,
-    /// When it was appended.
-    pub at: Instant,
-    /// The event.
-    pub event: Event,
-}
-
 #[derive(Debug, Default)]
 struct Log {
     events: Vec<(Instant, Event)>,
     num_bytes: usize,
+    milestones: Milestones,
 }
 
 impl Log {
@@ -76,15 +70,6 @@ pub struct LogWriter {
 #[derive(Debug, Clone)]
 pub struct EventLog(Arc<Shared>);
 
-/// A cursor over the log.
-#[derive(Debug)]
-pub struct LogReader {
-    shared: Arc<Shared>,
-    log: watch::Receiver<Log>,
-    next_index: usize,
-    ended: bool,
-}
-
 /// An empty log.
 pub fn event_log(limits: LogLimits) -> (LogWriter, EventLog) {
     let shared =
@@ -119,6 +104,16 @@ impl LogWriter {
         Ok(())
     }
 
+    /// Notes how far the reply is, for readers with time limits.
+    pub fn set_milestones(&mut self, milestones: Milestones) {
+        self.shared.log.send_if_modified(|log| {
+            let before = std::mem::replace(&mut log.milestones, milestones);
+            // A later token only moves a limit back, which its reader finds out when it would have passed.
+            before.is_admitted != milestones.is_admitted
+                || before.last_token.is_some() != milestones.last_token.is_some()
+        });
+    }
+
     /// Appends the terminal event and closes the log.
     pub fn close(self, event: Event) {
         debug_assert!(event.is_terminal());
@@ -147,9 +142,7 @@ impl Drop for LogWriter {
 impl EventLog {
     /// A reader whose first event is the one at `index`, which need not be there yet.
     pub fn reader(&self, index: usize) -> LogReader {
-        let shared = Arc::clone(&self.0);
-        shared.num_readers.send_modify(|number| *number += 1);
-        LogReader { log: shared.log.subscribe(), shared, next_index: index, ended: false }
+        LogReader::new(Arc::clone(&self.0), index)
     }
 
     /// The event at `index`, if it is there for readers.
@@ -157,77 +150,29 @@ impl EventLog {
         self.0.log.borrow().readable().get(index).map(|(_, event)| event.clone())
     }
 
-    /// Whether nothing follows.
-    pub fn is_over(&self) -> bool {
-        self.0.log.borrow().terminal().is_some()
-    }
-
     /// Whether the reply failed for a reason that another try may not meet; if `unsaid`, before it said anything.
     pub fn is_worth_another_try(&self, unsaid: bool) -> bool {
+        self.failure(unsaid).is_some_and(|error| error.may_pass())
+    }
+
+    /// Why the reply failed, if it did; if `unsaid`, before it said anything.
+    pub fn failure(&self, unsaid: bool) -> Option<StreamError> {
         let log = self.0.log.borrow();
-        let end = if unsaid { log.opening() } else { log.terminal() };
-        matches!(end, Some(Event::Error(error)) if error.may_pass())
+        match if unsaid { log.opening() } else { log.terminal() } {
+            Some(Event::Error(error)) => Some(error.clone()),
+            _ => None,
+        }
+    }
+
+    /// Whether nothing follows what is there.
+    pub fn has_ended(&self) -> bool {
+        self.0.log.borrow().terminal().is_some()
     }
 
     /// Memory that the events take.
     pub fn num_bytes(&self) -> usize {
         let log = self.0.log.borrow();
         log.num_bytes + log.events.capacity() * size_of::<(Instant, Event)>()
-    }
-}
-
-impl LogReader {
-    /// The next event; after the terminal one, `None`. Cancel-safe.
-    pub async fn next(&mut self) -> Option<LoggedEvent> {
-        if self.ended {
-            return None;
-        }
-        let index = self.next_index;
-        let has_news = |log: &Log| log.readable().len() > index || log.terminal().is_some();
-        // The sender lives as long as this reader, which holds it.
-        let log = self.log.wait_for(has_news).await.ok()?;
-        let Some((at, event)) = log.readable().get(index).cloned() else {
-            self.ended = true;
-            return None;
-        };
-        self.next_index += 1;
-        self.ended = event.is_terminal();
-        Some(LoggedEvent { index, at, event })
-    }
-
-    /// Whether there is more for it to read than the terminal event.
-    pub fn is_behind(&self) -> bool {
-        let log = self.log.borrow();
-        !self.ended && log.events.get(self.next_index).is_some_and(|(_, event)| !event.is_terminal())
-    }
-
-    /// Reads no further: there is no next event.
-    pub fn stop(&mut self) {
-        self.ended = true;
-    }
-
-    /// Waits until the reply has said something or ended. Cancel-safe.
-    ///
-    /// # Errors
-    /// It ended with this before it said anything.
-    pub async fn opening(&mut self) -> Result<(), StreamError> {
-        let log = self.log.wait_for(|log| log.opening().is_some()).await;
-        match log.ok().as_deref().and_then(Log::opening) {
-            Some(Event::Error(error)) => Err(error.clone()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Waits until the reply has ended. Cancel-safe.
-    pub async fn terminal(&mut self) {
-        // The sender lives as long as this reader, which holds it.
-        let _ = self.log.wait_for(|log| log.terminal().is_some()).await;
-    }
-}
-
-impl Drop for LogReader {
-    fn drop(&mut self) {
-        self.shared.num_readers.send_modify(|number| *number -= 1);
     }
 }
 
@@ -255,7 +200,7 @@ mod tests {
 
     /// What is there, with each place.
     fn read(reader: &mut LogReader) -> Vec<(usize, Event)> {
-        let next = || reader.next().now_or_never().flatten();
+        let next = || reader.next().now_or_never()?.unwrap();
         std::iter::from_fn(next).map(|logged| (logged.index, logged.event)).collect()
     }
 
@@ -263,7 +208,7 @@ mod tests {
     fn a_reader_sees_all_events_from_wherever_it_starts() {
         let (mut writer, log) = event_log(LIMITS);
         let mut early = log.reader(0);
-        assert_eq!(early.next().now_or_never(), None, "nothing yet");
+        assert!(early.next().now_or_never().is_none(), "nothing yet");
         writer.append(Event::Role).unwrap();
         assert_eq!(read(&mut early), [], "a role says nothing");
         assert_eq!((log.get(0), early.opening().now_or_never()), (None, None));
@@ -275,7 +220,7 @@ mod tests {
         assert_eq!(read(&mut early), [(0, Event::Role), (1, delta("a")), (2, finish())]);
         assert_eq!(read(&mut ahead), [(2, finish())]);
         assert_eq!(read(&mut log.reader(1)), [(1, delta("a")), (2, finish())]);
-        assert_eq!(log.reader(3).next().now_or_never(), Some(None), "beyond the end");
+        assert_eq!(log.reader(3).next().now_or_never(), Some(Ok(None)), "beyond the end");
     }
 
     #[test]

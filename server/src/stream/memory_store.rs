@@ -157,7 +157,7 @@ impl StreamStore for MemoryStore {
         }
         let num_promised = inner.running.get(&stream.client).map_or(0, |running| running.promised.len());
         // Its end would not be heard of again.
-        let is_over = stream.log.is_over() || stream.is_aborted();
+        let is_over = stream.log.has_ended() || stream.is_aborted();
         if is_over || num_promised >= self.limits.max_detached {
             return false;
         }

@@ -17,7 +17,7 @@ use super::event::{AbortReason, EndReason, Event, StreamError, Usage};
 use super::event_log::LogWriter;
 use super::reply_stream::{ReplyStream, Wishes};
 use super::store::{StreamStore, hex};
-use super::time_limits::{Limit, TimeLimits};
+use super::time_limits::{Milestones, TimeLimits};
 use crate::metrics::{Outcome, StreamRecord};
 use crate::text::reply::{ReplyStep, ReplyText};
 
@@ -49,8 +49,7 @@ pub struct Pump {
 struct Seen {
     usage: Usage,
     text: Sha256,
-    is_admitted: bool,
-    last_token: Option<Instant>,
+    milestones: Milestones,
     /// Since when nobody reads.
     detached: Option<Instant>,
 }
@@ -91,8 +90,7 @@ impl Pump {
         let mut seen = Seen {
             usage: Usage { num_prompt_tokens, ..Usage::default() },
             text: Sha256::new(),
-            is_admitted: false,
-            last_token: None,
+            milestones: Milestones::default(),
             detached: None,
         };
         let mut readers = self.log.readers();
@@ -134,21 +132,12 @@ impl Pump {
 
     /// The first moment at which to give up, and why.
     fn deadline(&self, seen: &Seen) -> Option<(Instant, StreamError)> {
-        let arrival = self.record.arrival();
-        let since = |limit| match limit {
-            Limit::Queue => (!seen.is_admitted).then_some(arrival),
-            Limit::FirstToken => seen.last_token.is_none().then_some(arrival),
-            Limit::InterToken => seen.last_token,
-            Limit::Total => Some(arrival),
-        };
-        let limits = Limit::ALL.into_iter().filter_map(|limit| {
-            let duration = self.limits.get(limit)?;
-            Some((since(limit)? + duration, StreamError::Timeout(limit, duration)))
-        });
+        let limit = self.limits.first_to_pass(self.record.arrival(), &seen.milestones);
+        let limit = limit.map(|(until, limit, duration)| (until, StreamError::Timeout(limit, duration)));
         // A client that was told to come later has the time that the limits give it.
         let detached = seen.detached.filter(|_| !self.stream.is_promised());
         let grace = detached.map(|since| (since + self.grace, StreamError::Aborted(AbortReason::GraceOver)));
-        limits.chain(grace).min_by_key(|(until, _)| *until)
+        limit.into_iter().chain(grace).min_by_key(|(until, _)| *until)
     }
 
     /// Notes whether anybody reads.
@@ -176,13 +165,14 @@ impl Pump {
         let age = self.events.elapsed(at);
         let reason = match event {
             TokenEvent::Admitted { num_cached_tokens } => {
-                seen.is_admitted = true;
+                seen.milestones.is_admitted = true;
+                self.log.set_milestones(seen.milestones);
                 seen.usage.num_cached_tokens = num_cached_tokens;
                 None
             }
             TokenEvent::Token { token_id } => {
-                seen.is_admitted = true;
-                seen.last_token = Some(Instant::now());
+                seen.milestones = Milestones { is_admitted: true, last_token: Some(Instant::now()) };
+                self.log.set_milestones(seen.milestones);
                 seen.usage.num_generated_tokens += 1;
                 self.record.token(at, age);
                 let step = self.text.push(token_id);

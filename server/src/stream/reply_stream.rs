@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::cursor::Cursor;
+use super::cursor::{Cursor, StreamTag};
 use super::event::{AbortReason, Event};
 use super::event_log::EventLog;
 use super::store::{Owner, RequestKey, StreamId};
@@ -65,6 +65,8 @@ pub enum Form {
 pub struct ReplyStream {
     /// Its name in URLs.
     pub id: StreamId,
+    /// What the names of its events begin with.
+    pub tag: StreamTag,
     /// Whose it is.
     pub owner: Owner,
     /// In whose share it is kept; `owner` alone says who may read it.
@@ -106,8 +108,21 @@ impl ReplyStream {
         let (abort, aborted) = watch::channel(None);
         let (questions, asked) = mpsc::channel(MAX_QUESTIONS);
         let (is_promised, was_streamed) = (AtomicBool::new(false), AtomicBool::new(false));
-        let stream =
-            Self { id, owner, client, key, head, form, log, abort, is_promised, was_streamed, questions };
+        let tag = StreamTag::of(&id);
+        let stream = Self {
+            id,
+            tag,
+            owner,
+            client,
+            key,
+            head,
+            form,
+            log,
+            abort,
+            is_promised,
+            was_streamed,
+            questions,
+        };
         (stream, Wishes { abort: aborted, questions: asked })
     }
 

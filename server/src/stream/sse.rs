@@ -18,8 +18,8 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix_web::HttpResponse;
 use actix_web::web::{Bytes, BytesMut};
+use actix_web::{HttpResponse, HttpResponseBuilder};
 use actix_web_lab::body::new_infallible_body_stream;
 use actix_web_lab::header::{CacheControl, CacheDirective};
 use futures_util::stream;
@@ -28,11 +28,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::connection::{self, Connection};
-use super::cursor::Cursor;
+use super::cursor::{Cursor, EventId, StreamTag};
 use super::event::Event;
 use super::event_log::LogReader;
 use super::readers::ReaderPermit;
 use super::reply_stream::ReplyStream;
+use super::store::StreamId;
 use crate::json;
 use crate::metrics::{Delivery, Metrics};
 
@@ -53,16 +54,17 @@ pub struct Documents<'a> {
     cursor: Cursor,
     /// The last document that the client has.
     after: Option<Cursor>,
-    has_ids: bool,
+    /// Whose they are, if they have ids.
+    stream: Option<StreamTag>,
 }
 
 impl Documents<'_> {
     /// Adds one more.
     pub fn push(&mut self, document: &impl Serialize) {
         if self.after < Some(self.cursor) {
-            if self.has_ids {
+            if let Some(stream) = self.stream {
                 // Writing to memory does not fail.
-                let _ = writeln!(self.frames, "id: {}", self.cursor);
+                let _ = writeln!(self.frames, "id: {}", EventId { stream, cursor: self.cursor });
             }
             self.frames.extend_from_slice(b"data: ");
             json::append(self.frames, document);
@@ -112,7 +114,7 @@ pub fn respond(session: Session, render: impl Render + 'static) -> HttpResponse 
     session.stream.mark_streamed();
     let connection = session.connection.clone();
     let (timeout, metrics) = (session.write_timeout, Arc::clone(&session.metrics));
-    let id = session.stream.id.to_string();
+    let mut response = head(&session.stream.id);
     let has_ids = session.stream.is_resumable();
     let frames = BytesMut::new();
     let writer = Writer { session, render, has_ids, frames, after_heartbeat: false, done: false };
@@ -124,13 +126,19 @@ pub fn respond(session: Session, render: impl Render + 'static) -> HttpResponse 
         metrics.slow_reader_cut();
         tracing::info!("a client that took no bytes was cut off");
     });
-    HttpResponse::Ok()
+    response.body(new_infallible_body_stream(parts))
+}
+
+/// The head of a streaming answer.
+pub fn head(id: &StreamId) -> HttpResponseBuilder {
+    let mut response = HttpResponse::Ok();
+    response
         .content_type(MEDIA_TYPE)
         .insert_header(CacheControl(vec![CacheDirective::NoCache]))
         // nginx would otherwise collect the events and deliver them in lumps.
         .insert_header(("x-accel-buffering", "no"))
-        .insert_header(("glm-stream-id", id))
-        .body(new_infallible_body_stream(parts))
+        .insert_header(("glm-stream-id", id.to_string()));
+    response
 }
 
 impl<R: Render> Writer<R> {
@@ -153,21 +161,26 @@ impl<R: Render> Writer<R> {
                 self.frames.extend_from_slice(b":\n\n");
             }
             let begun = self.frames.len();
+            let mut documents = Documents {
+                frames: &mut self.frames,
+                cursor: Cursor { event: 0, document: 0 },
+                after: None,
+                stream: None,
+            };
             match logged {
-                Some(logged) => {
+                Ok(Some(logged)) => {
                     if let (Some(delivery), Event::Delta { .. }) = (&mut self.session.delivery, &logged.event)
                     {
                         delivery.delivered(logged.at);
                     }
-                    let mut documents = Documents {
-                        frames: &mut self.frames,
-                        cursor: Cursor { event: logged.index, document: 0 },
-                        after: self.session.after,
-                        has_ids: self.has_ids,
-                    };
+                    documents.cursor.event = logged.index;
+                    documents.after = self.session.after;
+                    documents.stream = self.has_ids.then_some(self.session.stream.tag);
                     self.render.render(logged.event, &mut documents);
                 }
-                None => {
+                // It has no place in the log, from which somebody could go on.
+                Err(error) => self.render.render(Event::Error(error), &mut documents),
+                Ok(None) => {
                     self.frames.extend_from_slice(b"data: [DONE]\n\n");
                     self.done = true;
                 }
@@ -191,7 +204,7 @@ impl<R: Render> Writer<R> {
         }
         self.after_heartbeat = false;
         let cursor = Cursor { event: 0, document: 0 };
-        let mut documents = Documents { frames: &mut self.frames, cursor, after: None, has_ids: false };
+        let mut documents = Documents { frames: &mut self.frames, cursor, after: None, stream: None };
         self.render.render(Event::Error(SequenceError::ShuttingDown.into()), &mut documents);
         self.frames.split().freeze()
     }
@@ -315,7 +328,7 @@ mod tests {
             (None, "data: \"Role\"\n\ndata: \"second\"\n\ndata: \"Error\"\n\ndata: [DONE]\n\n"),
             (
                 Some("k"),
-                "id: 0.0\ndata: \"Role\"\n\nid: 0.1\ndata: \"second\"\n\nid: 1.0\ndata: \"Error\"\n\n\
+                "id: 82a3537f.0.0\ndata: \"Role\"\n\nid: 82a3537f.0.1\ndata: \"second\"\n\nid: 82a3537f.1.0\ndata: \"Error\"\n\n\
                  data: [DONE]\n\n",
             ),
         ] {
@@ -335,8 +348,11 @@ mod tests {
     #[actix_web::test]
     async fn a_cursor_skips_what_the_client_has() {
         for (document, expected) in [
-            (0, "id: 0.1\ndata: \"second\"\n\nid: 1.0\ndata: \"Error\"\n\ndata: [DONE]\n\n"),
-            (1, "id: 1.0\ndata: \"Error\"\n\ndata: [DONE]\n\n"),
+            (
+                0,
+                "id: 82a3537f.0.1\ndata: \"second\"\n\nid: 82a3537f.1.0\ndata: \"Error\"\n\ndata: [DONE]\n\n",
+            ),
+            (1, "id: 82a3537f.1.0\ndata: \"Error\"\n\ndata: [DONE]\n\n"),
         ] {
             let (mut log, _wishes, session) = session(Some("k"), Some(Cursor { event: 0, document }));
             log.append(Event::Role).unwrap();
@@ -378,7 +394,7 @@ mod tests {
     #[actix_web::test]
     async fn the_bytes_of_heartbeats_and_of_the_event_after_them() {
         for (key, beat, before, id) in
-            [(None, ": keep-alive\n\n", ":\n\n", ""), (Some("k"), ": keep-alive\n", "", "id: 1.0\n")]
+            [(None, ": keep-alive\n\n", ":\n\n", ""), (Some("k"), ": keep-alive\n", "", "id: 82a3537f.1.0\n")]
         {
             let (mut log, wishes, session) = session(key, None);
             // Nobody says how far the reply is.
@@ -389,7 +405,7 @@ mod tests {
             assert_eq!(parts.next().await.unwrap(), beat);
             log.append(delta("x")).unwrap();
             let role = parts.next().await.unwrap();
-            let first = if key.is_some() { "id: 0.0\ndata: " } else { ":\n\ndata: " };
+            let first = if key.is_some() { "id: 82a3537f.0.0\ndata: " } else { ":\n\ndata: " };
             assert!(role.starts_with(first), "{role:?}");
             assert_eq!(
                 parts.next().await.unwrap(),
@@ -398,7 +414,7 @@ mod tests {
             );
             assert_eq!(parts.next().await.unwrap(), beat, "silence in mid-reply");
             log.close(Event::Error(StreamError::Lost));
-            let id = id.replace('1', "2");
+            let id = id.replace(".1.", ".2.");
             assert_eq!(parts.next().await.unwrap(), format!("{before}{id}data: \"Error\"\n\n"));
             assert_eq!(parts.next().await.unwrap(), "data: [DONE]\n\n");
             assert_eq!(parts.next().await, None);

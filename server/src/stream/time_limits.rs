@@ -5,6 +5,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 /// The shortest that a request may ask for: no reply comes sooner.
 const LEAST: Duration = Duration::from_millis(1);
 /// The longest: a year, which is beyond any.
@@ -44,7 +46,16 @@ impl fmt::Display for Limit {
     }
 }
 
-/// The limits of one reply; `None` is no limit.
+/// How far a reply is, as its limits see it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Milestones {
+    /// The engine has begun with it.
+    pub is_admitted: bool,
+    /// When the last token came.
+    pub last_token: Option<Instant>,
+}
+
+/// The limits of one reply, or of one reader's patience with it; `None` is no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TimeLimits {
     /// From arrival to admission.
@@ -77,11 +88,36 @@ impl TimeLimits {
         }
     }
 
-    /// These limits, shortened by a header like `queue=5, first-token=10.5`, in seconds.
+    /// The first of the limits to pass, and when, for somebody who has waited since `arrival`.
+    pub fn first_to_pass(&self, arrival: Instant, reply: &Milestones) -> Option<(Instant, Limit, Duration)> {
+        let since = |limit| match limit {
+            Limit::Queue => (!reply.is_admitted).then_some(arrival),
+            Limit::FirstToken => reply.last_token.is_none().then_some(arrival),
+            // A token that came before somebody asked is not what he waits after.
+            Limit::InterToken => reply.last_token.map(|last| last.max(arrival)),
+            Limit::Total => Some(arrival),
+        };
+        let limits = Limit::ALL.into_iter().filter_map(|limit| {
+            let duration = self.get(limit)?;
+            Some((since(limit)? + duration, limit, duration))
+        });
+        limits.min_by_key(|(until, ..)| *until)
+    }
+
+    /// These limits, where `other` has none that is shorter.
+    pub fn shortened_by(mut self, other: &Self) -> Self {
+        for limit in Limit::ALL {
+            let slot = self.slot(limit);
+            *slot = [*slot, other.get(limit)].into_iter().flatten().min();
+        }
+        self
+    }
+
+    /// Reads a header like `queue=5, first-token=10.5`, in seconds.
     ///
     /// # Errors
     /// What is wrong with the header.
-    pub fn shortened(mut self, header: &str) -> Result<Self, String> {
+    pub fn parse(header: &str) -> Result<Self, String> {
         let mut given = Self::default();
         for part in header.split(',') {
             let (name, value) =
@@ -101,10 +137,8 @@ impl TimeLimits {
             if given.slot(limit).replace(value).is_some() {
                 return Err(format!("{name} is given twice"));
             }
-            let slot = self.slot(limit);
-            *slot = Some(slot.map_or(value, |allowed| allowed.min(value)));
         }
-        Ok(self)
+        Ok(given)
     }
 }
 
@@ -117,7 +151,8 @@ mod tests {
         let second = Duration::from_secs(1);
         let config =
             TimeLimits { queue: Some(5 * second), first_token: Some(5 * second), ..TimeLimits::default() };
-        let limits = config.shortened("queue=0.5,first-token=60 , total=2").unwrap();
+        let given = TimeLimits::parse("queue=0.5,first-token=60 , total=2").unwrap();
+        let limits = config.shortened_by(&given);
         assert_eq!(
             limits,
             TimeLimits {
@@ -128,12 +163,31 @@ mod tests {
             }
         );
         for wrong in ["", "queue", "x=1", "total=1,total=1"] {
-            assert!(config.shortened(wrong).is_err(), "{wrong}");
+            assert!(TimeLimits::parse(wrong).is_err(), "{wrong}");
         }
         for wrong in ["", "0", "-1", "NaN", "inf", "1e30", "1e-10", "0.00099"] {
-            let error = config.shortened(&format!("queue=1, total={wrong}")).unwrap_err();
+            let error = TimeLimits::parse(&format!("queue=1, total={wrong}")).unwrap_err();
             assert_eq!(error, "total must be a number of seconds from 0.001 to 31536000", "{wrong}");
         }
-        assert_eq!(config.shortened("total=0.001").unwrap().total, Some(LEAST));
+        assert_eq!(TimeLimits::parse("total=0.001").unwrap().total, Some(LEAST));
+    }
+
+    #[tokio::test]
+    async fn the_first_limit_to_pass_follows_the_reply() {
+        let second = Duration::from_secs(1);
+        let arrival = Instant::now();
+        let limits = TimeLimits::parse("queue=1,first-token=2,inter-token=3,total=60").unwrap();
+        let first = |is_admitted, last_token: Option<Instant>| {
+            let reply = Milestones { is_admitted, last_token };
+            let (until, limit, duration) = limits.first_to_pass(arrival, &reply).unwrap();
+            assert_eq!(Some(duration), limits.get(limit));
+            (until - arrival, limit)
+        };
+        assert_eq!(first(false, None), (second, Limit::Queue));
+        assert_eq!(first(true, None), (2 * second, Limit::FirstToken));
+        assert_eq!(first(true, Some(arrival + 10 * second)), (13 * second, Limit::InterToken));
+        assert_eq!(first(true, Some(arrival + 58 * second)), (60 * second, Limit::Total));
+        assert_eq!(first(true, Some(arrival - second)), (3 * second, Limit::InterToken));
+        assert_eq!(TimeLimits::default().first_to_pass(arrival, &Milestones::default()), None);
     }
 }

@@ -91,14 +91,19 @@ impl Events {
 /// The text of whole stream, after its contract was checked: one role, one finish that ends it and
 /// whose hash fits, ids in order if there are any.
 pub(crate) fn complete_text(events: &[SseEvent]) -> String {
+    let mut tags = Vec::new();
     let ids: Vec<(usize, usize)> = events
         .iter()
         .filter(|event| !event.id.is_empty())
         .map(|event| {
-            let (event, document) = event.id.split_once('.').unwrap();
+            let (tag, place) = event.id.split_once('.').unwrap();
+            let (event, document) = place.split_once('.').unwrap();
+            tags.push(tag);
             (event.parse().unwrap(), document.parse().unwrap())
         })
         .collect();
+    tags.dedup();
+    assert!(tags.len() <= 1 && tags.iter().all(|tag| tag.len() == 8), "one stream: {tags:?}");
     for (i, id) in ids.iter().enumerate() {
         let follows = i == 0 && *id == (0, 0) || i > 0 && *id == (ids[i - 1].0 + 1, 0);
         let is_usage = i > 0 && *id == (ids[i - 1].0, 1) && i + 1 == ids.len();

@@ -103,7 +103,7 @@ pub(in crate::routes) async fn plain(
     head: &ReplyHead,
 ) -> Result<HttpResponse, ApiError> {
     let mut content = String::new();
-    while let Some(logged) = reader.next().await {
+    while let Some(logged) = reader.next().await? {
         match logged.event {
             Event::Role => {}
             Event::Delta { text, .. } => content += &text,
