@@ -63,6 +63,7 @@ fn random_request(rng: &mut Rng, max_model_len: usize, history: Option<&[u32]>) 
             ..Default::default()
         },
         deadline: rng.one_in(2).then(|| Duration::from_millis(rng.range(0..=1_500) as u64)),
+        ..Request::default()
     }
 }
 
