@@ -45,7 +45,9 @@ impl<R: ModelRunner> Worker<R> {
         let has_changed =
             self.engine.take_queue_changed() || self.engine.running().len() != self.running_work.len();
         self.publish_stages(now);
-        if is_due || has_changed {
+        // Prompts shrink fast.
+        let has_prefill = self.running_work.iter().any(|work| work.num_prefill_tokens > 0);
+        if is_due || has_changed || has_prefill {
             self.publish_running();
         }
         if is_due || (has_changed && self.engine.num_waiting() <= SHORT_QUEUE) {
@@ -90,7 +92,7 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Publishes how much what runs has to do yet. If its replies may be of any length, they won't all end
     /// after the mean of it: their ends are spread as those of so many replies are, with that mean.
-    fn publish_running(&mut self) {
+    pub(super) fn publish_running(&mut self) {
         let mut works = std::mem::take(&mut self.running_work);
         works.clear();
         let running = || self.engine.running().iter().enumerate();

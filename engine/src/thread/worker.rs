@@ -154,6 +154,10 @@ impl<R: ModelRunner> Worker<R> {
         self.shared.num_idle_refusals.store(0, Ordering::Relaxed);
         // Before the events: whoever sees a failure finds the fault set.
         self.learn(&report);
+        if self.engine.events()[num_delivered..].iter().any(|(_, event)| event.is_terminal()) {
+            // Whoever sees an end finds it in what is published.
+            self.publish_running();
+        }
         self.deliver(num_delivered);
         self.observer.step(&report);
         self.observe_gauges();

@@ -5,6 +5,7 @@
 //!
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
 
+mod admission;
 mod fairness;
 mod latency;
 mod scale;
