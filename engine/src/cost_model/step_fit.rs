@@ -31,8 +31,9 @@ const HELD_UP: f64 = 1.0 / 3.0;
 /// Steps after which a kind that was not seen again weighs half as much.
 const HALF_LIFE: f64 = 40.0;
 const LEAST_WEIGHT: f64 = 1e-4;
-/// Weight of what is supposed beside what was seen.
-const SUPPOSED_WEIGHT: f64 = 0.03;
+/// Weight of what is supposed beside what was seen, and of what keeps a cost that nothing decides small.
+const SUPPOSED_WEIGHT: f64 = 2.0;
+const SMALLNESS_WEIGHT: f64 = 0.03;
 
 /// What a step is expected to be off by, as a part of its time.
 const NOISE: f64 = 0.05;
@@ -108,8 +109,9 @@ impl StepFit {
         }
         // What nothing seen decides is as supposed.
         let token_s = costs[PREFILL].max(LEAST_TOKEN * shortest);
-        let weight = |deviation_s: f64| SUPPOSED_WEIGHT / deviation_s.powi(2);
-        add(unit(&[(DECODE, 1.0), (PREFILL, -DECODE_PER_PREFILL)]), 0.0, weight(token_s));
+        let weight = |deviation_s: f64| SMALLNESS_WEIGHT / deviation_s.powi(2);
+        let supposed = unit(&[(DECODE, 1.0), (PREFILL, -DECODE_PER_PREFILL)]);
+        add(supposed, 0.0, SUPPOSED_WEIGHT / token_s.powi(2));
         add(unit(&[(PAIR, 1.0)]), 0.0, weight(token_s / PAIRS_PER_TOKEN));
         add(unit(&[(PREFILL, 1.0)]), 0.0, weight(shortest));
         add(unit(&[(BASE, 1.0)]), 0.0, weight(100.0 * shortest));

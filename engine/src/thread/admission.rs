@@ -24,7 +24,8 @@ const MAX_UNLEARNT_RETRY_AFTER: Duration = Duration::from_secs(5);
 const MAX_SPREAD: Duration = Duration::from_secs(60);
 /// How much every refusal by an idle engine takes off the next estimate, per cent.
 const PERCENT_PER_IDLE_REFUSAL: f64 = 10.0;
-/// What is added to the predicted time in the queue: those who were accepted must really be admitted in time.
+/// What is added to the predicted time in the queue, as a part of it: those who were accepted must really be
+/// admitted in time.
 const MARGIN: f64 = 0.05;
 
 /// What a request finds that is submitted now.
@@ -38,6 +39,8 @@ pub(super) struct Outlook {
     pub(super) forecast: Option<Forecast>,
     /// Whether a reply has ended yet. If not, the forecast is a bound: each takes its `max_tokens`.
     pub(super) has_lengths: bool,
+    /// By how much the forecast of its admission may be off, as a part of it.
+    margin: f64,
     /// Time that it takes from others.
     share: Duration,
     pub(super) now: Duration,
@@ -84,6 +87,7 @@ impl Shared {
             num_ahead: ahead.len(),
             forecast,
             has_lengths: self.costs.has_lengths(),
+            margin: MARGIN + spread(&waiting, &own, ahead.len() + self.running.len()),
             share: queue.map_or(Duration::ZERO, |queue| queue.share(&own)),
             now,
         }
@@ -101,7 +105,7 @@ impl Shared {
 
     fn check_queue_time(&self, request: &Request, outlook: &Outlook) -> Result<(), SubmitError> {
         let (Some(limit), Some(forecast)) = (request.max_queue_time, outlook.forecast) else { return Ok(()) };
-        let estimate = forecast.admission.mul_f64(1.0 + MARGIN);
+        let estimate = forecast.admission.mul_f64(1.0 + outlook.margin);
         if estimate <= limit {
             return Ok(());
         }
@@ -156,6 +160,13 @@ impl Shared {
         let at = place(next.unwrap_or_else(|next| next));
         Duration::from_nanos(at).saturating_sub(now)
     }
+}
+
+/// By how much the sum of so many lengths differs from what is expected, as a part of it: not at all where
+/// each takes its `max_tokens`.
+fn spread(waiting: &Waiting, work: &RequestWork, num_requests: usize) -> f64 {
+    let is_bound = work.num_output_tokens > 0.95 * waiting.max_tokens as f64;
+    if is_bound { 0.0 } else { 1.0 / (num_requests as f64 + 1.0).sqrt() }
 }
 
 /// What others must wait for, of a request that waits.

@@ -48,6 +48,11 @@ impl PublishedRunning {
         self.num_free_blocks.store(num_free_blocks, RELAXED);
     }
 
+    /// How many requests run.
+    pub(super) fn len(&self) -> usize {
+        self.num_running.load(RELAXED)
+    }
+
     /// What runs.
     pub(super) fn running(&self) -> impl Iterator<Item = RequestWork> {
         self.requests.iter().take(self.num_running.load(RELAXED)).map(|slot| {

@@ -36,6 +36,14 @@ fn burst(count: usize, max_tokens: usize, length: impl FnMut() -> usize) -> Vec<
     (0..count).map(|index| arrival(index as f64 * 5e-4, 20, max_tokens, length())).collect()
 }
 
+/// Tokens a second of replies of this mean length with as many at a time as may run.
+fn full_rate(speed: Speed, mean: f64) -> f64 {
+    let (num_seqs, num_prompt_tokens) = (64.0, 32.0);
+    let pairs_s = speed.pair * (num_prompt_tokens + mean);
+    let step_s = speed.step + num_seqs * (speed.decode + pairs_s + speed.prefill * num_prompt_tokens / mean);
+    num_seqs / step_s
+}
+
 /// Exponentially distributed, with this mean.
 fn exponential(rng: &mut Rng, mean: f64) -> f64 {
     -mean * (1.0 - rng.range(0..=999_999) as f64 / 1e6).ln()
@@ -82,6 +90,10 @@ fn of_a_burst_those_are_accepted_that_can_be_admitted_in_time() {
             let overload = Overload { first_step, ..overload(speed, limit_s, arrivals, 1) };
             let (count, _) = count(&overload);
             println!("{name}, first step {first_step} times: {count:?}");
+            assert_eq!(count.num_timed_out, 0, "{name}: {count:?}");
+            assert!(count.num_refused > 50 && count.num_accepted > 50, "{name}: {count:?}");
+            // Nothing but the warm-up was seen: what a full step costs is supposed.
+            assert!(count.num_wrongly * 5 <= count.num_refused, "{name}: {count:?}");
         }
     }
 }
@@ -92,17 +104,17 @@ fn replies_that_end_early_are_learnt() {
         for (name, speed, limit_s, mean) in [("fast", FAST, 2.0, 250.0), ("small", SMALL, 10.0, 30.0)] {
             let mut rng = Rng::new(seed);
             // First one after the other, so that their lengths are known; then all at once.
-            let mut arrivals: Vec<Arrival> = (0..100)
-                .map(|index| arrival(f64::from(index) * 0.01, 20, 2_000, exponential(&mut rng, mean) as usize + 1))
+            let mut arrivals: Vec<Arrival> = (0..200)
+                .map(|index| arrival(f64::from(index) * 0.05, 20, 2_000, exponential(&mut rng, mean) as usize + 1))
                 .collect();
             let end_s = 20.0;
             arrivals.extend((0..600).map(|index| {
                 arrival(end_s + f64::from(index) * 5e-4, 20, 2_000, exponential(&mut rng, mean) as usize + 1)
             }));
-            // So that the engine is never idle.
-            arrivals.insert(0, arrival(0.0, 20, 8_000, 7_000));
             let (count, _) = count(&overload(speed, limit_s, arrivals, seed));
             println!("{name}, seed {seed}: {count:?}");
+            assert!(count.num_timed_out * 200 <= count.num_accepted, "{name}, seed {seed}: {count:?}");
+            assert!(count.num_wrongly * 5 <= count.num_refused, "{name}, seed {seed}: {count:?}");
         }
     }
 }
@@ -122,5 +134,11 @@ fn at_twice_the_capacity_half_is_served_and_nobody_waits_in_vain() {
         }
         let (count, played) = count(&overload(speed, limit_s, arrivals, 7));
         println!("{name}: {count:?} in {:?}", played.duration);
+        // Lengths are random, and so is the time that they take together.
+        assert!(count.num_timed_out * 200 <= count.num_accepted, "{name}: {count:?}");
+        assert!(count.num_wrongly * 10 <= count.num_refused, "{name}: {count:?}");
+        // The machine is never short of work.
+        let busy_s = played.duration.as_secs_f64();
+        assert!(played.num_tokens as f64 / busy_s > 0.9 * full_rate(speed, mean), "{name}: {} tokens", played.num_tokens);
     }
 }
