@@ -27,8 +27,8 @@ pub enum SubmitError {
     QueueFull {
         /// How many requests are in the engine.
         num_requests: usize,
-        /// When a place is likely to be free: the mean time between two ends of requests, or 1 s
-        /// until that is learnt.
+        /// When a place is likely to be free: when the first of those that run is expected to end, at most
+        /// 1 s until a reply has ended.
         retry_after: Duration,
     },
     /// The cost model predicts that the first token would come after the request's deadline.
@@ -38,6 +38,21 @@ pub enum SubmitError {
         estimate: Duration,
         /// When the work ahead will have shrunk enough, if nothing is added to it: the estimate less
         /// the deadline, at least 100 ms.
+        retry_after: Duration,
+    },
+    /// By the cost model's estimate, the request can't leave the queue within its limit.
+    #[error(
+        "the queue is too long: this request would wait about {:.1} s, and it may wait {:.1} s",
+        estimate.as_secs_f64(),
+        limit.as_secs_f64()
+    )]
+    QueueTimeUnmeetable {
+        /// Predicted time in the queue.
+        estimate: Duration,
+        /// The request's limit.
+        limit: Duration,
+        /// When it is expected to be accepted: the estimate less the limit, behind the refused ones that
+        /// were told so before; at least 100 ms.
         retry_after: Duration,
     },
     /// The engine is draining or its thread has ended.

@@ -20,11 +20,11 @@ use crate::sequence::{Sequence, WaitingSequence};
 /// One admission in so many takes no notice of priority.
 pub const FAIR_TURN: u64 = 8;
 /// Service of a tenant with weight 1 for an input token.
-const INPUT_COST: u64 = 1_000;
+pub(crate) const INPUT_COST: u64 = 1_000;
 /// Service of a tenant with weight 1 for an output token. A step computes one of them where it computes
 /// many of a prompt; the factor is that of Sheng et al., "Fairness in Serving Large Language Models"
 /// (OSDI 2024), whose counters these are.
-const OUTPUT_COST: u64 = 2 * INPUT_COST;
+pub(crate) const OUTPUT_COST: u64 = 2 * INPUT_COST;
 
 /// Before all tenants: whether it is none of the probes, and a number in order of age.
 type HeadKey = (bool, u64);

@@ -29,6 +29,9 @@ pub struct Request {
     /// Time from submission within which the first token is wanted. Orders the queue and lets the
     /// engine refuse what it can't meet; nothing is aborted when it passes.
     pub deadline: Option<Duration>,
+    /// Longest time from submission to admission. What can't leave the queue in time is refused; nothing is
+    /// aborted when it passes.
+    pub max_queue_time: Option<Duration>,
     /// Whose it is.
     pub tenant: TenantId,
     /// One of [`PRIORITIES`]. A lower one is admitted first, but for every eighth admission.

@@ -49,7 +49,7 @@ pub struct Sequence {
 impl Sequence {
     /// Takes over a request that was submitted at `arrival`.
     pub fn new(id: RequestId, request: Request, arrival: Duration) -> Self {
-        let Request { prompt_token_ids: mut tokens, sampling, deadline, tenant, priority } = request;
+        let Request { prompt_token_ids: mut tokens, sampling, deadline, tenant, priority, .. } = request;
         let num_prompt_tokens = tokens.len();
         tokens.reserve_exact(sampling.max_tokens);
         let mut output_counts = HashMap::new();

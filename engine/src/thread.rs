@@ -4,11 +4,14 @@
 //! request can cause, so sending never fails for want of room and no event is lost. Every accepted
 //! request gets exactly one terminal event, even if the thread panics.
 
+mod admission;
 mod fault;
 mod handle;
 mod load;
 mod progress;
+mod publication;
 mod shared;
+mod waiting_table;
 mod worker;
 
 use std::fmt;
@@ -123,7 +126,7 @@ impl EngineThread {
         let max_num_seqs = config.max_num_seqs;
         let engine = Engine::new(runner, config.clone(), vocab_size);
         let cached_prefixes = Arc::clone(engine.cached_prefixes());
-        let shared = Arc::new(Shared::new(clock, limits, bounds, &config, cached_prefixes));
+        let shared = Arc::new(Shared::new(clock, limits, bounds, &config, cache.num_blocks, cached_prefixes));
         // All requests, the probe, and the command to abort them.
         let (commands, receiver) = bounded(max_num_requests + 2);
         let mut worker = Worker::new(engine, config, receiver, Arc::clone(&shared), observer);

@@ -209,22 +209,66 @@ async fn a_prompt_that_is_cached_is_taken_where_another_one_is_refused() {
 
 #[tokio::test]
 async fn a_full_queue_says_when_a_place_will_be_free() {
-    let World { handle, release, .. } = start(config());
+    let world = start(config());
+    let handle = &world.handle;
     let fill = || (0..4).map(|_| handle.submit(request(HANG, 20, 1900)).unwrap()).collect::<Vec<_>>();
-    let full = |handle: &EngineHandle| match handle.submit(request(PLAIN, 1, 1)).unwrap_err() {
+    let full = || match handle.submit(request(PLAIN, 1, 1)).unwrap_err() {
         SubmitError::QueueFull { num_requests: 4, retry_after } => retry_after,
         other => panic!("{other}"),
     };
     let receivers = fill();
-    assert_eq!(full(&handle), Duration::from_secs(1));
+    world.hang();
+    assert_eq!(full(), Duration::from_secs(1));
     drop(receivers);
-    release.send(()).unwrap();
+    world.release.send(()).unwrap();
     until("empty", || handle.status().num_requests == 0).await;
-    // 400 tokens at a bit more than 1 ms, two at a time.
     last(&mut handle.submit(request(PLAIN, 20, 400)).unwrap()).await;
     let _receivers = fill();
-    let retry_after = full(&handle);
-    assert!((220..230).contains(&retry_after.as_millis()), "{retry_after:?}");
+    world.hang();
+    // 1,900 tokens at a bit more than 1 ms, two at a time: no reply has ended before its last token.
+    let retry_after = full();
+    assert!((2_000..2_500).contains(&retry_after.as_millis()), "{retry_after:?}");
+}
+
+#[tokio::test]
+async fn what_cannot_leave_the_queue_in_time_is_refused_and_told_when_it_could() {
+    let world = start(EngineConfig { max_num_seqs: 1, max_num_waiting: 1_000, ..config() });
+    let handle = &world.handle;
+    let limited = |token, max_tokens, limit_ms| Request {
+        max_queue_time: Some(Duration::from_millis(limit_ms)),
+        ..request(token, 20, max_tokens)
+    };
+    // Nothing is refused before anything is known.
+    let blind: Vec<_> = (0..3).map(|_| handle.submit(limited(HANG, 1_000, 1)).unwrap()).collect();
+    world.hang();
+    drop(blind);
+    world.release.send(()).unwrap();
+    until("empty", || handle.status().num_requests == 0).await;
+    teach(handle).await;
+    let _running = handle.submit(limited(HANG, 1_000, 1)).unwrap();
+    world.hang();
+    // 1,000 tokens at a bit more than 1 ms are before the first that waits, and before each one more.
+    let mut accepted = vec![handle.submit(limited(PLAIN, 1_000, 3_600)).unwrap()];
+    let mut retries = Vec::new();
+    for _ in 0..6 {
+        match handle.submit(limited(PLAIN, 1_000, 3_600)) {
+            Ok(events) => accepted.push(events),
+            Err(SubmitError::QueueTimeUnmeetable { estimate, limit, retry_after }) => {
+                assert_eq!(limit, Duration::from_millis(3_600));
+                assert!((4_200..5_200).contains(&estimate.as_millis()), "{estimate:?}");
+                retries.push(retry_after.as_secs_f64());
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!((accepted.len(), retries.len()), (3, 4));
+    // Each is asked to come when there will be room for it, not for all of them.
+    let steps = retries.windows(2).map(|pair| pair[1] - pair[0]);
+    assert!(steps.clone().all(|step| (0.9..1.5).contains(&step)), "{retries:?}");
+    assert!((0.5..1.6).contains(&retries[0]), "{retries:?}");
+    // Whoever is willing to wait is not refused, and what goes first does not wait.
+    assert!(handle.submit(limited(PLAIN, 1_000, 60_000)).is_ok());
+    assert!(handle.submit(Request { priority: -1, ..limited(PLAIN, 1, 1_500) }).is_ok());
 }
 
 #[tokio::test]

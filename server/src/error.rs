@@ -19,8 +19,9 @@ use crate::json;
 use crate::text::TextError;
 
 /// Codes of refusals that come from the server's load, start or shutdown, not from the request.
-pub const LOAD_CODES: [&str; 10] = [
+pub const LOAD_CODES: [&str; 11] = [
     QUEUE_FULL,
+    QUEUE_TIMEOUT_UNMEETABLE,
     DEADLINE_UNMEETABLE,
     QUEUE_TIMEOUT,
     FIRST_TOKEN_TIMEOUT,
@@ -32,6 +33,7 @@ pub const LOAD_CODES: [&str; 10] = [
     TOO_MANY_BODIES,
 ];
 const QUEUE_FULL: &str = "queue_full";
+const QUEUE_TIMEOUT_UNMEETABLE: &str = "queue_timeout_unmeetable";
 const DEADLINE_UNMEETABLE: &str = "deadline_unmeetable";
 const QUEUE_TIMEOUT: &str = "queue_timeout";
 const FIRST_TOKEN_TIMEOUT: &str = "first_token_timeout";
@@ -296,6 +298,10 @@ impl From<SubmitError> for ApiError {
             // replica out and send its share to the others.
             SubmitError::DeadlineUnmeetable { retry_after, .. } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, DEADLINE_UNMEETABLE, error.to_string())
+                    .retry_after(whole_seconds(retry_after))
+            }
+            SubmitError::QueueTimeUnmeetable { retry_after, .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, QUEUE_TIMEOUT_UNMEETABLE, error.to_string())
                     .retry_after(whole_seconds(retry_after))
             }
             SubmitError::Unavailable(_) => {

@@ -20,6 +20,10 @@ use crate::text::chat_format::{Message, Role};
 
 /// Enough to go through prefill and several decodes, and short beside any request.
 const NUM_TOKENS: usize = 4;
+/// Tokens of a prompt that costs far more than a step does, and still only seconds on a slow machine.
+const LONG_PROMPT: usize = 128;
+/// The first may do first-time work of that size.
+const NUM_LONG_PROMPTS: usize = 2;
 
 /// A prompt and what follows it.
 #[derive(Debug)]
@@ -57,7 +61,8 @@ pub fn verify(
     Ok(Some(known.compare(logits.view(), manifest.geometry.vocab_size)?))
 }
 
-/// Generates twice, so that no client pays for first-time work, and returns the answer.
+/// Generates twice, so that no client pays for first-time work, and returns the answer. A long prompt and a
+/// short one tell the engine what a step costs and what a token does, before it has to promise anything.
 ///
 /// # Errors
 /// [`ServeError`]: a generation failed, or the two differ.
@@ -67,6 +72,9 @@ pub(crate) async fn warm_up(model: &ServedModel, engine: &EngineHandle) -> Resul
     let again = generate(engine.submit_probe(request.clone())?).await?;
     if token_ids != again {
         return Err(ServeError::Unsteady { first: token_ids, second: again });
+    }
+    for _ in 0..NUM_LONG_PROMPTS {
+        generate(engine.submit_probe(long(&request, engine.limits().max_model_len))?).await?;
     }
     Ok(KnownAnswer { request, token_ids })
 }
@@ -102,6 +110,14 @@ fn request(model: &ServedModel, engine: &EngineHandle) -> Result<Request, ServeE
         ..SamplingParams::default()
     };
     Ok(Request { prompt_token_ids, sampling, ..Request::default() })
+}
+
+/// The same prompt again and again, up to [`LONG_PROMPT`] tokens.
+fn long(request: &Request, max_model_len: usize) -> Request {
+    let num_tokens = LONG_PROMPT.min(max_model_len - 1);
+    let prompt_token_ids = request.prompt_token_ids.iter().copied().cycle().take(num_tokens).collect();
+    let sampling = SamplingParams { max_tokens: 1, ..request.sampling.clone() };
+    Request { prompt_token_ids, sampling, ..request.clone() }
 }
 
 async fn generate(mut events: EventReceiver) -> Result<Vec<u32>, SequenceError> {

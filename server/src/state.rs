@@ -219,7 +219,7 @@ impl AppState {
                 return self.attach(stream, None, patience);
             }
         };
-        let request = Request { deadline: limits.first_token, ..request };
+        let request = Request { deadline: limits.first_token, max_queue_time: limits.queue, ..request };
         let min_tokens = request.sampling.min_tokens;
         let events = match self.engine.submit(request) {
             Ok(events) => events,

@@ -36,7 +36,10 @@ fn each_limit_has_its_own_error_before_and_after_headers() {
                 let server = Server::start(options).await;
                 let mut blocker = None;
                 if needs_queue {
-                    blocker = Some(Events::of(server.chat(&[], &streaming("slow 230")).await));
+                    // By all that is known it ends at once; then it doesn't.
+                    let mut stalling = streaming("stall 400");
+                    stalling["max_tokens"] = json!(8);
+                    blocker = Some(Events::of(server.chat(&[], &stalling).await));
                 }
                 let headers = [("glm-timeout", limit)];
                 if streamed {
@@ -115,6 +118,20 @@ fn a_deadline_that_cannot_be_met_is_refused_at_once() {
         assert!(start.elapsed() < 200 * MS);
         assert!(response.headers()["retry-after"].to_str().unwrap().parse::<u32>().unwrap() >= 1);
         assert_eq!(error(response).await, (429, json!("deadline_unmeetable")));
+    });
+}
+
+#[test]
+fn a_queue_that_is_too_long_is_refused_at_once() {
+    run(async {
+        let server = Server::start(Options { max_num_seqs: 1, ..Options::default() }).await;
+        server.chat(&[], &request("slow 20")).await;
+        let _blocker = Events::of(server.chat(&[], &streaming("slow 230")).await);
+        let response = server.chat(&[("glm-timeout", "queue=0.01")], &request("say x")).await;
+        assert!(response.headers()["retry-after"].to_str().unwrap().parse::<u32>().unwrap() >= 1);
+        assert_eq!(error(response).await, (429, json!("queue_timeout_unmeetable")));
+        let patient = server.chat(&[("glm-timeout", "queue=60")], &request("say x")).await;
+        assert_eq!(patient.status(), 200);
     });
 }
 

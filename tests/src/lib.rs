@@ -6,4 +6,5 @@ pub mod fault_proxy;
 pub mod fuzz;
 pub mod machine;
 pub mod order;
+pub mod overload;
 pub mod rng;

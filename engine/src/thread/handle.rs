@@ -15,7 +15,7 @@ use super::fault::{Fault, FaultGeneration};
 use super::progress::{Progress, RequestState};
 use super::shared::{Place, Shared};
 use crate::error::{SequenceError, SubmitError};
-use crate::request::{PRIORITIES, Request, TenantId, TimedEvent, TokenEvent};
+use crate::request::{PRIORITIES, Request, TimedEvent, TokenEvent};
 
 /// What bounds every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,15 +66,8 @@ pub(super) struct Submission {
     pub(super) state: Arc<RequestState>,
 }
 
-impl Submission {
-    /// About how many tokens are to be computed before the first one is generated.
-    pub(super) fn num_tokens(&self) -> usize {
-        self.request.prompt_token_ids.len() - self.num_cached_tokens
-    }
-}
-
 pub(super) enum Command {
-    Submit(Submission),
+    Submit(Box<Submission>),
     AbortAll,
 }
 
@@ -139,9 +132,11 @@ impl EngineHandle {
         let shared = &self.shared;
         self.check(&request)?;
         let num_cached_tokens = shared.num_cached_tokens(&request);
-        shared.check_deadline(&request, num_cached_tokens)?;
-        let place = shared.take(request.tenant)?;
-        self.send(request, num_cached_tokens, place)
+        let outlook = shared.outlook(shared.waiting(&request, num_cached_tokens));
+        shared.check_time(&request, &outlook)?;
+        let place = shared.take(&outlook.waiting)?;
+        let first_token_at = outlook.first_token().map(|time| outlook.now.saturating_add(time));
+        self.send(request, num_cached_tokens, place, RequestState::new(outlook.num_ahead, first_token_at))
     }
 
     /// Whether a request would find a place now: a look before the work of making one.
@@ -152,7 +147,7 @@ impl EngineHandle {
         self.check_accepting()?;
         match self.shared.num_requests.load(Ordering::Acquire) {
             count if count < self.shared.limits.max_num_requests => Ok(()),
-            count => Err(self.shared.queue_full(count, TenantId::default())),
+            count => Err(self.shared.queue_full(count)),
         }
     }
 
@@ -164,9 +159,9 @@ impl EngineHandle {
     pub fn submit_probe(&self, request: Request) -> Result<EventReceiver, SubmitError> {
         self.check(&request)?;
         if self.shared.has_probe.swap(true, Ordering::AcqRel) {
-            return Err(self.shared.queue_full(self.status().num_requests, request.tenant));
+            return Err(self.shared.queue_full(self.status().num_requests));
         }
-        self.send(request, 0, Place::Probe)
+        self.send(request, 0, Place::Probe, RequestState::new(0, None))
     }
 
     fn check(&self, request: &Request) -> Result<(), SubmitError> {
@@ -186,16 +181,11 @@ impl EngineHandle {
         request: Request,
         num_cached_tokens: usize,
         place: Place,
+        state: RequestState,
     ) -> Result<EventReceiver, SubmitError> {
         let shared = &self.shared;
         let arrival = shared.clock.now();
-        let num_tokens = request.prompt_token_ids.len() - num_cached_tokens;
-        let position = match place {
-            Place::Probe => 0,
-            Place::Tenant(tenant) => shared.load(request.deadline, tenant).num_requests_ahead,
-        };
-        let estimate = shared.estimate(num_cached_tokens, num_tokens, request.deadline, request.tenant);
-        let state = Arc::new(RequestState::new(position, estimate.map(|time| arrival.saturating_add(time))));
+        let state = Arc::new(state);
         // Admission, one event a token and the terminal one.
         let (sender, events) = mpsc::channel(request.sampling.max_tokens + 2);
         let submission = Submission {
@@ -206,9 +196,7 @@ impl EngineHandle {
             events: sender,
             state: Arc::clone(&state),
         };
-        shared.load.add_unseen(num_tokens);
-        if self.commands.try_send(Command::Submit(submission)).is_err() {
-            shared.load.sub_unseen(1, num_tokens);
+        if self.commands.try_send(Command::Submit(Box::new(submission))).is_err() {
             shared.release(place);
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
@@ -224,7 +212,8 @@ impl EngineHandle {
     /// if nothing of its prompt is cached. `None` until a prompt was computed and, if all places are taken,
     /// until a request has ended.
     pub fn estimate(&self, num_prompt_tokens: usize) -> Option<Duration> {
-        self.shared.estimate(0, num_prompt_tokens, None, TenantId::default())
+        let request = Request { prompt_token_ids: vec![0; num_prompt_tokens], ..Request::default() };
+        self.shared.outlook(self.shared.waiting(&request, 0)).first_token()
     }
 
     /// The limits.

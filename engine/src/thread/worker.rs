@@ -15,35 +15,31 @@ use tokio::sync::mpsc;
 
 use super::fault::Fault;
 use super::handle::{Command, Submission};
-use super::progress::{RequestState, Stage};
+use super::progress::RequestState;
 use super::shared::{Place, Shared};
 use crate::config::EngineConfig;
-use crate::cost_model::{CostModel, Load, StepWork};
+use crate::cost_model::{CostModel, LengthCurve, ReplyLengths, RequestWork, StepWork};
 use crate::engine::Engine;
 use crate::error::SequenceError;
 use crate::observer::{EngineObserver, StepReport};
-use crate::request::{RequestId, TimedEvent, TokenEvent};
+use crate::request::{FinishReason, RequestId, TimedEvent, TokenEvent};
 use crate::runner::ModelRunner;
-use crate::sequence::Sequence;
 
-/// How long the published queue may stand although nothing moved in it: estimates change.
-const QUEUE_PERIOD: Duration = Duration::from_millis(100);
-/// Up to here the queue is published whenever it changes; a longer one takes too long for that.
-const SHORT_QUEUE: usize = 64;
 /// Clients that are asked in a step whether they are still there, besides those that run; at least so
 /// many, and all of them within [`MAX_STEPS_UNASKED`] steps.
 const MIN_ASKED: usize = 256;
 const MAX_STEPS_UNASKED: usize = 16;
 
 /// The thread's end of a request.
-struct Client {
+pub(super) struct Client {
     events: mpsc::Sender<TimedEvent>,
-    state: Arc<RequestState>,
-    place: Place,
+    pub(super) state: Arc<RequestState>,
+    pub(super) place: Place,
     /// A guess of what its prompt finds.
-    num_cached_tokens: usize,
+    pub(super) num_cached_tokens: usize,
     is_detached: bool,
-    admitted_at: Option<Duration>,
+    /// Tokens that it got.
+    num_tokens: usize,
 }
 
 impl Client {
@@ -56,24 +52,27 @@ impl Client {
 pub(super) struct Worker<R> {
     pub(super) engine: Engine<R>,
     commands: Receiver<Command>,
-    clients: HashMap<RequestId, Client>,
+    pub(super) clients: HashMap<RequestId, Client>,
     /// All clients and some that have ended, the one that was not asked for longest first.
     to_ask: VecDeque<RequestId>,
     /// Those that answered.
     with_news: Vec<RequestId>,
     next_id: u64,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     observer: Arc<dyn EngineObserver>,
-    config: EngineConfig,
-    costs: CostModel,
+    pub(super) config: EngineConfig,
+    pub(super) costs: CostModel,
+    pub(super) lengths: ReplyLengths,
+    /// What `lengths` come to, as of the last end of a reply.
+    pub(super) curve: LengthCurve,
     num_run_errors: u32,
     /// Whether everything was told to end: what arrives later was on its way when that was said.
     is_aborting: bool,
     /// What the runner said when it failed for good.
     lost_device: Option<SequenceError>,
-    queue_published_at: Duration,
-    /// Requests and tokens taken from the channel since the queue was last published.
-    seen: (usize, usize),
+    pub(super) queue_published_at: Duration,
+    /// The requests that ran when they were last published.
+    pub(super) running_work: Vec<RequestWork>,
 }
 
 impl<R: ModelRunner> Worker<R> {
@@ -95,14 +94,15 @@ impl<R: ModelRunner> Worker<R> {
             observer,
             config,
             costs: CostModel::default(),
+            lengths: ReplyLengths::default(),
+            curve: LengthCurve::new(&ReplyLengths::default().hazards()),
             num_run_errors: 0,
             is_aborting: false,
             lost_device: None,
             queue_published_at: Duration::ZERO,
-            seen: (0, 0),
+            running_work: Vec::new(),
         };
         worker.publish_stall_limit();
-        worker.shared.load.publish_running(&worker.load());
         worker
     }
 
@@ -155,6 +155,10 @@ impl<R: ModelRunner> Worker<R> {
         self.shared.num_idle_refusals.store(0, Ordering::Relaxed);
         // Before the events: whoever sees a failure finds the fault set.
         self.learn(&report);
+        if self.engine.events()[num_delivered..].iter().any(|(_, event)| event.is_terminal()) {
+            // Whoever sees an end finds it in what is published.
+            self.publish_running();
+        }
         self.deliver(num_delivered, end);
         self.observer.step(&report);
         self.observe_gauges();
@@ -170,18 +174,15 @@ impl<R: ModelRunner> Worker<R> {
     fn handle(&mut self, command: Command) {
         match command {
             Command::Submit(submission) if self.is_aborting => {
-                self.refuse(submission, SequenceError::ShuttingDown);
+                self.refuse(*submission, SequenceError::ShuttingDown);
             }
             Command::Submit(submission) => {
                 // Named here, not at the door: ids must grow in the order in which the engine sees them.
                 let id = RequestId(self.next_id);
                 self.next_id += 1;
-                self.seen.0 += 1;
-                self.seen.1 += submission.num_tokens();
-                let Submission { request, num_cached_tokens, arrival, place, events, state } = submission;
+                let Submission { request, num_cached_tokens, arrival, place, events, state } = *submission;
                 let is_detached = false;
-                let client =
-                    Client { events, state, place, num_cached_tokens, is_detached, admitted_at: None };
+                let client = Client { events, state, place, num_cached_tokens, is_detached, num_tokens: 0 };
                 self.clients.insert(id, client);
                 self.to_ask.push_back(id);
                 if place == Place::Probe {
@@ -203,7 +204,7 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Aborts the requests whose receiver was dropped and passes on who is detached.
     fn poll_clients(&mut self) {
-        let Self { clients, engine, shared, to_ask, with_news, .. } = self;
+        let Self { clients, engine, shared, to_ask, with_news, lengths, .. } = self;
         let has_news = |id: &RequestId| clients.get(id).is_some_and(Client::has_news);
         with_news.extend(engine.running().iter().map(|running| running.sequence.id).filter(has_news));
         let num_asked = to_ask.len().min(MIN_ASKED.max(to_ask.len() / MAX_STEPS_UNASKED));
@@ -212,10 +213,15 @@ impl<R: ModelRunner> Worker<R> {
             to_ask.push_back(id);
             with_news.extend(has_news(&id).then_some(id));
         }
+        let mut has_ended = false;
         for id in with_news.drain(..) {
             let Some(client) = clients.get_mut(&id) else { continue };
             if client.events.is_closed() {
                 engine.abort(id);
+                if client.num_tokens > 0 && client.place != Place::Probe {
+                    lengths.observe_end(client.num_tokens, true);
+                    has_ended = true;
+                }
                 shared.release(client.place);
                 clients.remove(&id);
             } else if client.has_news() {
@@ -223,16 +229,22 @@ impl<R: ModelRunner> Worker<R> {
                 engine.set_detached(id, client.is_detached);
             }
         }
+        if has_ended {
+            self.publish_lengths();
+        }
     }
 
     /// Hands the step's events from the one at `start` on to their channels; returns how many there are.
     fn deliver(&mut self, start: usize, now: Duration) -> usize {
+        let mut has_ended = false;
         for (id, event) in &self.engine.events()[start..] {
             let Some(client) = self.clients.get_mut(id) else {
                 continue;
             };
-            if matches!(event, TokenEvent::Admitted { .. }) {
-                client.admitted_at = Some(now);
+            let is_measure = client.place != Place::Probe;
+            if is_measure && matches!(event, TokenEvent::Token { .. }) {
+                self.lengths.observe_tokens(client.num_tokens, 1);
+                client.num_tokens += 1;
             }
             if !event.is_terminal() {
                 // Fails only if the receiver was dropped: the next step aborts the request.
@@ -240,15 +252,20 @@ impl<R: ModelRunner> Worker<R> {
                 continue;
             }
             // A probe is shorter than what users ask for, and a failure is no measure at all.
-            let is_measure = client.place != Place::Probe && matches!(event, TokenEvent::Finished { .. });
-            if let Some(admitted_at) = client.admitted_at.filter(|_| is_measure) {
-                self.costs.observe_residence(now.saturating_sub(admitted_at));
-                self.shared.costs.publish(&self.costs);
+            if let TokenEvent::Finished { reason, .. } = event
+                && is_measure
+            {
+                let is_early = !matches!(reason, FinishReason::Length);
+                self.lengths.observe_end(client.num_tokens, is_early);
+                has_ended = true;
             }
             // Whoever sees the end finds the place free.
             self.shared.release(client.place);
             let _ = client.events.try_send(TimedEvent { at: now, event: event.clone() });
             self.clients.remove(id);
+        }
+        if has_ended {
+            self.publish_lengths();
         }
         self.engine.events().len()
     }
@@ -261,7 +278,10 @@ impl<R: ModelRunner> Worker<R> {
             }
         } else {
             self.num_run_errors = 0;
-            self.costs.observe_step(&StepWork::of(self.engine.plan()), report.duration);
+            let work = StepWork::of(self.engine.plan());
+            self.costs.observe_step(&work, report.duration);
+            let num_decodes = work.num_decodes.saturating_sub(report.num_draft_tokens);
+            self.costs.observe_drafts(num_decodes, report.num_draft_tokens, report.num_accepted_draft_tokens);
         }
         if report.num_non_finite > 0 {
             self.shared.fault.set(Fault::NonFiniteLogits);
@@ -275,102 +295,5 @@ impl<R: ModelRunner> Worker<R> {
 
     fn note_progress(&self, now: Duration) {
         self.shared.progress_at.store(now.as_nanos() as u64, Ordering::Release);
-    }
-
-    fn publish_stall_limit(&self) {
-        let EngineConfig { stall_factor, stall_min, .. } = self.config;
-        let limit = match self.costs.predict_step(&StepWork::of(self.engine.plan())) {
-            Some(predicted) => predicted.saturating_mul(stall_factor).max(stall_min),
-            None => stall_min.saturating_mul(stall_factor),
-        };
-        let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        self.shared.stall_limit_ns.store(nanos, Ordering::Relaxed);
-    }
-
-    /// What runs.
-    fn load(&self) -> Load {
-        let StepWork { num_decodes, num_pairs: num_decode_pairs, .. } = self.engine.decodes();
-        let num_pending: usize =
-            self.engine.running().iter().map(|running| running.num_pending_tokens()).sum();
-        let num_running = self.engine.running().len();
-        let num_free_slots = self.engine.num_free_slots();
-        Load {
-            num_decodes,
-            num_decode_pairs,
-            num_running_prefill_tokens: num_pending - num_decodes,
-            num_free_slots,
-            num_slots: (num_running + num_free_slots).max(1),
-            ..Load::default()
-        }
-    }
-
-    /// Publishes what runs and, if anything moved or some time has passed, the queue.
-    fn publish(&mut self, now: Duration) {
-        let load = self.load();
-        self.shared.load.publish_running(&load);
-        self.publish_running(now, load);
-        let is_due = now.saturating_sub(self.queue_published_at) >= QUEUE_PERIOD;
-        let has_changed = self.engine.take_queue_changed() || self.seen.0 > 0;
-        if is_due || (has_changed && self.engine.num_waiting() <= SHORT_QUEUE) {
-            self.queue_published_at = now;
-            self.publish_waiting(now, load);
-            // Only now: a request must not be missing from both counts.
-            let (num_requests, num_tokens) = std::mem::take(&mut self.seen);
-            self.shared.load.sub_unseen(num_requests, num_tokens);
-        }
-    }
-
-    fn publish_running(&self, now: Duration, mut load: Load) {
-        load.num_running_prefill_tokens = 0;
-        load.num_free_slots = 1;
-        for running in self.engine.running() {
-            let Some(client) = self.clients.get(&running.sequence.id) else { continue };
-            let num_pending = running.num_pending_tokens();
-            let num_tokens = running.sequence.tokens().len();
-            if num_pending == 1 && !running.sequence.output().is_empty() {
-                client.state.publish(Stage::Decode, None);
-                continue;
-            }
-            let stage = Stage::Prefill { num_computed_tokens: running.num_computed_tokens, num_tokens };
-            let next_token_at = self.next_token_at(now, &load, running.num_computed_tokens, num_pending);
-            client.state.publish(stage, next_token_at);
-            load.num_running_prefill_tokens += num_pending;
-        }
-    }
-
-    fn publish_waiting(&self, now: Duration, mut load: Load) {
-        let waiting = self.engine.waiting();
-        for (position, sequence) in waiting.iter().enumerate() {
-            let (num_cached_tokens, num_tokens) = self.num_tokens(sequence);
-            if let Some(client) = self.clients.get(&sequence.id) {
-                let next_token_at = self.next_token_at(now, &load, num_cached_tokens, num_tokens);
-                client.state.publish(Stage::Waiting { position }, next_token_at);
-            }
-            load.num_tokens_ahead += num_tokens;
-            load.num_requests_ahead += 1;
-        }
-        self.shared.load.publish_waiting(waiting.iter().map(|sequence| {
-            // Whoever was preempted goes before all deadlines.
-            let left = sequence.deadline.saturating_sub(now);
-            let left = if sequence.admission.is_some() { Duration::ZERO } else { left };
-            (left, self.num_tokens(sequence).1, sequence.tenant)
-        }));
-    }
-
-    /// About how many tokens of a waiting sequence are cached, and how many are to be computed.
-    fn num_tokens(&self, sequence: &Sequence) -> (usize, usize) {
-        let num_cached_tokens = self.clients.get(&sequence.id).map_or(0, |client| client.num_cached_tokens);
-        (num_cached_tokens, sequence.tokens().len() - num_cached_tokens)
-    }
-
-    fn next_token_at(
-        &self,
-        now: Duration,
-        load: &Load,
-        num_cached_tokens: usize,
-        num_tokens: usize,
-    ) -> Option<Duration> {
-        let time = self.costs.time_to_first_token(load, num_cached_tokens, num_tokens, &self.shared.bounds);
-        time.map(|time| now.saturating_add(time))
     }
 }

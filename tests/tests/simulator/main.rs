@@ -5,6 +5,7 @@
 //!
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
 
+mod admission;
 mod fairness;
 mod latency;
 mod scale;
@@ -63,6 +64,7 @@ fn random_request(rng: &mut Rng, max_model_len: usize, history: Option<&[u32]>) 
             ..Default::default()
         },
         deadline: rng.one_in(2).then(|| Duration::from_millis(rng.range(0..=1_500) as u64)),
+        ..Request::default()
     }
 }
 

@@ -48,6 +48,7 @@ fn random_request(rng: &mut Rng, tenant: usize) -> Request {
         deadline: rng.one_in(4).then(|| Duration::from_millis(rng.range(100..=30_000) as u64)),
         tenant: TenantId(tenant as u32),
         priority: rng.range(0..=2) as i32 - 1,
+        ..Request::default()
     }
 }
 

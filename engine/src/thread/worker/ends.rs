@@ -37,8 +37,6 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Ends a request that the engine never saw.
     pub(super) fn refuse(&mut self, submission: Submission, error: SequenceError) {
-        self.seen.0 += 1;
-        self.seen.1 += submission.num_tokens();
         let _ = submission.events.try_send(TimedEvent::failed(self.shared.clock.now(), error));
         self.shared.release(submission.place);
     }
@@ -55,7 +53,7 @@ impl<R: ModelRunner> Worker<R> {
         // A bounded channel keeps what it holds while any sender is there; nobody would be told.
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(submission) = command {
-                self.refuse(submission, error.clone());
+                self.refuse(*submission, error.clone());
             }
         }
         self.observer.gauges(&EngineGauges::default());

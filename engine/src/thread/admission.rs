@@ -1,0 +1,187 @@
+//! Owns the decision at the door: what a request will find, and whether it is refused for that.
+//!
+//! Invariant: nothing is refused by an estimate that nothing was learnt for; what is refused is told when it
+//! would be accepted, and of a crowd each is told another time.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::shared::Shared;
+use super::waiting_table::Waiting;
+use crate::cost_model::{CostModel, Forecast, LengthCurve, QueueForecast, RequestWork};
+use crate::error::SubmitError;
+use crate::queue::{INPUT_COST, OUTPUT_COST};
+use crate::request::Request;
+
+/// Least time after which a refused request is asked to come again.
+const MIN_RETRY_AFTER: Duration = Duration::from_millis(100);
+/// When a refused request is asked to come again, until it is learnt how long requests take.
+const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
+/// The longest time that a refused request is asked to wait while no reply has ended yet: the estimate is only
+/// a bound then.
+const MAX_UNLEARNT_RETRY_AFTER: Duration = Duration::from_secs(5);
+/// A crowd of refused requests is asked to come within so much time after the first of them could.
+const MAX_SPREAD: Duration = Duration::from_secs(60);
+/// How much every refusal by an idle engine takes off the next estimate, per cent.
+const PERCENT_PER_IDLE_REFUSAL: f64 = 10.0;
+/// What is added to the predicted time in the queue, as a part of it: those who were accepted must really be
+/// admitted in time.
+const MARGIN: f64 = 0.05;
+
+/// What a request finds that is submitted now.
+#[derive(Debug)]
+pub(super) struct Outlook {
+    /// As others will see it.
+    pub(super) waiting: Waiting,
+    /// Requests ahead of it.
+    pub(super) num_ahead: usize,
+    /// `None` until a prompt was computed.
+    pub(super) forecast: Option<Forecast>,
+    /// Whether a reply has ended yet. If not, the forecast is a bound: each takes its `max_tokens`.
+    pub(super) has_lengths: bool,
+    /// By how much the forecast of its admission may be off, as a part of it.
+    margin: f64,
+    /// Time that it takes from others.
+    share: Duration,
+    pub(super) now: Duration,
+}
+
+impl Outlook {
+    /// Predicted time to the first token; `None` too while it depends on lengths of replies that are unknown.
+    pub(super) fn first_token(&self) -> Option<Duration> {
+        let forecast = self.forecast.filter(|forecast| self.has_lengths || !forecast.needs_end)?;
+        Some(forecast.first_token)
+    }
+}
+
+impl Shared {
+    /// A request as it will wait, of whose prompt so many tokens are cached.
+    pub(super) fn waiting(&self, request: &Request, num_cached_tokens: usize) -> Waiting {
+        let deadline = request.deadline.unwrap_or(Duration::MAX).min(self.default_deadline);
+        Waiting {
+            tenant: request.tenant,
+            priority: if self.honours_priority { request.priority } else { 0 },
+            deadline: self.clock.now().saturating_add(deadline),
+            num_cached_tokens,
+            num_prefill_tokens: request.prompt_token_ids.len() - num_cached_tokens,
+            max_tokens: request.sampling.max_tokens,
+            num_output_tokens: 0,
+        }
+    }
+
+    /// What a request finds that is submitted now.
+    pub(super) fn outlook(&self, waiting: Waiting) -> Outlook {
+        let now = self.clock.now();
+        let (costs, lengths) = (self.costs.model(), self.costs.lengths());
+        let ahead = self.table.ahead(&waiting, |waiting| charge(&waiting_work(waiting, &lengths)));
+        let mut queue = self.queue_forecast(&costs);
+        let own = waiting_work(&waiting, &lengths);
+        let forecast = queue.as_mut().map(|queue| {
+            for waiting in &ahead {
+                queue.admit(&waiting_work(waiting, &lengths));
+            }
+            queue.admit(&own)
+        });
+        Outlook {
+            waiting,
+            num_ahead: ahead.len(),
+            forecast,
+            has_lengths: self.costs.has_lengths(),
+            margin: MARGIN + spread(&waiting, &own, ahead.len() + self.running.len()),
+            share: queue.map_or(Duration::ZERO, |queue| queue.share(&own)),
+            now,
+        }
+    }
+
+    fn queue_forecast<'a>(&'a self, costs: &'a CostModel) -> Option<QueueForecast<'a>> {
+        QueueForecast::new(costs, &self.bounds, self.running.capacity(), self.running.running())
+    }
+
+    /// Refuses a request that would not be admitted or not begin to be answered in time.
+    pub(super) fn check_time(&self, request: &Request, outlook: &Outlook) -> Result<(), SubmitError> {
+        self.check_queue_time(request, outlook)?;
+        self.check_deadline(request, outlook)
+    }
+
+    fn check_queue_time(&self, request: &Request, outlook: &Outlook) -> Result<(), SubmitError> {
+        let (Some(limit), Some(forecast)) = (request.max_queue_time, outlook.forecast) else { return Ok(()) };
+        let estimate = forecast.admission.mul_f64(1.0 + outlook.margin);
+        if estimate <= limit {
+            return Ok(());
+        }
+        let mut wait = estimate.saturating_sub(limit);
+        if !outlook.has_lengths {
+            wait = wait.min(MAX_UNLEARNT_RETRY_AFTER);
+        }
+        let retry_after = self.retry_after(outlook.now, wait, outlook.share);
+        Err(SubmitError::QueueTimeUnmeetable { estimate, limit, retry_after })
+    }
+
+    /// Refuses a request whose deadline can't be met. What is refused teaches nothing, so if nothing
+    /// runs, each refusal makes the next one less likely: an estimate that is wrong by far is found
+    /// out after a while.
+    fn check_deadline(&self, request: &Request, outlook: &Outlook) -> Result<(), SubmitError> {
+        let (Some(deadline), Some(estimate)) = (request.deadline, outlook.first_token()) else {
+            return Ok(());
+        };
+        let is_idle = self.num_requests.load(Ordering::Acquire) == 0;
+        let num_refusals = if is_idle { self.num_idle_refusals.load(Ordering::Relaxed) } else { 0 };
+        let doubt = (1.0 - PERCENT_PER_IDLE_REFUSAL / 100.0).powf(f64::from(num_refusals));
+        if estimate.as_secs_f64() * doubt <= deadline.as_secs_f64() {
+            return Ok(());
+        }
+        if is_idle {
+            self.num_idle_refusals.fetch_add(1, Ordering::Relaxed);
+        }
+        let wait = estimate.saturating_sub(deadline);
+        let retry_after = self.retry_after(outlook.now, wait, outlook.share);
+        Err(SubmitError::DeadlineUnmeetable { estimate, retry_after })
+    }
+
+    pub(super) fn queue_full(&self, num_requests: usize) -> SubmitError {
+        let costs = self.costs.model();
+        let queue = self.queue_forecast(&costs);
+        let first_end = queue.and_then(|queue| queue.first_end());
+        let wait = first_end.unwrap_or(DEFAULT_RETRY_AFTER);
+        let wait = if self.costs.has_lengths() { wait } else { wait.min(DEFAULT_RETRY_AFTER) };
+        let retry_after = wait.max(MIN_RETRY_AFTER);
+        SubmitError::QueueFull { num_requests, retry_after }
+    }
+
+    /// When a request of this share is asked to come again that would be accepted in `wait`: behind those
+    /// that were told before, or they would all come at once and be refused again.
+    fn retry_after(&self, now: Duration, wait: Duration, share: Duration) -> Duration {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let first = nanos(now.saturating_add(wait.max(MIN_RETRY_AFTER)));
+        let last = first.saturating_add(nanos(MAX_SPREAD));
+        let place = |next: u64| if (first..last).contains(&next) { next } else { first };
+        let taken = |next: u64| Some(place(next).saturating_add(nanos(share)));
+        let next = self.next_return_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken);
+        let at = place(next.unwrap_or_else(|next| next));
+        Duration::from_nanos(at).saturating_sub(now)
+    }
+}
+
+/// By how much the sum of so many lengths differs from what is expected, as a part of it: not at all where
+/// each takes its `max_tokens`.
+fn spread(waiting: &Waiting, work: &RequestWork, num_requests: usize) -> f64 {
+    let is_bound = work.num_output_tokens > 0.95 * waiting.max_tokens as f64;
+    if is_bound { 0.0 } else { 1.0 / (num_requests as f64 + 1.0).sqrt() }
+}
+
+/// What others must wait for, of a request that waits.
+pub(super) fn waiting_work(waiting: &Waiting, lengths: &LengthCurve) -> RequestWork {
+    let Waiting { num_cached_tokens, num_prefill_tokens, max_tokens, num_output_tokens, .. } = *waiting;
+    let most = max_tokens.saturating_sub(num_output_tokens);
+    RequestWork {
+        num_cached_tokens,
+        num_held_tokens: 0,
+        num_prefill_tokens,
+        num_output_tokens: lengths.expected(num_output_tokens, most),
+    }
+}
+
+/// What a tenant is charged for a request, about.
+fn charge(work: &RequestWork) -> f64 {
+    INPUT_COST as f64 * work.num_prefill_tokens as f64 + OUTPUT_COST as f64 * work.num_output_tokens
+}
