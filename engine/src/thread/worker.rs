@@ -352,6 +352,8 @@ impl<R: ModelRunner> Worker<R> {
             // Whoever was preempted goes before all deadlines.
             let left = sequence.deadline.saturating_sub(now);
             let left = if sequence.admission.is_some() { Duration::ZERO } else { left };
+            // And who waits detached behind all of them.
+            let left = if sequence.is_yielding { Duration::MAX } else { left };
             (left, self.num_tokens(sequence).1, sequence.tenant)
         }));
     }
