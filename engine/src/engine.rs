@@ -240,8 +240,10 @@ impl<R: ModelRunner> Engine<R> {
                     // The rows could not be copied: what the device computed may have failed, too.
                     report.failed |= matches!(error, SequenceError::Run(_) | SequenceError::DeviceLost(_));
                     report.lost_device |= matches!(error, SequenceError::DeviceLost(_));
-                    // What a machine in doubt has computed is not served to others.
-                    self.scheduler.forget_cached();
+                    if !matches!(error, SequenceError::CannotSample(_)) {
+                        // What a machine in doubt has computed is not served to others.
+                        self.scheduler.forget_cached();
+                    }
                 }
                 self.scheduler.remove(scheduled.id);
             }
@@ -270,6 +272,9 @@ fn sample(
         return found;
     }
     let rows = output.logits.rows()?;
+    if row >= rows.nrows() {
+        return Err(SequenceError::Run(format!("{} rows were computed, row {row} is missing", rows.nrows())));
+    }
     let row = rows.row(row).to_slice();
     sampler.sample(row.ok_or_else(|| SequenceError::Run("logits are not contiguous".into()))?, sequence)
 }

@@ -72,6 +72,9 @@ pub enum SequenceError {
         /// Position of the row in the sequence.
         position: usize,
     },
+    /// No token of this sequence can be chosen; other sequences are not concerned.
+    #[error("no token can be chosen: {0}")]
+    CannotSample(&'static str),
     /// The server is shutting down and the drain time is over.
     #[error("the server is shutting down")]
     ShuttingDown,

@@ -281,8 +281,15 @@ pub struct FileEntry {
 }
 
 impl Geometry {
-    /// Bytes of keys and values that one token takes over all layers.
+    /// Bytes of keys and values that one token takes over all layers. Those of a block of tokens don't overflow:
+    /// a manifest in which they do is refused.
     pub fn kv_bytes_per_token(&self, dtype: Dtype) -> usize {
         2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.num_bits() / 8
+    }
+
+    /// Bits of keys and values that so many tokens take; `None` if that is more than memory can have.
+    fn checked_kv_bits(&self, dtype: Dtype, num_tokens: usize) -> Option<usize> {
+        let sizes = [self.num_layers, self.num_kv_heads, self.head_dim, dtype.num_bits(), num_tokens];
+        sizes.into_iter().try_fold(2usize, usize::checked_mul)
     }
 }

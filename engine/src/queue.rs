@@ -3,7 +3,14 @@
 //! The probe is first, then whoever was preempted, in order of first admission. Of the others the
 //! lowest priority value is next, among those the tenant who was served least for its weight, and
 //! of that tenant's requests the earliest deadline. Every [`FAIR_TURN`]th of these admissions takes no
-//! notice of priority.
+//! notice of priority. Detached sequences, which nobody reads, come after all of them, preempted ones too:
+//! nobody who is read waits for them.
+//!
+//! They yield for a bounded time only. A detached sequence takes the place that it would have with a reader
+//! at [`Sequence::yields_until`]: at its deadline if it never ran, else at the default deadline after its
+//! preemption. That clock starts again only with a preemption after a token that was gained. So under any
+//! load, between two of its tokens lie at most the default deadline, what runs then until it ends, and the
+//! steps that compute its tokens again.
 //!
 //! Invariant: nothing starves. A tenant's service only grows, by a token at least with every
 //! admission, and a tenant who comes to the queue starts no lower than the least served one that
@@ -28,6 +35,8 @@ pub(crate) const OUTPUT_COST: u64 = 2 * INPUT_COST;
 
 /// Before all tenants: whether it is none of the probes, and a number in order of age.
 type HeadKey = (bool, u64);
+/// Place among the detached: when it stops yielding.
+type DetachedKey = (Duration, RequestId);
 /// Place in a tenant's queue.
 type TenantKey = (i32, Duration, RequestId);
 
@@ -35,6 +44,7 @@ type TenantKey = (i32, Duration, RequestId);
 enum Place {
     Head(HeadKey),
     Tenant(usize, TenantKey),
+    Detached(DetachedKey),
 }
 
 #[derive(Debug)]
@@ -63,6 +73,7 @@ impl Tenant {
 pub struct WaitingQueue {
     head: BTreeMap<HeadKey, WaitingSequence>,
     tenants: Vec<Tenant>,
+    detached: BTreeMap<DetachedKey, WaitingSequence>,
     places: HashMap<RequestId, Place>,
     /// The tenant whose last waiting request left last.
     last_to_leave: usize,
@@ -77,6 +88,7 @@ impl WaitingQueue {
         Self {
             head: BTreeMap::new(),
             tenants: config.tenant_weights.iter().map(tenant).collect(),
+            detached: BTreeMap::new(),
             // Every running one, the probe too, may be sent back to the queue.
             places: HashMap::with_capacity(config.max_num_seqs + config.max_num_waiting + 1),
             last_to_leave: 0,
@@ -99,8 +111,35 @@ impl WaitingQueue {
         self.tenants[tenant.0 as usize].service
     }
 
-    /// Adds a sequence.
-    pub fn push(&mut self, waiting: WaitingSequence) {
+    /// Adds a sequence; a detached one yields until [`Self::promote`] says otherwise.
+    pub fn push(&mut self, mut waiting: WaitingSequence) {
+        let sequence = &mut waiting.0;
+        sequence.is_yielding = sequence.is_detached && !sequence.is_probe;
+        if sequence.is_yielding {
+            let key = (sequence.yields_until, sequence.id);
+            self.places.insert(sequence.id, Place::Detached(key));
+            self.detached.insert(key, waiting);
+        } else {
+            self.push_attached(waiting);
+        }
+    }
+
+    /// Gives detached sequences whose time to yield is over at `now` the place that they would have with a
+    /// reader. Returns whether there were any.
+    pub fn promote(&mut self, now: Duration) -> bool {
+        let mut any = false;
+        while let Some(first) = self.detached.first_entry()
+            && first.key().0 <= now
+        {
+            let mut waiting = first.remove();
+            waiting.0.is_yielding = false;
+            self.push_attached(waiting);
+            any = true;
+        }
+        any
+    }
+
+    fn push_attached(&mut self, waiting: WaitingSequence) {
         let sequence = &waiting.0;
         let id = sequence.id;
         let place = match sequence.admission {
@@ -121,6 +160,7 @@ impl WaitingQueue {
                 }
                 self.tenants[index].waiting.insert(key, waiting);
             }
+            Place::Detached(key) => drop(self.detached.insert(key, waiting)),
         }
         self.places.insert(id, place);
     }
@@ -143,13 +183,15 @@ impl WaitingQueue {
             let priority = if is_fair_turn { 0 } else { key.0 };
             Some(((priority, tenant.service, key.1, key.2), Place::Tenant(index, key)))
         });
-        candidates.min_by_key(|(rank, _)| *rank).map(|(_, place)| place)
+        let attached = candidates.min_by_key(|(rank, _)| *rank).map(|(_, place)| place);
+        attached.or_else(|| self.detached.first_key_value().map(|(&key, _)| Place::Detached(key)))
     }
 
     fn get(&self, place: Place) -> Option<&Sequence> {
         let waiting = match place {
             Place::Head(key) => self.head.get(&key),
             Place::Tenant(index, key) => self.tenants[index].waiting.get(&key),
+            Place::Detached(key) => self.detached.get(&key),
         };
         waiting.map(|waiting| &waiting.0)
     }
@@ -176,6 +218,7 @@ impl WaitingQueue {
                 }
                 waiting
             }
+            Place::Detached(key) => self.detached.remove(&key),
         }?;
         self.places.remove(&waiting.0.id);
         Some(waiting)
@@ -187,13 +230,12 @@ impl WaitingQueue {
         self.take(place)
     }
 
-    /// A sequence, to note who reads it.
-    pub fn get_mut(&mut self, id: RequestId) -> Option<&mut Sequence> {
-        let waiting = match *self.places.get(&id)? {
-            Place::Head(key) => self.head.get_mut(&key),
-            Place::Tenant(index, key) => self.tenants[index].waiting.get_mut(&key),
-        };
-        waiting.map(|waiting| &mut waiting.0)
+    /// Says whether anybody reads a sequence, which may change its place. False if it is not there.
+    pub fn set_detached(&mut self, id: RequestId, is_detached: bool) -> bool {
+        let Some(mut waiting) = self.remove(id) else { return false };
+        waiting.0.is_detached = is_detached;
+        self.push(waiting);
+        true
     }
 
     /// A tenant's tokens are computed for the first time.
@@ -216,7 +258,8 @@ impl WaitingQueue {
         }
         ranked.sort_unstable_by_key(|(rank, _)| *rank);
         let head = self.head.values().map(|waiting| &waiting.0);
-        head.chain(ranked.into_iter().map(|(_, sequence)| sequence)).collect()
+        let detached = self.detached.values().map(|waiting| &waiting.0);
+        head.chain(ranked.into_iter().map(|(_, sequence)| sequence)).chain(detached).collect()
     }
 
     /// Checks that every sequence is where it is said to be, under the key that it has.
@@ -225,13 +268,16 @@ impl WaitingQueue {
     /// Says which one is not.
     pub fn check(&self) -> Result<(), String> {
         let num_waiting: usize = self.tenants.iter().map(|tenant| tenant.waiting.len()).sum();
-        if self.head.len() + num_waiting != self.places.len() {
-            return Err(format!("{num_waiting} wait beside {:?}, of {:?}", self.head, self.places));
+        if self.head.len() + self.detached.len() + num_waiting != self.places.len() {
+            let (head, detached) = (&self.head, &self.detached);
+            return Err(format!("{num_waiting} wait beside {head:?} and {detached:?}, of {:?}", self.places));
         }
         for (id, place) in &self.places {
             let is_there = self.get(*place).is_some_and(|sequence| {
                 sequence.id == *id
+                    && sequence.is_yielding == matches!(place, Place::Detached(_))
                     && match *place {
+                        Place::Detached(key) => sequence.is_detached && key.0 == sequence.yields_until,
                         Place::Head(key) => key.0 != sequence.is_probe,
                         Place::Tenant(index, key) => {
                             (index, key.0, key.1)
@@ -249,92 +295,4 @@ impl WaitingQueue {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::request::Request;
-
-    fn queue(weights: &[u32]) -> WaitingQueue {
-        WaitingQueue::new(&EngineConfig { tenant_weights: weights.to_vec(), ..EngineConfig::default() })
-    }
-
-    fn waiting(id: u64, tenant: u32, priority: i32, deadline_s: u64) -> WaitingSequence {
-        let request = Request {
-            prompt_token_ids: vec![1],
-            priority,
-            tenant: TenantId(tenant),
-            deadline: Some(Duration::from_secs(deadline_s)),
-            ..Request::default()
-        };
-        WaitingSequence(Sequence::new(RequestId(id), request, Duration::ZERO))
-    }
-
-    /// Ids in the order in which they are taken; each costs its tenant an input token.
-    fn drain(queue: &mut WaitingQueue) -> Vec<u64> {
-        let taken = std::iter::from_fn(|| {
-            let sequence = queue.pop()?.0;
-            queue.charge(sequence.tenant, 1, 0);
-            Some(sequence.id.0)
-        });
-        taken.collect()
-    }
-
-    #[test]
-    fn priority_then_the_least_served_tenant_then_the_deadline() {
-        let mut queue = queue(&[1, 1]);
-        for (id, tenant, priority, deadline) in
-            [(0, 0, 0, 9), (1, 0, 0, 8), (2, 0, 0, 7), (3, 1, 0, 9), (4, 1, 5, 1), (5, 0, -1, 99)]
-        {
-            queue.push(waiting(id, tenant, priority, deadline));
-        }
-        assert_eq!(queue.in_order().iter().map(|s| s.id.0).collect::<Vec<_>>(), [5, 2, 3, 1, 0, 4]);
-        assert_eq!(queue.check(), Ok(()));
-        // 5 was the first tenant's turn.
-        assert_eq!(drain(&mut queue), [5, 3, 2, 1, 0, 4]);
-    }
-
-    #[test]
-    fn a_tenant_who_comes_late_has_saved_nothing_up_and_weights_count() {
-        let mut queue = queue(&[1, 3]);
-        queue.charge(TenantId(0), 1_000, 0);
-        (0..40).for_each(|id| queue.push(waiting(id, 0, 0, id)));
-        (100..160).for_each(|id| queue.push(waiting(id, 1, 0, id)));
-        assert_eq!(queue.service(TenantId(1)), queue.service(TenantId(0)));
-        let taken: Vec<u64> = drain(&mut queue).into_iter().take(40).collect();
-        let num_second = taken.iter().filter(|&&id| id >= 100).count();
-        assert!((29..=31).contains(&num_second), "{num_second} of 40 at three times the weight");
-    }
-
-    #[test]
-    fn one_in_eight_takes_no_notice_of_priority() {
-        let mut queue = queue(&[1]);
-        (0..40).for_each(|id| queue.push(waiting(id, 0, -1, 50 + id)));
-        (100..104).for_each(|id| queue.push(waiting(id, 0, 1, id - 100)));
-        let taken = drain(&mut queue);
-        let places: Vec<usize> = (0..44).filter(|&index| taken[index] >= 100).collect();
-        assert_eq!(places, [7, 15, 23, 31]);
-    }
-
-    #[test]
-    fn probes_and_the_preempted_go_first_and_anybody_can_leave() {
-        let mut queue = queue(&[1]);
-        let with = |id, is_probe, admission| {
-            let mut waiting = waiting(id, 0, 0, id);
-            (waiting.0.is_probe, waiting.0.admission) = (is_probe, admission);
-            waiting
-        };
-        for waiting in [
-            with(1, false, None),
-            with(2, false, None),
-            with(3, false, Some(9)),
-            with(4, true, None),
-            with(5, false, Some(8)),
-        ] {
-            queue.push(waiting);
-        }
-        assert!(queue.remove(RequestId(2)).is_some() && queue.remove(RequestId(2)).is_none());
-        queue.get_mut(RequestId(1)).unwrap().is_detached = true;
-        assert_eq!((queue.len(), queue.check()), (4, Ok(())));
-        assert_eq!(drain(&mut queue), [4, 5, 3, 1]);
-        assert!(queue.is_empty());
-    }
-}
+mod tests;

@@ -46,10 +46,14 @@ impl Sampler {
     /// The next token of `sequence`, whose last token produced `row`.
     ///
     /// # Errors
-    /// [`SequenceError::NonFiniteLogits`] if the row is unusable.
+    /// [`SequenceError::NonFiniteLogits`] if the row is unusable, [`SequenceError::Run`] if it is too short,
+    /// [`SequenceError::CannotSample`] if the sequence's own options leave nothing to choose from.
     pub fn sample(&mut self, row: &[f32], sequence: &Sequence) -> Result<u32, SequenceError> {
         let position = sequence.tokens().len() - 1;
-        let row = &row[..self.vocab_size];
+        let Some(row) = row.get(..self.vocab_size) else {
+            let (found, wanted) = (row.len(), self.vocab_size);
+            return Err(SequenceError::Run(format!("a row has {found} logits, and {wanted} are wanted")));
+        };
         let mut found = best(row);
         if !found.is_finite {
             return Err(SequenceError::NonFiniteLogits { position });
@@ -59,9 +63,12 @@ impl Sampler {
         if !sequence.takes_plain_logits() {
             self.logits.clear();
             self.logits.extend_from_slice(row);
-            adjust(&mut self.logits, sequence);
+            adjust(&mut self.logits, sequence)?;
             // A ban is an infinity, so only the row itself is asked whether it is finite.
             found = best(&self.logits);
+            if found.value == f32::NEG_INFINITY {
+                return Err(SequenceError::CannotSample("every token is banned"));
+            }
             logits = &self.logits;
         }
         if params.temperature == 0.0 {
@@ -167,10 +174,12 @@ fn pick(candidates: impl Iterator<Item = (f32, u32)>, target: f64) -> u32 {
 }
 
 /// Applies penalties, bias and the ban on early stop ids.
-fn adjust(logits: &mut [f32], sequence: &Sequence) {
+fn adjust(logits: &mut [f32], sequence: &Sequence) -> Result<(), SequenceError> {
+    const UNKNOWN: SequenceError =
+        SequenceError::CannotSample("the request names a token that the model does not have");
     let params = &sequence.sampling;
     for (id, count) in sequence.output_counts() {
-        let logit = &mut logits[id as usize];
+        let logit = logits.get_mut(id as usize).ok_or(UNKNOWN)?;
         let penalty = params.repetition_penalty;
         let penalized = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
         // A huge logit must not become infinite: the difference of two infinities is no number.
@@ -180,13 +189,14 @@ fn adjust(logits: &mut [f32], sequence: &Sequence) {
         }
     }
     for &(id, bias) in &params.logit_bias {
-        logits[id as usize] += bias;
+        *logits.get_mut(id as usize).ok_or(UNKNOWN)? += bias;
     }
     if sequence.output().len() < params.min_tokens {
         for &id in &params.stop_token_ids {
-            logits[id as usize] = f32::NEG_INFINITY;
+            *logits.get_mut(id as usize).ok_or(UNKNOWN)? = f32::NEG_INFINITY;
         }
     }
+    Ok(())
 }
 
 /// A number in [0, 1) from its key (SplitMix64's finaliser, applied to each part in turn).
@@ -276,6 +286,34 @@ mod tests {
             let label = format!("{params:?}");
             assert_eq!(sampler.sample(&row, &sequence(prompt, output, params)), Ok(expected), "{label}");
         }
+    }
+
+    /// The door refuses these; if one came through, it must not take the others along.
+    #[test]
+    fn options_that_no_vocabulary_fits_are_an_error_of_their_sequence() {
+        let mut sampler = Sampler::new(3);
+        let ban = |top_k| SamplingParams {
+            min_tokens: 9,
+            stop_token_ids: vec![0, 1, 2],
+            top_k,
+            ..Default::default()
+        };
+        for sampling in [
+            ban(0),
+            ban(2),
+            SamplingParams { top_p: 0.5, ..ban(0) },
+            SamplingParams { temperature: 0.0, ..ban(0) },
+            SamplingParams { stop_token_ids: vec![3], min_tokens: 9, ..Default::default() },
+            SamplingParams { logit_bias: vec![(u32::MAX, 1.0)], ..Default::default() },
+            SamplingParams { repetition_penalty: 1.1, ..Default::default() },
+        ] {
+            // The prompt's second token is unknown, which only a penalty has to look at.
+            let sequence = sequence(&[0, 3], &[], sampling);
+            let found = sampler.sample(&[1.0, 2.0, 3.0], &sequence);
+            assert!(matches!(found, Err(SequenceError::CannotSample(_))), "{found:?}");
+        }
+        let short = sampler.sample(&[1.0, 2.0], &sequence(&[0], &[], greedy()));
+        assert!(matches!(short, Err(SequenceError::Run(_))), "{short:?}");
     }
 
     /// Frequencies over many seeds against the distribution computed from the definition.

@@ -4,6 +4,8 @@ use crate::error::SubmitError;
 
 /// Most tokens that a request may bias: they are applied for every token it generates.
 pub const MAX_LOGIT_BIAS: usize = 1024;
+/// Most stop ids of a request, the model's own included: each token is compared with all of them.
+pub const MAX_STOP_TOKEN_IDS: usize = 1024;
 
 /// How the tokens of one request are chosen. Field names are the OpenAI or vLLM ones.
 #[derive(Debug, Clone, PartialEq)]
@@ -88,6 +90,16 @@ impl SamplingParams {
             }
             range("logit_bias", *bias, -100.0, 100.0)?;
         }
+        if self.stop_token_ids.len() > MAX_STOP_TOKEN_IDS {
+            return invalid("stop_token_ids", format!("has more than {MAX_STOP_TOKEN_IDS} tokens"));
+        }
+        if let Some(id) = self.stop_token_ids.iter().find(|&&id| id as usize >= vocab_size) {
+            return invalid("stop_token_ids", format!("token id {id} is not below {vocab_size}"));
+        }
+        if self.min_tokens > 0 && self.stops_everywhere(vocab_size) {
+            let message = "names every token, so with min_tokens none could be generated";
+            return invalid("stop_token_ids", message.into());
+        }
         if self.max_tokens == 0 {
             return invalid("max_tokens", "must be at least 1".into());
         }
@@ -96,6 +108,13 @@ impl SamplingParams {
             return invalid("min_tokens", message);
         }
         Ok(())
+    }
+
+    /// Whether every token of the vocabulary is a stop id.
+    fn stops_everywhere(&self, vocab_size: usize) -> bool {
+        // Mostly there are far fewer.
+        self.stop_token_ids.len() >= vocab_size
+            && (0..vocab_size).all(|id| self.stop_token_ids.iter().any(|&stop| stop as usize == id))
     }
 }
 
@@ -119,6 +138,14 @@ mod tests {
             (SamplingParams { logit_bias: vec![(100, 1.0)], ..ok.clone() }, "logit_bias"),
             (SamplingParams { logit_bias: vec![(1, 101.0)], ..ok.clone() }, "logit_bias"),
             (SamplingParams { logit_bias: vec![(1, 1.0); 1025], ..ok.clone() }, "logit_bias"),
+            (SamplingParams { logit_bias: vec![(1, f32::NAN)], ..ok.clone() }, "logit_bias"),
+            (SamplingParams { logit_bias: vec![(1, f32::NEG_INFINITY)], ..ok.clone() }, "logit_bias"),
+            (SamplingParams { stop_token_ids: vec![1, 100], ..ok.clone() }, "stop_token_ids"),
+            (SamplingParams { stop_token_ids: vec![1; 1025], ..ok.clone() }, "stop_token_ids"),
+            (
+                SamplingParams { stop_token_ids: (0..100).collect(), min_tokens: 1, ..ok.clone() },
+                "stop_token_ids",
+            ),
             (SamplingParams { max_tokens: 0, ..ok.clone() }, "max_tokens"),
             (SamplingParams { min_tokens: 17, ..ok.clone() }, "min_tokens"),
         ];
@@ -127,6 +154,12 @@ mod tests {
                 Err(SubmitError::InvalidParameter { field, .. }) => assert_eq!(field, expected),
                 other => panic!("{expected}: {other:?}"),
             }
+        }
+        for params in [
+            SamplingParams { stop_token_ids: (0..100).collect(), ..ok.clone() },
+            SamplingParams { stop_token_ids: (1..100).chain(1..100).collect(), min_tokens: 1, ..ok },
+        ] {
+            assert_eq!(params.validate(100), Ok(()));
         }
     }
 }

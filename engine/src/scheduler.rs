@@ -44,6 +44,8 @@ pub struct Scheduler {
     watermark: usize,
     max_num_blocks: usize,
     num_admissions: u64,
+    /// Engine time of the step that is planned.
+    now: Duration,
     /// Least chance to be right for which a guess is checked.
     draft_price: f64,
     /// Where the next sequence that is asked for is likely to be in the running list.
@@ -62,6 +64,7 @@ impl Scheduler {
             waiting: WaitingQueue::new(&config),
             running: Vec::with_capacity(config.max_num_seqs + 1),
             num_admissions: 0,
+            now: Duration::ZERO,
             draft_price: 1.0,
             likely_index: 0,
             queue_changed: false,
@@ -80,6 +83,7 @@ impl Scheduler {
     pub fn add(&mut self, mut sequence: Sequence) {
         let latest = sequence.arrival.saturating_add(self.config.default_deadline);
         sequence.deadline = sequence.deadline.min(latest);
+        sequence.yields_until = sequence.deadline;
         if !self.config.honours_priority {
             sequence.priority = 0;
         }
@@ -126,9 +130,9 @@ impl Scheduler {
     }
 
     /// How many sequences could be admitted without the end of another one: none if the head of the
-    /// queue lacks blocks.
+    /// queue lacks blocks and yields to nobody.
     pub fn num_free_slots(&self) -> usize {
-        let lacks_blocks = |next: &Sequence| !self.has_room(next, self.num_reserved());
+        let lacks_blocks = |next: &Sequence| !next.is_yielding && !self.has_room(next, self.num_reserved());
         if self.waiting.peek().is_some_and(lacks_blocks) {
             return 0;
         }
@@ -156,8 +160,8 @@ impl Scheduler {
             let mut running = self.running.remove(index);
             running.sequence.is_detached = is_detached;
             self.insert_running(running);
-        } else if let Some(waiting) = self.waiting.get_mut(id) {
-            waiting.is_detached = is_detached;
+        } else {
+            self.queue_changed |= self.waiting.set_detached(id, is_detached);
         }
     }
 
@@ -180,6 +184,8 @@ impl Scheduler {
     ) {
         outcome.num_preemptions = 0;
         outcome.admitted.clear();
+        self.now = now;
+        self.queue_changed |= self.waiting.promote(now);
         for running in &mut self.running {
             (running.num_planned_tokens, running.num_draft_tokens) = (0, 0);
         }
@@ -254,7 +260,8 @@ impl Scheduler {
         let Some(last) = self.running.pop() else {
             return false;
         };
-        let waiting = last.preempt(&mut self.pool);
+        let yields_until = self.now.saturating_add(self.config.default_deadline);
+        let waiting = last.preempt(&mut self.pool, yields_until);
         self.enqueue(waiting);
         outcome.num_preemptions += 1;
         true

@@ -36,6 +36,12 @@ pub struct Sequence {
     pub is_probe: bool,
     /// Whether nobody reads it at the moment.
     pub is_detached: bool,
+    /// Engine time until which it lets attached sequences go before it while it waits detached.
+    pub yields_until: Duration,
+    /// Whether it waits and lets them go before it; the queue says so.
+    pub is_yielding: bool,
+    /// Tokens it had when it last got blocks.
+    num_tokens_at_admission: usize,
     /// Its place among all admitted sequences, from its first admission on. Preemption keeps it.
     pub admission: Option<u64>,
     /// Prompt tokens computed at least once: recomputation does not count again.
@@ -68,6 +74,9 @@ impl Sequence {
             deadline: arrival.saturating_add(deadline.unwrap_or(Duration::MAX)),
             is_probe: false,
             is_detached: false,
+            yields_until: Duration::MAX,
+            is_yielding: false,
+            num_tokens_at_admission: num_prompt_tokens,
             admission: None,
             num_reported_prompt_tokens: 0,
             num_charged_tokens: 0,
@@ -98,9 +107,9 @@ impl Sequence {
     /// How many of its next tokens to guess, at most `most`, at this price of a guess.
     pub fn num_drafts(&mut self, price: f64, most: usize) -> usize {
         // The last token that it may generate has no row after it.
-        let left = self.sampling.max_tokens - self.output().len();
+        let left = self.sampling.max_tokens.saturating_sub(self.output().len());
         self.read_for_drafts();
-        self.drafter.num_tokens(price, most.min(left - 1))
+        self.drafter.num_tokens(price, most.min(left.saturating_sub(1)))
     }
 
     /// Whether the next token is chosen from logits as they are: no penalty, bias or ban applies.
@@ -132,6 +141,7 @@ impl WaitingSequence {
     /// it has none.
     pub fn admit(mut self, block_table: BlockTable, next_admission: u64) -> RunningSequence {
         self.0.admission.get_or_insert(next_admission);
+        self.0.num_tokens_at_admission = self.0.tokens.len();
         RunningSequence {
             sequence: self.0,
             num_computed_tokens: 0,
@@ -170,9 +180,13 @@ impl RunningSequence {
         self.sequence.tokens.len() - self.num_computed_tokens
     }
 
-    /// Gives the blocks up; everything will be computed again.
-    pub fn preempt(self, pool: &mut BlockPool) -> WaitingSequence {
+    /// Gives the blocks up; everything will be computed again. If it gained a token from them, it may yield
+    /// to others once more, until `yields_until`.
+    pub fn preempt(mut self, pool: &mut BlockPool, yields_until: Duration) -> WaitingSequence {
         self.block_table.release(pool);
+        if self.sequence.tokens.len() > self.sequence.num_tokens_at_admission {
+            self.sequence.yields_until = yields_until;
+        }
         WaitingSequence(self.sequence)
     }
 }

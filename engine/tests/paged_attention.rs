@@ -214,6 +214,10 @@ fn what_does_not_fit_is_an_error_that_names_it() {
     run(&mut session, &key, &value, &call).unwrap();
     let refused = run(&mut session, &key, &narrow, &call).unwrap_err().to_string();
     assert!(refused.contains("PagedAttention: value_cache: shape"), "{refused}");
+    call.len = 1;
+    call.past = 0;
+    let refused = run(&mut session, &key, &key, &call).unwrap_err().to_string();
+    assert!(refused.contains("key_cache and value_cache are one tensor"), "{refused}");
 }
 
 #[test]

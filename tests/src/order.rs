@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use glm_engine::runner::ModelRunner;
+use glm_engine::sequence::Sequence;
 use glm_engine::{Engine, Request, RequestId, TenantId, TokenEvent};
 
 /// A running sequence between two steps.
@@ -39,23 +40,33 @@ pub struct OrderCheck {
     num_since: Option<usize>,
     probes: BTreeSet<RequestId>,
     before: Vec<Runner>,
+    default_deadline: Duration,
+    /// Of those that waited before the step: how many tokens each had, and whether it yielded.
+    waited: BTreeMap<RequestId, (usize, bool)>,
+    /// Of those that ran: tokens at the last admission.
+    admitted_with: BTreeMap<RequestId, usize>,
+    /// Until when those that were preempted, or never ran, yield if they are detached.
+    yields_until: BTreeMap<RequestId, Duration>,
     /// Detached sequences that were preempted although an attached one was newer.
     pub num_detached_preempted: usize,
     /// Requests admitted before an older one.
     pub num_overtakings: usize,
     /// Requests admitted before one of a better priority.
     pub num_priorities_passed_over: usize,
+    /// Attached sequences that got blocks while a detached one that was preempted waited.
+    pub num_yielded: usize,
 }
 
 impl OrderCheck {
     /// A check of an idle engine.
-    pub fn new(honours_priority: bool) -> Self {
-        Self { honours_priority, ..Self::default() }
+    pub fn new(honours_priority: bool, default_deadline: Duration) -> Self {
+        Self { honours_priority, default_deadline, ..Self::default() }
     }
 
     /// A request was queued.
     pub fn add(&mut self, id: RequestId, request: &Request, due: Duration) {
         let priority = if self.honours_priority { request.priority } else { 0 };
+        self.yields_until.insert(id, due);
         self.fresh.insert(id, Fresh { tenant: request.tenant, priority, due });
     }
 
@@ -70,8 +81,10 @@ impl OrderCheck {
         self.probes.remove(&id);
     }
 
-    /// To be called before a step.
-    pub fn before<R: ModelRunner>(&mut self, engine: &Engine<R>) {
+    /// To be called before a step that is planned at `now`.
+    pub fn before<R: ModelRunner>(&mut self, engine: &Engine<R>, now: Duration) {
+        self.waited =
+            engine.waiting().into_iter().map(|sequence| (sequence.id, self.waits(sequence, now))).collect();
         self.before.clear();
         self.before.extend(engine.running().iter().map(|running| Runner {
             id: running.sequence.id,
@@ -81,11 +94,19 @@ impl OrderCheck {
         }));
     }
 
-    /// Checks the step that was just made.
+    /// Its tokens, and whether it lets all attached ones pass.
+    fn waits(&self, sequence: &Sequence, now: Duration) -> (usize, bool) {
+        let until = self.yields_until.get(&sequence.id);
+        let yields = sequence.is_detached && !sequence.is_probe && until.is_some_and(|&until| now < until);
+        (sequence.tokens().len(), yields)
+    }
+
+    /// Checks the step that was just made, at the same `now`.
     ///
     /// # Errors
     /// Says which promise is broken.
-    pub fn after<R: ModelRunner>(&mut self, engine: &Engine<R>) -> Result<(), String> {
+    pub fn after<R: ModelRunner>(&mut self, engine: &Engine<R>, now: Duration) -> Result<(), String> {
+        self.check_yielding(engine, now)?;
         let is_probe_let_in = self.check_admissions(engine)?;
         let is_back = |id| engine.waiting().iter().any(|sequence| sequence.id == id);
         let (preempted, kept): (Vec<Runner>, Vec<Runner>) =
@@ -119,6 +140,32 @@ impl OrderCheck {
         Ok(())
     }
 
+    /// Nobody who yields was let in before somebody who does not.
+    fn check_yielding<R: ModelRunner>(&mut self, engine: &Engine<R>, now: Duration) -> Result<(), String> {
+        let let_in = |id: &RequestId| engine.plan().sequences.iter().any(|share| share.id == *id);
+        let still_waits = |id: &RequestId| engine.waiting().iter().any(|sequence| sequence.id == *id);
+        let yielding = |wanted: bool| self.waited.iter().filter(move |(_, (_, yields))| *yields == wanted);
+        if let Some((early, _)) = yielding(true).find(|(id, _)| let_in(id))
+            && let Some((late, _)) = yielding(false).find(|(id, _)| still_waits(id))
+        {
+            return Err(format!("{early:?} yields and was let in, {late:?} waits"));
+        }
+        let has_preempted = yielding(true).any(|(id, _)| self.admitted_with.contains_key(id));
+        self.num_yielded +=
+            if has_preempted { yielding(false).filter(|(id, _)| let_in(id)).count() } else { 0 };
+        self.admitted_with.extend(
+            self.waited.iter().filter(|(id, _)| let_in(id)).map(|(&id, &(num_tokens, _))| (id, num_tokens)),
+        );
+        for gone in engine.waiting() {
+            let ran = self.before.iter().any(|runner| runner.id == gone.id);
+            // To yield once more costs a token.
+            if ran && self.admitted_with.get(&gone.id).is_some_and(|&before| gone.tokens().len() > before) {
+                self.yields_until.insert(gone.id, now + self.default_deadline);
+            }
+        }
+        Ok(())
+    }
+
     /// Preempted sequences that the last step let in again with blocks of theirs still there.
     pub fn num_cached_again<R: ModelRunner>(&self, engine: &Engine<R>) -> usize {
         let was_running = |id| self.before.iter().any(|runner| runner.id == id);
@@ -140,20 +187,24 @@ impl OrderCheck {
                 continue;
             }
             let it = self.fresh.remove(&id).ok_or_else(|| format!("{id:?} was admitted twice"))?;
-            let equals =
-                self.fresh.iter().filter(|(_, f)| (f.tenant, f.priority) == (it.tenant, it.priority));
+            // Among themselves, those that yield go by deadline alone.
+            let yields = |id: &RequestId| self.waited.get(id).is_some_and(|(_, yields)| *yields);
+            let is_yielding = yields(&id);
+            let others = || self.fresh.iter().filter(|(other, _)| yields(other) == is_yielding);
+            let equals = others().filter(|(_, f)| (f.tenant, f.priority) == (it.tenant, it.priority));
             if let Some((other, _)) = equals.into_iter().find(|(other, f)| (f.due, **other) < (it.due, id)) {
                 return Err(format!("{id:?}, due at {:?}, was admitted before {other:?}", it.due));
             }
-            self.num_since = self.num_since.map(|count| count + 1);
-            if self.fresh.values().any(|f| f.priority < it.priority) {
+            self.num_since = self.num_since.map(|count| count + usize::from(!is_yielding));
+            if !is_yielding && others().any(|(_, f)| f.priority < it.priority) {
                 self.num_priorities_passed_over += 1;
                 if self.num_since.replace(0).is_some_and(|count| count < FAIR_TURN) {
                     return Err(format!("{id:?} is one of two in {FAIR_TURN} before a better priority"));
                 }
             }
             self.num_overtakings += usize::from(self.fresh.keys().next().is_some_and(|&oldest| oldest < id));
-            if let Some(waits) = engine.waiting().iter().find(|sequence| sequence.admission.is_some()) {
+            let must_be_first = |s: &&&Sequence| s.admission.is_some() && !yields(&s.id);
+            if let Some(waits) = engine.waiting().iter().find(must_be_first) {
                 return Err(format!("{id:?} was admitted before the preempted {:?}", waits.id));
             }
         }

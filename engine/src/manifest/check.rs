@@ -15,8 +15,13 @@ const MAX_HASHED_BYTES: u64 = 64 << 20;
 /// Bytes that are read at a time.
 const READ_BYTES: usize = 1 << 20;
 
-/// Larger than any size of a network, small enough that a product of a few of them does not overflow.
-const MAX_SIZE: usize = 1 << 24;
+// Far beyond any network of the family, small enough that a damaged number is refused by name before memory is
+// taken for it.
+const MAX_LAYERS: usize = 1 << 10;
+const MAX_WIDTH: usize = 1 << 20;
+const MAX_HEADS: usize = 1 << 12;
+/// Of vocabularies and sequences.
+const MAX_TOKENS: usize = 1 << 24;
 
 impl Manifest {
     /// Reads and checks `dir/manifest.json`, and the sizes of the files that it lists.
@@ -64,17 +69,19 @@ impl Manifest {
     fn check(&self) -> Result<(), String> {
         let g = &self.geometry;
         let positive = [
-            ("num_layers", g.num_layers),
-            ("hidden_size", g.hidden_size),
-            ("num_attention_heads", g.num_attention_heads),
-            ("num_kv_heads", g.num_kv_heads),
-            ("head_dim", g.head_dim),
-            ("vocab_size", g.vocab_size),
-            ("padded_vocab_size", g.padded_vocab_size),
-            ("max_model_len", g.max_model_len),
+            ("num_layers", g.num_layers, MAX_LAYERS),
+            ("hidden_size", g.hidden_size, MAX_WIDTH),
+            ("num_attention_heads", g.num_attention_heads, MAX_HEADS),
+            ("num_kv_heads", g.num_kv_heads, MAX_HEADS),
+            ("head_dim", g.head_dim, MAX_WIDTH),
+            ("vocab_size", g.vocab_size, MAX_TOKENS),
+            ("padded_vocab_size", g.padded_vocab_size, MAX_TOKENS),
+            ("max_model_len", g.max_model_len, MAX_TOKENS),
         ];
-        if let Some((name, value)) = positive.iter().find(|(_, value)| !(1..=MAX_SIZE).contains(value)) {
-            return Err(format!("geometry.{name} is {value}, not between 1 and {MAX_SIZE}"));
+        if let Some((name, value, most)) =
+            positive.iter().find(|(_, value, most)| !(1..=*most).contains(value))
+        {
+            return Err(format!("geometry.{name} is {value}, not between 1 and {most}"));
         }
         if !g.num_attention_heads.is_multiple_of(g.num_kv_heads) {
             return Err(format!(
@@ -91,6 +98,9 @@ impl Manifest {
         let block_size = self.graph.block_size;
         if !(16..=256).contains(&block_size) || !block_size.is_power_of_two() {
             return Err(format!("graph.block_size {block_size} is not a power of two from 16 to 256"));
+        }
+        if g.checked_kv_bits(self.graph.kv_cache_dtype, block_size).is_none() {
+            return Err("geometry: keys and values of one block are more than memory can have".into());
         }
         let mut listing = Sha256::new();
         for (name, entry) in &self.files {
@@ -118,9 +128,16 @@ impl Manifest {
             return Err("model.name is empty".into());
         }
         let names = &self.graph.names;
-        let mut distinct: Vec<&str> = names.small_inputs().into();
-        distinct.extend([&*names.key_cache, &names.value_cache, &names.logits]);
-        distinct.extend(names.topk().into_iter().flatten());
+        for pattern in [&names.key_cache, &names.value_cache] {
+            if !pattern.contains("{layer}") {
+                return Err(format!("graph.names: {pattern} has no {{layer}}"));
+            }
+        }
+        let mut distinct: Vec<String> = names.small_inputs().map(str::to_owned).into();
+        distinct.push(names.logits.clone());
+        distinct.extend(names.topk().into_iter().flatten().map(str::to_owned));
+        // As the graph has them: two patterns may differ and still meet in some layers.
+        distinct.extend((0..g.num_layers).flat_map(|layer| names.caches(layer)));
         distinct.sort_unstable();
         if let Some(twice) = distinct.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(format!("graph.names: {} stands for two tensors", twice[0]));
@@ -133,15 +150,12 @@ impl Manifest {
             ..Default::default()
         };
         defaults.validate(g.vocab_size).map_err(|error| format!("generation.{error}"))?;
+        let stops = SamplingParams { stop_token_ids: self.stop_token_ids.clone(), ..Default::default() };
+        stops.validate(g.vocab_size).map_err(|error| error.to_string())?;
         if (self.graph.output == OutputKind::Topk) != names.topk().is_some() {
             return Err("graph.names: topk_ids, topk_values and logsumexp belong to output topk".into());
         }
         self.check_dtypes()?;
-        for pattern in [&self.graph.names.key_cache, &self.graph.names.value_cache] {
-            if !pattern.contains("{layer}") {
-                return Err(format!("graph.names: {pattern} has no {{layer}}"));
-            }
-        }
         Ok(())
     }
 
@@ -308,6 +322,18 @@ mod tests {
     }
 
     #[test]
+    fn caches_that_are_one_tensor_in_some_layer_are_refused() {
+        let mut text: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
+        text["geometry"]["num_layers"] = 12.into();
+        text["graph"]["names"]["key_cache"] = "cache.{layer}".into();
+        text["graph"]["names"]["value_cache"] = "cache.1{layer}".into();
+        let error = parse(&text.to_string()).unwrap_err().to_string();
+        assert!(error.contains("cache.10 stands for two tensors"), "{error}");
+        text["geometry"]["num_layers"] = 10.into();
+        assert!(parse(&text.to_string()).is_ok());
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let golden: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();
         let cases = [
@@ -316,7 +342,12 @@ mod tests {
             ("/geometry/rotary_dim", serde_json::json!(3), "geometry.rotary_dim"),
             ("/geometry/num_kv_heads", serde_json::json!(1000), "num_attention_heads"),
             ("/geometry/hidden_size", serde_json::json!(1u64 << 40), "geometry.hidden_size"),
+            ("/geometry/num_layers", serde_json::json!(1 << 24), "geometry.num_layers"),
+            ("/geometry/head_dim", serde_json::json!(1 << 24), "geometry.head_dim"),
+            ("/geometry/max_model_len", serde_json::json!(u64::MAX), "geometry.max_model_len"),
             ("/graph/block_size", serde_json::json!(48), "graph.block_size"),
+            ("/graph/names/value_cache", golden["graph"]["names"]["key_cache"].clone(), "stands for two"),
+            ("/stop_token_ids", serde_json::json!(vec![1; 1025]), "stop_token_ids"),
             ("/graph/output", serde_json::json!("topk"), "belong to output topk"),
             ("/graph/output", serde_json::json!("ids"), "unknown variant `ids`"),
             ("/graph/provider", serde_json::json!("cuda"), "graph.activation_dtype Float32"),

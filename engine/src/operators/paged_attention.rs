@@ -223,6 +223,9 @@ impl<E: Element> PagedAttentionKernel<E> {
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
         let in_tiles = !self.bit_exact && self.simd.wants_tiles::<E>(&geometry);
         let (key_cache, value_cache) = (elements::<E>(key_cache)?, elements(value_cache)?);
+        if key_cache == value_cache {
+            return Err(error("key_cache and value_cache are one tensor, and there must be two".into()));
+        }
         // SAFETY: the contract of the operator is that both caches are updated in place, each slot by one token
         // at most. So the caller gives two tensors of this shape, which nobody else uses during the run. The
         // instruction set, and with it the order, is one for all calls.

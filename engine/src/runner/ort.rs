@@ -82,12 +82,19 @@ fn runtime(error: impl std::fmt::Display) -> LoadError {
 
 /// ONNX Runtime's state of this process. It stays: the crate keeps sessions of its own that copy
 /// tensors between devices, and allows no second one.
-static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
+static ENVIRONMENT: OnceLock<(PathBuf, Environment)> = OnceLock::new();
 
-/// Loads the library, the first time.
+/// Loads the library, the first time; there can't be another one later.
 fn environment(library: &Path) -> Result<&'static Environment, LoadError> {
-    if let Some(environment) = ENVIRONMENT.get() {
-        return Ok(environment);
+    if let Some((loaded, environment)) = ENVIRONMENT.get() {
+        return match is_same_file(loaded, library) {
+            true => Ok(environment),
+            false => Err(LoadError::Config(format!(
+                "this process has loaded ONNX Runtime from {} already, and can't load {} as well",
+                loaded.display(),
+                library.display()
+            ))),
+        };
     }
     let environment = ort::init_from(library).map_err(|error| {
         LoadError::Config(format!(
@@ -99,7 +106,12 @@ fn environment(library: &Path) -> Result<&'static Environment, LoadError> {
     // On by default in the library: it would send usage, model name and machine to its makers.
     let environment = environment.with_name("glmserve").with_telemetry(false);
     let environment = environment.build().map_err(runtime)?;
-    Ok(ENVIRONMENT.get_or_init(|| environment))
+    Ok(&ENVIRONMENT.get_or_init(|| (library.to_owned(), environment)).1)
+}
+
+/// Whether two paths name one library; those that the loader looks up are compared as they are.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 impl OrtRunner {
@@ -241,15 +253,26 @@ fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Resu
     };
     found.filter(fits).ok_or_else(|| wrong(&names.logits))?;
     let types = [TensorElementType::Int32, TensorElementType::Float32, TensorElementType::Float32];
-    let mut topk = None;
+    let mut widths = Vec::new();
     for (name, wanted) in names.topk().into_iter().flatten().zip(types) {
         let found = dtype_of(session.outputs(), name);
         let (_, shape) =
             found.filter(|(ty, shape)| *ty == wanted && shape.len() == 2).ok_or_else(|| wrong(name))?;
-        // Logsumexp comes last and has one column.
-        topk = topk.or(Some(usize::try_from(shape[1]).map_err(|_| wrong(name))?));
+        widths.push(usize::try_from(shape[1]).map_err(|_| wrong(name))?);
     }
-    Ok(Widths { logits: geometry.padded_vocab_size, topk })
+    Ok(Widths { logits: geometry.padded_vocab_size, topk: check_topk(&widths, geometry.vocab_size)? })
+}
+
+/// The number of candidates, from the columns of ids, values and logsumexp; none of a graph without them.
+fn check_topk(widths: &[usize], vocab_size: usize) -> Result<Option<usize>, LoadError> {
+    match *widths {
+        [] => Ok(None),
+        [ids, values, 1] if ids == values && (1..=vocab_size).contains(&ids) => Ok(Some(ids)),
+        _ => Err(LoadError::Config(format!(
+            "the graph returns {widths:?} columns of topk_ids, topk_values and logsumexp: the first two must be \
+             equal and from 1 to the model's vocab_size {vocab_size}, the last 1"
+        ))),
+    }
 }
 
 /// As many blocks as the budget holds.
@@ -288,5 +311,36 @@ impl ModelRunner for OrtRunner {
         self.bind(plan)?;
         self.compute()?;
         self.output()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_are_bound_by_the_vocabulary() {
+        assert_eq!(check_topk(&[], 100).unwrap(), None);
+        assert_eq!(check_topk(&[64, 64, 1], 100).unwrap(), Some(64));
+        assert_eq!(check_topk(&[100, 100, 1], 100).unwrap(), Some(100));
+        for widths in [&[101, 101, 1][..], &[0, 0, 1], &[64, 63, 1], &[64, 64, 2], &[64]] {
+            let error = check_topk(widths, 100).unwrap_err().to_string();
+            assert!(error.contains("topk_ids") && error.contains("vocab_size 100"), "{error}");
+        }
+    }
+
+    #[test]
+    fn one_library_has_many_paths() {
+        let folder = std::env::temp_dir().join(format!("glm-engine-library-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let [a, b, link] = ["a.so", "b.so", "link.so"].map(|name| folder.join(name));
+        std::fs::write(&a, "").unwrap();
+        std::fs::write(&b, "").unwrap();
+        std::os::unix::fs::symlink("a.so", &link).unwrap();
+        let found = [(&a, &a), (&a, &link), (&a, &b)].map(|(a, b)| is_same_file(a, b));
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(found, [true, true, false]);
+        assert!(is_same_file(Path::new("libonnxruntime.so"), Path::new("libonnxruntime.so")));
+        assert!(!is_same_file(Path::new("libonnxruntime.so"), Path::new("libother.so")));
     }
 }

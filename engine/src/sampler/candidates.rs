@@ -13,7 +13,8 @@ impl Sampler {
     /// The next token of `sequence`, or `None` if the whole row is needed.
     ///
     /// # Errors
-    /// [`SequenceError::NonFiniteLogits`] if the row is unusable.
+    /// [`SequenceError::NonFiniteLogits`] if the row is unusable, [`SequenceError::Run`] if it names tokens that
+    /// the model does not have.
     pub fn sample_candidates(
         &mut self,
         row: CandidateRow<'_>,
@@ -27,6 +28,15 @@ impl Sampler {
         // A sum over the row: it is no number if any of them is not.
         if !row.logsumexp.is_finite() || row.values.iter().any(|value| !value.is_finite()) {
             return Some(Err(SequenceError::NonFiniteLogits { position }));
+        }
+        let is_token = |&id: &i32| usize::try_from(id).is_ok_and(|id| id < self.vocab_size);
+        if let Some(id) = row.ids.iter().find(|id| !is_token(id)) {
+            let message = format!("the graph names candidate {id} of {} tokens", self.vocab_size);
+            return Some(Err(SequenceError::Run(message)));
+        }
+        // All that follows counts on the order.
+        if !row.values.is_sorted_by(|a, b| a >= b) || row.values.len() > self.vocab_size {
+            return None;
         }
         let (&best, &least) = (row.values.first()?, row.values.last()?);
         // Equal values go by id, and one that is not here may have a lower id than one that is.
@@ -184,5 +194,20 @@ mod tests {
             let expected = Err(SequenceError::NonFiniteLogits { position: 0 });
             assert_eq!(sampler.sample_candidates(given, &sequence), Some(expected));
         }
+    }
+
+    #[test]
+    fn candidates_that_no_graph_should_name_end_their_sequence_or_need_the_row() {
+        let mut sampler = Sampler::new(3);
+        let sampling = SamplingParams { top_p: 0.5, ..Default::default() };
+        for id in [-1, 3, i32::MIN, i32::MAX] {
+            let given = CandidateRow { ids: &[0, id], values: &[1.0, 0.0], logsumexp: 1.5 };
+            let found = sampler.sample_candidates(given, &sequence(sampling.clone()));
+            assert!(matches!(found, Some(Err(SequenceError::Run(_)))), "{found:?}");
+        }
+        let unordered = CandidateRow { ids: &[0, 1, 2], values: &[0.0, 500.0, 1.0], logsumexp: 500.0 };
+        assert_eq!(sampler.sample_candidates(unordered, &sequence(sampling.clone())), None);
+        let too_many = CandidateRow { ids: &[0, 1, 2, 0], values: &[1.0; 4], logsumexp: 2.0 };
+        assert_eq!(sampler.sample_candidates(too_many, &sequence(sampling)), None);
     }
 }

@@ -279,12 +279,13 @@ fn check_request(request: &Request, limits: &EngineLimits) -> Result<(), SubmitE
     if prompt.is_empty() {
         return Err(invalid("has no tokens".into()));
     }
-    if let Some(id) = prompt.iter().find(|&&id| id as usize >= limits.vocab_size) {
-        return Err(invalid(format!("token id {id} is not below {}", limits.vocab_size)));
-    }
+    // Before the tokens are looked at: the limit bounds that, too.
     let num_tokens = prompt.len().saturating_add(request.sampling.max_tokens);
     if num_tokens > limits.max_model_len {
         return Err(SubmitError::TooLong { num_tokens, limit: limits.max_model_len });
+    }
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= limits.vocab_size) {
+        return Err(invalid(format!("token id {id} is not below {}", limits.vocab_size)));
     }
     Ok(())
 }

@@ -136,8 +136,10 @@ impl<R: ModelRunner> Worker<R> {
             let forecast = forecast.filter(|forecast| has_lengths || !forecast.needs_end);
             let first_token_at = forecast.map(|forecast| now.saturating_add(forecast.first_token));
             client.state.publish(Stage::Waiting { position }, first_token_at);
+            // One that yields to those that are read is ahead of none of them.
             if let Some(entry) = client.place.entry()
                 && sequence.admission.is_some()
+                && !sequence.is_yielding
             {
                 self.shared.table.set_preempted(entry, &waiting);
             }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use glm_engine::manifest::Provider;
 use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 
 use super::up_to;
@@ -18,9 +19,10 @@ pub struct SchedulingArgs {
     #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = up_to::<{ 1 << 20 }>)]
     pub max_num_batched_tokens: usize,
     /// Most tokens guessed from a sequence's own text and checked in one step, where that pays; 0 turns it
-    /// off. It changes no reply
-    #[arg(long, env = "GLMSERVE_SPECULATIVE_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_draft_tokens as u32, value_parser = clap::value_parser!(u32).range(0..=64))]
-    pub speculative_tokens: u32,
+    /// off. It changes no reply of the CPU provider with the engine's own kernels. Steps that check guesses are
+    /// not among the captured CUDA graphs [default: 8 for a graph of the CPU provider, 0 for one of CUDA's]
+    #[arg(long, env = "GLMSERVE_SPECULATIVE_TOKENS", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub speculative_tokens: Option<u32>,
     /// Most requests that wait; one more is answered with 429
     #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting as u32, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub max_num_waiting: u32,
@@ -80,7 +82,7 @@ impl SchedulingArgs {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_num_waiting: self.max_num_waiting as usize,
-            max_num_draft_tokens: self.speculative_tokens as usize,
+            max_num_draft_tokens: self.max_num_draft_tokens(manifest.graph.provider),
             max_model_len,
             tenant_weights,
             max_num_requests_per_tenant: self.max_num_requests_per_key.unwrap_or(most_of_one),
@@ -95,6 +97,16 @@ impl SchedulingArgs {
             },
             ..EngineConfig::default()
         })
+    }
+
+    /// As asked for; else none on CUDA, where a step that checks guesses leaves the captured graphs, and where a
+    /// row's bits depend on the rows beside it.
+    fn max_num_draft_tokens(&self, provider: Provider) -> usize {
+        match (self.speculative_tokens, provider) {
+            (Some(most), _) => most as usize,
+            (None, Provider::Cpu) => EngineConfig::default().max_num_draft_tokens,
+            (None, Provider::Cuda) => 0,
+        }
     }
 }
 
@@ -143,6 +155,17 @@ mod tests {
         };
         assert_eq!((most("0"), most("64")), (Ok(0), Ok(64)));
         assert!(most("65").unwrap_err().contains("--speculative-tokens"));
+    }
+
+    #[test]
+    fn guesses_are_made_by_default_on_the_cpu_only() {
+        let most = |arguments: &[&str], provider| {
+            let program = Program::try_parse_from(["program"].iter().chain(arguments)).unwrap();
+            program.args.max_num_draft_tokens(provider)
+        };
+        let default = EngineConfig::default().max_num_draft_tokens;
+        assert_eq!((most(&[], Provider::Cpu), most(&[], Provider::Cuda)), (default, 0));
+        assert_eq!(most(&["--speculative-tokens", "3"], Provider::Cuda), 3);
     }
 
     #[test]

@@ -31,6 +31,9 @@ impl From<StreamError> for ApiError {
             StreamError::Sequence(SequenceError::NonFiniteLogits { .. }) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "non_finite_logits")
             }
+            StreamError::Sequence(SequenceError::CannotSample(_)) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "cannot_sample")
+            }
             StreamError::Sequence(SequenceError::ShuttingDown) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "shutting_down")
             }

@@ -108,6 +108,7 @@ struct Totals {
     num_probes: usize,
     num_detached_preempted: usize,
     num_overtakings: usize,
+    num_yielded: usize,
     num_cut_steps: usize,
     num_cached_tokens: usize,
     num_cached_again: usize,
@@ -148,7 +149,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
     let mut outcomes = BTreeMap::new();
     let mut requests = BTreeMap::new();
     let mut aborted = BTreeSet::new();
-    let mut order = OrderCheck::new(config.honours_priority);
+    let mut order = OrderCheck::new(config.honours_priority, config.default_deadline);
     let mut cache = CacheCheck::new(config.prefix_caching, block_size);
     let mut probe = None;
     let (mut now, mut next_id, mut num_steps) = (Duration::ZERO, 0, 0);
@@ -186,14 +187,14 @@ fn simulate(seed: u64, totals: &mut Totals) {
         }
         let budget = if rng.one_in(3) { usize::MAX } else { rng.range(0..=50) };
         engine.set_draft_price([0.0, 0.1, 0.5][rng.range(0..=2)]);
-        order.before(&engine);
+        order.before(&engine, now);
         engine.plan_step(now, budget);
         // While a step runs, guesses are in the blocks, and the engine is asked for its load.
         engine.check().unwrap_or_else(|broken| panic!("seed {seed}, plan {num_steps}: {broken}"));
         assert!(engine.num_free_slots() <= config.max_num_seqs, "seed {seed}: free places");
         let report = engine.run_step();
         let cached = engine.events().iter().try_for_each(|(id, event)| cache.event(*id, event));
-        let checks = order.after(&engine).and(cached).and(engine.check());
+        let checks = order.after(&engine, now).and(cached).and(engine.check());
         checks.unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
         let plan = engine.plan();
         // A probe is one more than the step was made for: its sequence, and a token of its prompt.
@@ -250,6 +251,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
     totals.num_requests += num_requests;
     totals.num_detached_preempted += order.num_detached_preempted;
     totals.num_overtakings += order.num_overtakings;
+    totals.num_yielded += order.num_yielded;
     totals.num_priorities_passed_over += order.num_priorities_passed_over;
     totals.num_cached_tokens += cache.num_cached_tokens;
 }
@@ -286,7 +288,7 @@ fn invariants_hold_and_batching_changes_nothing() {
     let Totals { num_probes, num_detached_preempted, num_overtakings, num_cut_steps, .. } = totals;
     let Totals { num_cached_tokens, num_cached_again, num_priorities_passed_over, .. } = totals;
     let met = [num_preemptions, num_aborts, num_failures, num_mixed_steps, num_probes];
-    let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps];
+    let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps, totals.num_yielded];
     let met_in_cache = [num_cached_tokens, num_cached_again, num_priorities_passed_over];
     let met_in_drafts = [totals.num_accepted_drafts, totals.num_drafts - totals.num_accepted_drafts];
     let met = met.iter().chain(&met_in_order).chain(&met_in_cache).chain(&met_in_drafts);

@@ -79,6 +79,7 @@ fn attached_requests_do_not_starve_detached_ones() {
     engine.add(detached, request(56, 8), Duration::ZERO);
     engine.set_detached(detached, true);
     let (mut next_id, mut num_preemptions) = (1, 0);
+    let (mut last_gain, mut longest_gap) = (0, 0);
     let num_steps = (0..2_000).find(|&step| {
         let now = Duration::from_millis(step);
         while engine.num_waiting() < 4 {
@@ -88,11 +89,48 @@ fn attached_requests_do_not_starve_detached_ones() {
         // One block of a prompt a step: 14 steps and more for the detached one.
         num_preemptions += engine.step(now, 0).num_preemptions;
         engine.check().unwrap();
+        let is_gain = |(id, event): &(RequestId, TokenEvent)| {
+            *id == detached && matches!(event, TokenEvent::Token { .. })
+        };
+        if engine.events().iter().any(is_gain) {
+            longest_gap = longest_gap.max(step - last_gain);
+            last_gain = step;
+        }
         let end = TokenEvent::Finished { reason: FinishReason::Length, num_generated_tokens: 8 };
         engine.events().contains(&(detached, end))
     });
     assert!(num_preemptions > 0, "the pool is not small enough");
+    // The default deadline, what runs until it ends (60 tokens behind a prompt), and 16 blocks computed again.
+    assert!(longest_gap <= 50 + 61 + 16 + 2, "{longest_gap} steps without a token");
     assert!(num_steps.is_some(), "not ended after {next_id} requests and {num_preemptions} preemptions");
+}
+
+/// A detached request that was preempted lacks blocks for hundreds of steps. A small attached one that comes
+/// meanwhile is let in at once.
+#[test]
+fn nobodys_request_keeps_nobody_waiting() {
+    let config =
+        EngineConfig { max_num_seqs: 3, max_model_len: 400, watermark_permille: 0, ..Default::default() };
+    let mut engine = Engine::new(FakeRunner::hashing(VOCAB_SIZE, 100, 4), config, VOCAB_SIZE);
+    let [detached, attached, small] = [0, 1, 2].map(RequestId);
+    let prompt = |first: u32, len: u32| (first..first + len).map(|id| id % 90).collect::<Vec<u32>>();
+    engine.add(detached, Request { prompt_token_ids: prompt(0, 200), ..request(200, 150) }, Duration::ZERO);
+    engine.set_detached(detached, true);
+    engine.add(attached, Request { prompt_token_ids: prompt(7, 100), ..request(100, 299) }, Duration::ZERO);
+    let is_waiting = |engine: &Engine<FakeRunner>, id| engine.waiting().iter().any(|s| s.id == id);
+    let mut step = 0;
+    let mut next = |engine: &mut Engine<FakeRunner>| {
+        step += 1;
+        engine.step(Duration::from_millis(step), usize::MAX);
+        engine.check().unwrap();
+    };
+    next(&mut engine);
+    while !is_waiting(&engine, detached) {
+        next(&mut engine);
+    }
+    engine.add(small, request(12, 12), Duration::from_millis(1));
+    next(&mut engine);
+    assert!(is_waiting(&engine, detached) && !is_waiting(&engine, small));
 }
 
 /// The first step, of `num_steps`, in which `wanted` is admitted while `add` goes on adding requests.
