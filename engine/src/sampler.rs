@@ -8,6 +8,7 @@ mod candidates;
 mod passes;
 
 use crate::error::SequenceError;
+use crate::sampling_params::SamplingParams;
 use crate::sequence::Sequence;
 use passes::{CHUNK, Chunk, best, weigh};
 
@@ -76,11 +77,13 @@ impl Sampler {
         }
         weigh(logits, found.value, scale(params.temperature), &mut self.weights, &mut self.chunks);
         let uniform = uniform(params.seed, position as u64, Purpose::NextToken);
-        Ok(self.draw(params.top_k as usize, params.top_p, uniform))
+        Ok(self.draw(params, uniform))
     }
 
-    /// Draws from `self.weights`: top-k, then the nucleus of what is left.
-    fn draw(&mut self, top_k: usize, top_p: f32, uniform: f64) -> u32 {
+    /// Draws from `self.weights`, of which the best is 1: min-p, then top-k, then the nucleus of what is left.
+    fn draw(&mut self, params: &SamplingParams, uniform: f64) -> u32 {
+        let SamplingParams { top_p, min_p, .. } = *params;
+        let top_k = params.top_k as usize;
         let mut total: f64 = self.chunks.iter().map(|chunk| chunk.sum).sum();
         let num_weights = self.weights.len();
         self.candidates.clear();
@@ -94,9 +97,15 @@ impl Sampler {
                 len if len > top_k => *self.maxima.select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a)).1,
                 _ => 0.0,
             };
-            self.gather(bound);
-            self.candidates.select_nth_unstable_by(top_k - 1, order);
-            self.candidates.truncate(top_k);
+            self.gather(bound.max(min_p));
+            if self.candidates.len() > top_k {
+                self.candidates.select_nth_unstable_by(top_k - 1, order);
+                self.candidates.truncate(top_k);
+            }
+            self.candidates.sort_unstable_by(order);
+            total = self.candidates.iter().map(|&(weight, _)| f64::from(weight)).sum();
+        } else if min_p > 0.0 {
+            self.gather(min_p);
             self.candidates.sort_unstable_by(order);
             total = self.candidates.iter().map(|&(weight, _)| f64::from(weight)).sum();
         } else if top_p < 1.0 {
@@ -218,7 +227,6 @@ mod tests {
     use super::*;
     use crate::counting_allocator::num_allocations;
     use crate::request::{Request, RequestId};
-    use crate::sampling_params::SamplingParams;
     use std::time::Duration;
 
     fn sequence(prompt: &[u32], output: &[u32], sampling: SamplingParams) -> Sequence {
@@ -251,7 +259,8 @@ mod tests {
             logit_bias: vec![(3, 1.0)],
             ..Default::default()
         };
-        for sampling in [greedy(), SamplingParams::default(), wild] {
+        let with_min_p = SamplingParams { min_p: 0.01, ..Default::default() };
+        for sampling in [greedy(), SamplingParams::default(), wild, with_min_p] {
             let sequence = sequence(&[1, 2], &[3, 4, 3], sampling);
             sampler.sample(&row, &sequence).unwrap();
             let count = num_allocations(|| sampler.sample(&row, &sequence));
@@ -321,8 +330,19 @@ mod tests {
     fn draws_follow_the_distribution() {
         let row: Vec<f32> = (0..500).map(|i| ((i * 37 % 50) as f32) / 10.0 - (i / 50) as f32).collect();
         let mut sampler = Sampler::new(500);
-        for (temperature, top_k, top_p) in [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.0, 0, 0.6), (1.3, 20, 0.8)] {
-            let expected = reference(&row, temperature, top_k, top_p);
+        for (temperature, top_k, top_p, min_p) in [
+            (1.0, 0, 1.0, 0.0),
+            (0.7, 5, 1.0, 0.0),
+            (1.0, 0, 0.6, 0.0),
+            (1.3, 20, 0.8, 0.0),
+            (1.0, 0, 1.0, 0.3),
+            (1.3, 0, 0.8, 0.2),
+            (1.0, 4, 1.0, 0.5),
+            (1.5, 100, 0.9, 0.5),
+            (1.0, 0, 1.0, 1.0),
+            (1.0, 0, 0.0, 0.0),
+        ] {
+            let expected = reference(&row, temperature, top_k, top_p, min_p);
             let num_draws = 40_000;
             let mut counts = vec![0usize; 500];
             for seed in 0..num_draws {
@@ -330,6 +350,7 @@ mod tests {
                     temperature: temperature as f32,
                     top_k: top_k as u32,
                     top_p: top_p as f32,
+                    min_p: min_p as f32,
                     seed,
                     ..Default::default()
                 };
@@ -343,23 +364,25 @@ mod tests {
                 let tolerance = 5.0 * (p * (1.0 - p) / num_draws as f64).sqrt() + rare;
                 assert!(
                     (found - p).abs() <= tolerance,
-                    "t {temperature} k {top_k} p {top_p}: id {id} {found} against {p}"
+                    "t {temperature} k {top_k} p {top_p} min {min_p}: id {id} {found} against {p}"
                 );
             }
         }
     }
 
-    fn reference(row: &[f32], temperature: f64, top_k: usize, top_p: f64) -> Vec<f64> {
+    fn reference(row: &[f32], temperature: f64, top_k: usize, top_p: f64, min_p: f64) -> Vec<f64> {
         let mut weights: Vec<(f64, usize)> =
             row.iter().enumerate().map(|(id, &x)| ((f64::from(x) / temperature).exp(), id)).collect();
         weights.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        let best = weights[0].0;
+        weights.retain(|w| w.0 >= min_p * best);
         if top_k > 0 {
             weights.truncate(top_k);
         }
         let total: f64 = weights.iter().map(|w| w.0).sum();
         let mut sum = 0.0;
         weights.retain(|w| {
-            let is_inside = sum < top_p * total;
+            let is_inside = sum < top_p * total || sum == 0.0;
             sum += w.0;
             is_inside
         });

@@ -14,8 +14,11 @@ pub struct SamplingParams {
     pub temperature: f32,
     /// 0 keeps all candidates.
     pub top_k: u32,
-    /// Mass of the nucleus, in (0, 1].
+    /// Mass of the nucleus, from 0 to 1; 0 keeps the best token only.
     pub top_p: f32,
+    /// Tokens less probable than this part of the best one's probability are left out, before `top_k` and
+    /// `top_p` count; from 0, which keeps all, to 1.
+    pub min_p: f32,
     /// Divides positive and multiplies negative logits of tokens in prompt or output, from 0.01 to 10;
     /// 1 is off.
     pub repetition_penalty: f32,
@@ -43,6 +46,7 @@ impl Default for SamplingParams {
             temperature: 1.0,
             top_k: 0,
             top_p: 1.0,
+            min_p: 0.0,
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
@@ -76,9 +80,8 @@ impl SamplingParams {
         range("temperature", self.temperature, 0.0, 2.0)?;
         range("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
         range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return invalid("top_p", format!("must be above 0 and at most 1, not {}", self.top_p));
-        }
+        range("top_p", self.top_p, 0.0, 1.0)?;
+        range("min_p", self.min_p, 0.0, 1.0)?;
         // Smaller ones could make a finite logit infinite.
         range("repetition_penalty", self.repetition_penalty, 0.01, 10.0)?;
         if self.logit_bias.len() > MAX_LOGIT_BIAS {
@@ -133,7 +136,10 @@ mod tests {
         let cases = [
             (SamplingParams { temperature: f32::NAN, ..ok.clone() }, "temperature"),
             (SamplingParams { temperature: 2.1, ..ok.clone() }, "temperature"),
-            (SamplingParams { top_p: 0.0, ..ok.clone() }, "top_p"),
+            (SamplingParams { top_p: -0.1, ..ok.clone() }, "top_p"),
+            (SamplingParams { top_p: 1.1, ..ok.clone() }, "top_p"),
+            (SamplingParams { min_p: f32::NAN, ..ok.clone() }, "min_p"),
+            (SamplingParams { min_p: 1.1, ..ok.clone() }, "min_p"),
             (SamplingParams { repetition_penalty: 0.0, ..ok.clone() }, "repetition_penalty"),
             (SamplingParams { logit_bias: vec![(100, 1.0)], ..ok.clone() }, "logit_bias"),
             (SamplingParams { logit_bias: vec![(1, 101.0)], ..ok.clone() }, "logit_bias"),

@@ -52,6 +52,15 @@ pub(crate) const RETRY_UNAVAILABLE_S: u32 = 5;
 const MAX_MESSAGE_CHARS: usize = 1000;
 const MAX_PARAM_CHARS: usize = 200;
 
+/// How long a prompt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NumTokens {
+    /// It was tokenised.
+    Exactly(usize),
+    /// It was not, as so many bytes can't have fewer tokens.
+    AtLeast(usize),
+}
+
 /// An error as a client sees it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -115,20 +124,20 @@ impl ApiError {
         Self { param: Some("model".into()), ..error }
     }
 
-    /// The prompt alone fills the context; `num_tokens` says how long it is.
-    pub fn prompt_too_long(limit: usize, num_tokens: &str) -> Self {
-        let message = format!(
-            "the context holds {limit} tokens, but the messages have {num_tokens}; a reply needs at least 1"
+    /// The prompt alone fills the context. Client libraries recognise this error by OpenAI's words.
+    pub fn prompt_too_long(limit: usize, num_tokens: NumTokens) -> Self {
+        let (at_least, num_tokens) = match num_tokens {
+            NumTokens::Exactly(num_tokens) => ("", num_tokens),
+            NumTokens::AtLeast(num_tokens) => ("at least ", num_tokens),
+        };
+        let mut message = format!(
+            "This model's maximum context length is {limit} tokens. However, your messages resulted in \
+             {at_least}{num_tokens} tokens. Please reduce the length of the messages."
         );
+        if num_tokens == limit {
+            message += " A reply needs at least one token more.";
+        }
         Self::parameter(CONTEXT_LENGTH_EXCEEDED, "messages", message)
-    }
-
-    /// The prompt fits, the reply that `param` allows does not.
-    pub fn reply_too_long(limit: usize, num_prompt_tokens: usize, max_tokens: usize, param: &str) -> Self {
-        let message = format!(
-            "the context holds {limit} tokens, but the messages have {num_prompt_tokens} and {param} is {max_tokens}"
-        );
-        Self::parameter(CONTEXT_LENGTH_EXCEEDED, param, message)
     }
 
     /// No such path.

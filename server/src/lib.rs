@@ -7,6 +7,7 @@ pub mod client;
 pub mod config;
 mod engine_watch;
 pub mod error;
+mod fields;
 #[cfg(test)]
 #[path = "../tests/support/model_dir.rs"]
 mod fixtures;
@@ -19,6 +20,8 @@ pub mod metrics;
 mod middleware;
 pub mod npy;
 pub mod origin;
+#[cfg(test)]
+mod peak_memory;
 mod random;
 mod routes;
 pub mod shutdown;
@@ -36,6 +39,7 @@ use tokio::sync::mpsc;
 pub use crate::engine_watch::{ENGINE_FAILED_EXIT_CODE, EngineFailure};
 use crate::lifecycle::{Lifecycle, Loaded};
 use crate::middleware::{cors, paths, request_id};
+pub use crate::routes::request_fingerprint;
 use crate::stream::connection;
 use crate::text::TextError;
 

@@ -20,6 +20,7 @@ use actix_web::http::{Method, header};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{HttpRequest, HttpResponse, Resource, Route, web};
 
+pub use self::chat_completions::request_fingerprint;
 use crate::auth;
 use crate::error::ApiError;
 use crate::lifecycle::Lifecycle;

@@ -66,7 +66,12 @@ fn the_handshake_names_the_server_and_refuses_another_model() {
         assert_eq!(capabilities["model_digest"], digest);
         assert_eq!(capabilities["models"], json!(["test-model", "alias/of"]));
         assert_eq!(capabilities["resume"]["max_key_bytes"], 255);
-        assert!(capabilities["chat_completions"]["fields"].as_array().unwrap().contains(&json!("stop")));
+        let chat = &capabilities["chat_completions"];
+        assert!(chat["fields"].as_array().unwrap().contains(&json!("stop")));
+        assert!(chat["fields"].as_array().unwrap().contains(&json!("stream_options.include_usage")));
+        assert!(chat["fields_without_effect"].as_array().unwrap().contains(&json!("messages[].name")));
+        assert_eq!(chat["fields_refused"]["n"], "only n = 1 is supported");
+        assert_eq!(chat["max_stops"], 64);
         let same = server.chat(&[("glm-model-digest", &digest)], &request("say hi")).await;
         assert_eq!(
             (same.status().as_u16(), same.headers()["glm-model-digest"].to_str().unwrap()),

@@ -51,7 +51,20 @@ impl Sampler {
         self.candidates.extend(row.values.iter().zip(row.ids).map(|(&value, &id)| (weigh(value), id as u32)));
         self.candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         let weight_of = |candidates: &[(f32, u32)]| candidates.iter().map(|c| f64::from(c.0)).sum::<f64>();
+        // Where the least candidate is out by min-p, everything that is no candidate is out, too. The
+        // exponential rounds, so a weight just below the bound is no proof.
+        let least_weight = self.candidates.last()?.0;
+        let has_all_likely = least_weight < params.min_p * (1.0 - 1e-5);
+        let num_likely = self.candidates.iter().take_while(|candidate| candidate.0 >= params.min_p).count();
+        self.candidates.truncate(num_likely);
         let (low, high) = match params.top_k as usize {
+            top_k if has_all_likely => {
+                if top_k > 0 {
+                    self.candidates.truncate(top_k);
+                }
+                let total = weight_of(&self.candidates);
+                (total, total)
+            }
             top_k if (1..self.vocab_size).contains(&top_k) => {
                 if !is_certain(*row.values.get(top_k - 1)?) {
                     return None;
@@ -60,8 +73,8 @@ impl Sampler {
                 let total = weight_of(&self.candidates);
                 (total, total)
             }
-            // All tokens are candidates, and each has its part in the draw.
-            _ if params.top_p >= 1.0 => return None,
+            // All tokens are candidates, or all that min-p leaves, and each has its part in the draw.
+            _ if params.top_p >= 1.0 || params.min_p > 0.0 => return None,
             _ => {
                 let here = weight_of(&self.candidates);
                 let (low, high) = self.tail_weight(&row, params.temperature);
@@ -149,10 +162,20 @@ mod tests {
         let mut sampler = Sampler::new(400);
         let (mut num_chosen, mut num_asked) = (0, 0);
         for seed in 0..2000u64 {
-            for (temperature, top_k, top_p) in
-                [(0.0, 0, 1.0), (0.8, 0, 0.8), (1.0, 0, 0.5), (1.3, 0, 0.6), (0.7, 5, 1.0), (1.0, 16, 0.9)]
-            {
-                let params = SamplingParams { temperature, top_k, top_p, seed, ..Default::default() };
+            for (temperature, top_k, top_p, min_p) in [
+                (0.0, 0, 1.0, 0.0),
+                (0.8, 0, 0.8, 0.0),
+                (1.0, 0, 0.5, 0.0),
+                (1.3, 0, 0.6, 0.0),
+                (0.7, 5, 1.0, 0.0),
+                (1.0, 16, 0.9, 0.0),
+                (1.0, 0, 1.0, 0.1),
+                (1.0, 0, 0.9, 0.05),
+                (0.7, 3, 0.9, 0.3),
+                (1.3, 16, 1.0, 0.001),
+                (1.0, 100, 0.0, 0.2),
+            ] {
+                let params = SamplingParams { temperature, top_k, top_p, min_p, seed, ..Default::default() };
                 let sequence = sequence(params);
                 let row = row(seed, [4.0, 12.0, 24.0][seed as usize % 3]);
                 let (ids, values, logsumexp) = candidates(&row);
@@ -178,6 +201,7 @@ mod tests {
             SamplingParams { logit_bias: vec![(1, 1.0)], ..greedy.clone() },
             SamplingParams { min_tokens: 2, stop_token_ids: vec![1], ..greedy.clone() },
             SamplingParams { temperature: 1.0, ..greedy.clone() },
+            SamplingParams { temperature: 1.0, min_p: 1e-9, ..greedy.clone() },
             SamplingParams { temperature: 1.0, top_k: 17, ..greedy },
         ] {
             let given = CandidateRow { ids: &ids, values: &values, logsumexp };

@@ -2,9 +2,8 @@
 //!
 //! Invariant: streamed and plain answers are two readers of the same log, so they cannot differ.
 
+mod capabilities;
 mod convert;
-mod fields;
-mod fingerprint;
 pub(super) mod render;
 mod request;
 mod types;
@@ -12,8 +11,9 @@ mod types;
 use actix_web::{HttpRequest, HttpResponse, web};
 use glm_engine::TenantId;
 
+pub(super) use self::capabilities::capabilities;
 use self::convert::Completion;
-pub(super) use self::fields::HONOURED as SUPPORTED_FIELDS;
+use self::request::ChatCompletionRequest;
 use super::answer::{Wanted, answer};
 use super::body::Body;
 use super::request_headers::RequestHeaders;
@@ -83,13 +83,22 @@ pub(super) async fn create(
     answer(reply, Wanted { form, prefer, cursor }, &request, &state).await
 }
 
+/// Reads the body of a chat completion request as [`create`] does, and returns the hash of what it asks for: the
+/// entry for fuzzers and for tests of the memory that a body takes.
+///
+/// # Errors
+/// 400: the body is no JSON, or a field is unknown, refused or has a value that it can't have.
+pub fn request_fingerprint(body: &[u8]) -> Result<[u8; 32], ApiError> {
+    ChatCompletionRequest::parse(body).map(|request| request.fingerprint())
+}
+
 /// Takes the body, whose memory is free for others from the end of this on: before anything is generated.
 fn convert(
     body: Body,
     key: Option<String>,
     state: &AppState,
 ) -> Result<(Completion, Option<RequestKey>), ApiError> {
-    let body = fields::read(&body)?;
-    let key = key.map(|key| RequestKey { key, fingerprint: fingerprint::fingerprint(body.clone()) });
-    Ok((Completion::from_json(body, state)?, key))
+    let request = ChatCompletionRequest::parse(&body)?;
+    let key = key.map(|key| RequestKey { key, fingerprint: request.fingerprint() });
+    Ok((Completion::new(request, state)?, key))
 }

@@ -10,7 +10,7 @@ use actix_web::middleware::Next;
 use actix_web::{HttpResponse, web};
 use serde_json::json;
 
-use super::chat_completions::SUPPORTED_FIELDS;
+use super::chat_completions;
 use super::request_headers::{MAX_KEY_BYTES, MAX_WAIT};
 use crate::error::ApiError;
 use crate::json;
@@ -69,7 +69,7 @@ pub(super) async fn capabilities(state: web::Data<AppState>) -> HttpResponse {
             "inter-token": seconds(Limit::InterToken),
             "total": seconds(Limit::Total),
         },
-        "chat_completions": {"fields": SUPPORTED_FIELDS},
+        "chat_completions": chat_completions::capabilities(),
         "resume": {
             "grace_s": options.resume_grace.as_secs_f64(),
             "retention_s": options.store_limits.retention.as_secs_f64(),

@@ -5,7 +5,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::cursor::{Cursor, StreamTag};
@@ -31,11 +30,12 @@ pub struct ReplyHead {
     pub fingerprint: String,
     /// Tokens of the prompt.
     pub num_prompt_tokens: usize,
+    /// Most tokens of the reply: what the request allows, cut to the room that the prompt leaves.
+    pub max_tokens: usize,
 }
 
 /// Options of a streamed answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamOptions {
     /// One more chunk with the usage.
     pub include_usage: bool,

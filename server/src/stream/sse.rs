@@ -277,6 +277,7 @@ mod tests {
             model: String::new(),
             fingerprint: String::new(),
             num_prompt_tokens: 1,
+            max_tokens: 9,
         };
         let reader = log.reader(after.map_or(0, |cursor| cursor.event));
         let key = key.map(|key| RequestKey { key: key.to_owned(), fingerprint: [0; 32] });

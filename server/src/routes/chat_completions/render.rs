@@ -80,7 +80,8 @@ impl Render for Chunks {
             Event::Finish { reason, usage, text_sha256 } => {
                 let finish_reason = Some(finish_reason(reason));
                 let choice = ChunkChoice { finish_reason, ..ChunkChoice::default() };
-                documents.push(&self.chunk(&[choice], self.usage(usage), Some(glm(usage, &text_sha256))));
+                let glm = glm(&self.head, usage, &text_sha256);
+                documents.push(&self.chunk(&[choice], self.usage(usage), Some(glm)));
                 if self.options.include_usage {
                     documents.push(&self.chunk(&[], Some(Some(usage.into())), None));
                 }
@@ -90,8 +91,8 @@ impl Render for Chunks {
     }
 }
 
-fn glm(usage: event::Usage, text_sha256: &str) -> Glm<'_> {
-    Glm { completion_tokens: usage.num_generated_tokens, text_sha256 }
+fn glm<'a>(head: &ReplyHead, usage: event::Usage, text_sha256: &'a str) -> Glm<'a> {
+    Glm { completion_tokens: usage.num_generated_tokens, max_tokens: head.max_tokens, text_sha256 }
 }
 
 /// Reads the log to its end and answers in one piece.
@@ -118,7 +119,7 @@ pub(in crate::routes) async fn plain(
                     system_fingerprint: &head.fingerprint,
                     choices: [choice],
                     usage: usage.into(),
-                    glm: glm(usage, &text_sha256),
+                    glm: glm(head, usage, &text_sha256),
                 };
                 return Ok(json::answer(HttpResponse::Ok(), &completion));
             }

@@ -32,6 +32,8 @@ impl From<event::Usage> for Usage {
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) struct Glm<'a> {
     pub(super) completion_tokens: usize,
+    /// Most tokens that the reply could have had.
+    pub(super) max_tokens: usize,
     /// Of the choice's whole text in UTF-8, in hexadecimal.
     pub(super) text_sha256: &'a str,
 }
