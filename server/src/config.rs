@@ -196,10 +196,11 @@ pub struct StreamArgs {
     /// How long an ended stream can be read again, in seconds
     #[arg(long, env = "GLMSERVE_RESUME_RETENTION", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub resume_retention: u64,
-    /// Memory of ended streams, in MiB; the oldest go first
+    /// Memory of ended streams, in MiB; the oldest of the client that holds most go first
     #[arg(long, env = "GLMSERVE_RESUME_MEMORY", value_name = "MIB", default_value_t = 64)]
     pub resume_memory: usize,
-    /// Most streams of one API key that run without a reader; the oldest goes first
+    /// Most streams of one API key, or of one address without keys, that run without a reader; the oldest goes
+    /// first. As many more may be promised by `Prefer: respond-async`
     #[arg(long, env = "GLMSERVE_MAX_DETACHED_PER_KEY", value_name = "N", default_value_t = 16)]
     pub max_detached_per_key: usize,
 }
