@@ -246,6 +246,7 @@ mod tests {
             model: String::new(),
             fingerprint: String::new(),
             num_prompt_tokens: 1,
+            max_tokens: 1,
         };
         let key = RequestKey { key: key.to_owned(), fingerprint: [0; 32] };
         let (id, client) = (StreamId::random().unwrap(), Client::Key(Owner::of(client)));
