@@ -36,6 +36,9 @@ pub(crate) fn parse<'de, T: Read<'de>>(body: &'de [u8]) -> Result<T, ApiError> {
     result.map_err(|error| reader.explain(&error))
 }
 
+/// Whether a value of a refused field asks for nothing, and what is supported.
+type Rule = (fn(&super::Shape) -> bool, &'static str);
+
 /// A step on the way to a value.
 #[derive(Debug)]
 pub(crate) enum Step {
@@ -102,8 +105,8 @@ impl Reader {
         Ok(None)
     }
 
-    /// The field that is being read, if it is refused: whether a value asks for nothing, and what is supported.
-    pub(super) fn rule(&self) -> Option<(fn(&super::Shape) -> bool, &'static str)> {
+    /// The rule of the field that is being read, if it is refused.
+    pub(super) fn rule(&self) -> Option<Rule> {
         match self.path.borrow().last() {
             Some(Step::Field(Field { class: Class::Refused { unless, supported }, .. })) => {
                 Some((*unless, supported))

@@ -100,8 +100,7 @@ impl Inner {
         let before = running.detached.len();
         running.detached.retain(|id| *id != stream.id);
         let promised = running.promised.get_mut(&stream.id);
-        let was_detached =
-            running.detached.len() < before || promised.is_some_and(|alone| std::mem::take(alone));
+        let was_detached = running.detached.len() < before || promised.is_some_and(std::mem::take);
         self.num_detached -= usize::from(was_detached);
         self.tidy(stream.client);
         was_detached
