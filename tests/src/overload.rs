@@ -224,11 +224,7 @@ fn request(num_prompt_tokens: usize, max_tokens: usize, salt: usize) -> Request 
     };
     // No two alike, so that nothing is cached.
     let token = |position: usize| ((position + (salt >> (position % 16))) % 7) as u32;
-    Request {
-        prompt_token_ids: (0..num_prompt_tokens).map(token).collect(),
-        sampling,
-        ..Request::default()
-    }
+    Request { prompt_token_ids: (0..num_prompt_tokens).map(token).collect(), sampling, ..Request::default() }
 }
 
 impl Overload {

@@ -231,7 +231,8 @@ mod tests {
 
     #[test]
     fn better_priorities_and_earlier_deadlines_are_ahead() {
-        let all = [(0, 9), (0, 3), (1, 1), (-1, 60)].map(|(priority, deadline)| waiting(0, priority, deadline));
+        let all =
+            [(0, 9), (0, 3), (1, 1), (-1, 60)].map(|(priority, deadline)| waiting(0, priority, deadline));
         let table = table(&[1], all);
         assert_eq!(num_ahead(&table, &waiting(0, 0, 5)), 2);
         assert_eq!(num_ahead(&table, &waiting(0, -1, 59)), 0);

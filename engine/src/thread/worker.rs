@@ -181,8 +181,7 @@ impl<R: ModelRunner> Worker<R> {
                 self.next_id += 1;
                 let Submission { request, num_cached_tokens, arrival, place, events, state } = *submission;
                 let is_detached = false;
-                let client =
-                    Client { events, state, place, num_cached_tokens, is_detached, num_tokens: 0 };
+                let client = Client { events, state, place, num_cached_tokens, is_detached, num_tokens: 0 };
                 self.clients.insert(id, client);
                 self.to_ask.push_back(id);
                 if place == Place::Probe {

@@ -105,7 +105,9 @@ fn replies_that_end_early_are_learnt() {
             let mut rng = Rng::new(seed);
             // First one after the other, so that their lengths are known; then all at once.
             let mut arrivals: Vec<Arrival> = (0..200)
-                .map(|index| arrival(f64::from(index) * 0.05, 20, 2_000, exponential(&mut rng, mean) as usize + 1))
+                .map(|index| {
+                    arrival(f64::from(index) * 0.05, 20, 2_000, exponential(&mut rng, mean) as usize + 1)
+                })
                 .collect();
             let end_s = 20.0;
             arrivals.extend((0..600).map(|index| {
@@ -121,9 +123,11 @@ fn replies_that_end_early_are_learnt() {
 
 #[test]
 fn at_twice_the_capacity_half_is_served_and_nobody_waits_in_vain() {
-    for (name, speed, limit_s, mean, rate) in
-        [("fast", FAST, 5.0, 250.0, 70.0), ("small", SMALL, 10.0, 30.0, 15.0), ("slow", SLOW, 60.0, 30.0, 0.8)]
-    {
+    for (name, speed, limit_s, mean, rate) in [
+        ("fast", FAST, 5.0, 250.0, 70.0),
+        ("small", SMALL, 10.0, 30.0, 15.0),
+        ("slow", SLOW, 60.0, 30.0, 0.8),
+    ] {
         let mut rng = Rng::new(7);
         let mut at_s = 0.0;
         let mut arrivals = Vec::new();
@@ -139,6 +143,10 @@ fn at_twice_the_capacity_half_is_served_and_nobody_waits_in_vain() {
         assert!(count.num_wrongly * 10 <= count.num_refused, "{name}: {count:?}");
         // The machine is never short of work.
         let busy_s = played.duration.as_secs_f64();
-        assert!(played.num_tokens as f64 / busy_s > 0.9 * full_rate(speed, mean), "{name}: {} tokens", played.num_tokens);
+        assert!(
+            played.num_tokens as f64 / busy_s > 0.9 * full_rate(speed, mean),
+            "{name}: {} tokens",
+            played.num_tokens
+        );
     }
 }
