@@ -40,7 +40,11 @@ fn heartbeats_and_ids_are_what_clients_of_each_kind_can_read() {
                     let is_done = i + 1 == answer.parts.len();
                     let data = match key.is_empty() || is_done {
                         true => Some(event),
-                        false => event.strip_prefix(&format!("id: {expected_id}.0\n")),
+                        // What is in front of the place names the stream.
+                        false => event
+                            .strip_prefix("id: ")
+                            .and_then(|event| event.split_once(&format!(".{expected_id}.0\n")))
+                            .map(|(_, data)| data),
                     };
                     let data = data.unwrap_or_else(|| panic!("no id: {part:?}"));
                     assert!(data.starts_with("data: ") && data.ends_with("\n\n"), "{part:?}");
