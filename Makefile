@@ -165,6 +165,9 @@ test-cuda: build $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json
 	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(abspath $(CUDA_FOLDERS))" \
 	  GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" \
 	  cargo test --release --locked -p glm-engine --test cuda -- --nocapture
+	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(abspath $(CUDA_FOLDERS))" \
+	  GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" \
+	  .venv/bin/pytest -q tests/python/test_device_lost.py
 	$(WITH_CUDA_STUB) GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" GLMSERVE_STUB_CAPABILITY=9.0 \
 	  .venv/bin/python tests/bench/gpu_check.py --work $(CUDA_FOLDERS)/gpu-check --redo "" --ignore-numbers \
 	  --layers 1 --hidden-size 256 --prompt-tokens 16 --max-tokens 4 --rows 1 16 --kv-cache-memory 64

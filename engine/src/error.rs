@@ -190,6 +190,9 @@ pub enum LoadError {
     /// ONNX Runtime refused the library, the graph or the options.
     #[error("ONNX Runtime: {0}")]
     Runtime(String),
+    /// The device failed, after the graph was loaded, in a way that only a new process heals.
+    #[error("the device failed while it was prepared, and this process can't use it again ({0})")]
+    DeviceLost(String),
     /// The configuration can't work with this model or machine.
     #[error("{0}")]
     Config(String),

@@ -135,13 +135,14 @@ impl EngineThread {
             let result = catch_unwind(AssertUnwindSafe(|| worker.engine.prepare(max_num_seqs)));
             let result = result.unwrap_or_else(|_| Err(LoadError::Runtime("preparing panicked".into())));
             let is_prepared = result.is_ok();
+            let is_device_lost = matches!(result, Err(LoadError::DeviceLost(_)));
             // Nobody but the caller below listens, who waits.
             let _ = sender.send(result);
             if is_prepared && catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
                 tracing::error!("the engine thread panicked; no request will be accepted any more");
             }
             worker.close();
-            if worker.has_lost_device() {
+            if is_device_lost || worker.has_lost_device() {
                 // To take a session down, ONNX Runtime calls the device once more, which can hang or abort
                 // the process. The operating system frees everything when the process ends.
                 std::mem::forget(worker.engine);

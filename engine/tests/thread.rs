@@ -1,5 +1,6 @@
 //! The engine thread over the fake runner: what a caller can rely on at the edge.
 
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -190,6 +191,27 @@ fn a_runner_is_prepared_on_the_thread_and_what_fails_there_is_said_at_the_start(
     assert_eq!(start(on_thread), Ok(()));
     assert_eq!(start(|_| Err(LoadError::Config("no graphs".into()))), Err("no graphs".into()));
     assert!(start(|_| panic!("injected")).unwrap_err().contains("preparing panicked"));
+}
+
+/// To take a session down, ONNX Runtime calls the device, which can hang or abort once it has failed.
+#[test]
+fn a_runner_whose_device_failed_while_it_was_prepared_is_never_taken_down() {
+    let dropped_within = |prepare, patience| {
+        // The reply, and with it this end of the channel, is dropped with the runner.
+        let (alive, ended) = std::sync::mpsc::channel::<()>();
+        let reply = move |_: &[u32]| {
+            let _ = alive.send(());
+            Ok(9)
+        };
+        let runner = Preparing { runner: FakeRunner::scripted(VOCAB_SIZE, 64, 16, Box::new(reply)), prepare };
+        let config = EngineConfig { max_num_seqs: 3, ..EngineConfig::default() };
+        assert!(EngineThread::spawn(runner, config, VOCAB_SIZE, Arc::new(NoObserver)).is_err());
+        ended.recv_timeout(patience) == Err(RecvTimeoutError::Disconnected)
+    };
+    let no_graphs = |_| Err(LoadError::Runtime("no graphs".into()));
+    assert!(dropped_within(no_graphs, Duration::from_secs(60)));
+    let lost = |_| Err(LoadError::DeviceLost("CUDA failure 700".into()));
+    assert!(!dropped_within(lost, Duration::from_millis(300)));
 }
 
 /// Requests that arrive during the step that panics are in the command channel, unseen.

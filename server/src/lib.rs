@@ -33,7 +33,7 @@ use std::net::TcpListener;
 
 use actix_web::middleware::from_fn;
 use actix_web::{App, web};
-use glm_engine::{RunError, SequenceError, SubmitError};
+use glm_engine::{LoadError, RunError, SequenceError, SubmitError};
 use tokio::sync::mpsc;
 
 pub use crate::engine_watch::{ENGINE_FAILED_EXIT_CODE, EngineFailure};
@@ -97,10 +97,11 @@ impl ServeError {
             Self::WarmUp(error) => {
                 matches!(error, SequenceError::DeviceLost(_) | SequenceError::EngineDied)
             }
-            Self::Load(error) => matches!(
-                error.downcast_ref(),
-                Some(known_answer::VerifyError::Run(RunError { is_permanent: true, .. }))
-            ),
+            Self::Load(error) => {
+                let verified = error.downcast_ref();
+                matches!(verified, Some(known_answer::VerifyError::Run(RunError { is_permanent: true, .. })))
+                    || matches!(error.downcast_ref(), Some(LoadError::DeviceLost(_)))
+            }
             _ => false,
         }
     }

@@ -10,9 +10,10 @@ use actix_web::web;
 use glm_engine::known_answer::Agreement;
 use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::OrtRunner;
-use glm_engine::{EngineConfig, EngineThread, LoadError, Manifest};
+use glm_engine::{EngineConfig, EngineThread, LoadError, Manifest, RunError};
 use glmserve::auth::ApiKeys;
 use glmserve::config::{CheckArgs, Cli, Command, LogFormat, LogitsArgs, ModelArgs, ServeArgs};
+use glmserve::known_answer::VerifyError;
 use glmserve::lifecycle::{Lifecycle, Loaded};
 use glmserve::metrics::Metrics;
 use glmserve::state::ServedModel;
@@ -137,7 +138,17 @@ fn load(
             None => tracing::warn!("{message}: longer ones are refused"),
         }
     }
-    match known_answer::verify(&mut runner, &args.model.model, &model.manifest)? {
+    let agreement = match known_answer::verify(&mut runner, &args.model.model, &model.manifest) {
+        Ok(agreement) => agreement,
+        Err(error) => {
+            if matches!(error, VerifyError::Run(RunError { is_permanent: true, .. })) {
+                // To take its session down, ONNX Runtime would call the failed device: see `end_at_once`.
+                std::mem::forget(runner);
+            }
+            return Err(error.into());
+        }
+    };
+    match agreement {
         Some(Agreement { error, tolerance }) => {
             tracing::info!(error, tolerance, "computes what was exported")
         }

@@ -6,15 +6,21 @@
  * While a stream is captured, what CUDA forbids then (waiting for a stream, memory that is taken or given back,
  * copies that wait) fails as it does on a GPU.
  * GLMSERVE_STUB_CAPABILITY (for example 8.0) is the compute capability; GLMSERVE_STUB_FAIL=launch makes
- * launches fail, =graph those of captured graphs, =memory allocations beyond GLMSERVE_STUB_MEMORY bytes.
+ * launches fail, =graph those of captured graphs, =memory allocations beyond GLMSERVE_STUB_MEMORY bytes. =701 makes
+ * launches of both kinds fail; any other number is a sticky error, which the next launch returns and then every
+ * later call of the runtime in this process. With GLMSERVE_STUB_WHEN=PATH this is so only while a file PATH exists;
+ * what is sticky stays. GLMSERVE_STUB_GRAPH_MS is how long the launch of a captured graph takes.
  * Offsets and numbers are those of CUDA 13's driver_types.h. */
 
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
-enum { OK = 0, ERROR_MEMORY = 2, ERROR_LAUNCH = 719, ERROR_CAPTURE = 900, ALIGNMENT = 512, SIZE_OF_PROPERTIES = 1008 };
+/* ERROR_LAUNCH is cudaErrorLaunchOutOfResources: the next launch may succeed. */
+enum { OK = 0, ERROR_MEMORY = 2, ERROR_LAUNCH = 701, ERROR_CAPTURE = 900, ALIGNMENT = 512, SIZE_OF_PROPERTIES = 1008 };
 
 static int handle; /* What every created thing points to: nothing looks inside. */
 
@@ -24,10 +30,19 @@ static int capability(void) {
     return (text[0] - '0') * 10 + text[2] - '0';
 }
 
-static int fails(const char *kind) {
-    const char *text = getenv("GLMSERVE_STUB_FAIL");
-    return text && !strcmp(text, kind);
+/* What is to fail now, or "". */
+static const char *failing(void) {
+    const char *text = getenv("GLMSERVE_STUB_FAIL"), *path = getenv("GLMSERVE_STUB_WHEN");
+    return text && (!path || !access(path, F_OK)) ? text : "";
 }
+
+static int fails(const char *kind) { return !strcmp(failing(), kind); }
+
+/* The sticky error, once there is one. Each library of the double has its own: only the runtime's launches set it,
+ * so cuBLAS goes on. */
+static int sticky;
+static int lost(void) { return __atomic_load_n(&sticky, __ATOMIC_RELAXED); }
+static int unless_lost(int result) { return lost() ? lost() : result; }
 
 static size_t memory(void) {
     const char *text = getenv("GLMSERVE_STUB_MEMORY");
@@ -49,6 +64,7 @@ static void put(void *base, size_t offset, int value) { memcpy((char *)base + of
 
 int cudaGetDeviceProperties(void *properties, int device) {
     (void)device;
+    if (lost()) return lost();
     size_t total = memory(), per_block = 49152;
     memset(properties, 0, SIZE_OF_PROPERTIES);
     strcpy(properties, "CUDA stub");
@@ -76,6 +92,7 @@ int cudaGetDeviceProperties(void *properties, int device) {
 
 int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
+    if (lost()) return lost();
     switch (attribute) {
         case 1: *value = 1024; break;                                /* MaxThreadsPerBlock */
         case 8: *value = 49152; break;                               /* MaxSharedMemoryPerBlock */
@@ -93,35 +110,60 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     return OK;
 }
 
-int cudaGetDeviceCount(int *count) { return *count = 1, OK; }
-int cudaGetDevice(int *device) { return *device = 0, OK; }
-int cudaSetDevice(int device) { return device == 0 ? OK : 101; }
+int cudaGetDeviceCount(int *count) { return *count = 1, unless_lost(OK); }
+int cudaGetDevice(int *device) { return *device = 0, unless_lost(OK); }
+int cudaSetDevice(int device) { return unless_lost(device == 0 ? OK : 101); }
 int cudaRuntimeGetVersion(int *version) { return *version = 13000, OK; }
 int cudaDriverGetVersion(int *version) { return *version = 13000, OK; }
-const char *cudaGetErrorName(int error) { return error ? "cudaErrorOfStub" : "cudaSuccess"; }
-const char *cudaGetErrorString(int error) { return error == ERROR_MEMORY ? "out of memory" : "a failure that a test asked for"; }
+
+/* Names and words, as CUDA has them: kernels of the library report one or both without the number. */
+static const struct { int code; const char *name, *words; } ERRORS[] = {
+    {OK, "cudaSuccess", "no error"},
+    {ERROR_MEMORY, "cudaErrorMemoryAllocation", "out of memory"},
+    {46, "cudaErrorDevicesUnavailable", "CUDA-capable device(s) is/are busy or unavailable"},
+    {214, "cudaErrorECCUncorrectable", "uncorrectable ECC error encountered"},
+    {700, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+    {ERROR_LAUNCH, "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
+    {719, "cudaErrorLaunchFailure", "unspecified launch failure"},
+    {999, "cudaErrorUnknown", "unknown error"},
+};
+enum { NUM_ERRORS = sizeof ERRORS / sizeof *ERRORS };
+const char *cudaGetErrorName(int error) {
+    for (int at = 0; at < NUM_ERRORS; at++)
+        if (ERRORS[at].code == error) return ERRORS[at].name;
+    return "cudaErrorOfStub";
+}
+const char *cudaGetErrorString(int error) {
+    for (int at = 0; at < NUM_ERRORS; at++)
+        if (ERRORS[at].code == error) return ERRORS[at].words;
+    return "a failure that a test asked for";
+}
 
 /* Capture: of one stream at a time, in the global mode, in which the ban holds for every thread. */
 
 static int is_capturing, is_invalidated;
-static int forbidden(void) { return is_capturing ? (is_invalidated = 1, ERROR_CAPTURE) : OK; }
+static int forbidden(void) { return unless_lost(is_capturing ? (is_invalidated = 1, ERROR_CAPTURE) : OK); }
 #define WAITS(name) int name(void) { return forbidden(); }
 WAITS(cudaDeviceSynchronize) WAITS(cudaStreamSynchronize) WAITS(cudaEventSynchronize)
-int cudaStreamBeginCapture(void) { return is_capturing ? ERROR_CAPTURE : (is_invalidated = 0, is_capturing = 1, OK); }
+int cudaStreamBeginCapture(void) {
+    if (lost()) return lost();
+    return is_capturing ? ERROR_CAPTURE : (is_invalidated = 0, is_capturing = 1, OK);
+}
 int cudaStreamEndCapture(void *stream, void **graph) {
     (void)stream;
-    int error = is_invalidated ? ERROR_CAPTURE + 1 : OK;             /* cudaErrorStreamCaptureInvalidated */
+    int error = unless_lost(is_invalidated ? ERROR_CAPTURE + 1 : OK); /* cudaErrorStreamCaptureInvalidated */
     is_capturing = is_invalidated = 0;
     return *graph = error ? NULL : &handle, error;
 }
-int cudaStreamIsCapturing(void *stream, int *status) { return (void)stream, *status = is_capturing, OK; }
+int cudaStreamIsCapturing(void *stream, int *status) { return (void)stream, *status = is_capturing, unless_lost(OK); }
 
 /* Memory: zeroed, so that what no kernel wrote is finite. The allocation's start lies before the pointer. */
 
 static size_t used;
 
 static int take(void **pointer, size_t bytes) {
-    if (forbidden()) return ERROR_CAPTURE;
+    int error = forbidden();
+    if (error) return error;
     if (fails("memory") && used + bytes > memory()) return ERROR_MEMORY;
     char *start = calloc(1, bytes + 2 * ALIGNMENT);
     if (!start) return ERROR_MEMORY;
@@ -134,7 +176,8 @@ static int take(void **pointer, size_t bytes) {
 
 static int give_back(void *pointer) {
     if (!pointer) return OK;
-    if (forbidden()) return ERROR_CAPTURE;
+    int error = forbidden();
+    if (error) return error;
     char *start;
     size_t bytes;
     memcpy(&start, (char *)pointer - sizeof start, sizeof start);
@@ -152,59 +195,62 @@ int cudaFreeAsync(void *pointer, void *stream) { return (void)stream, give_back(
 int cudaMallocFromPoolAsync(void **pointer, size_t bytes, void *pool, void *stream) {
     return (void)pool, (void)stream, take(pointer, bytes);
 }
-int cudaMemGetInfo(size_t *available, size_t *total) { return *available = *total = memory(), OK; }
+int cudaMemGetInfo(size_t *available, size_t *total) { return *available = *total = memory(), unless_lost(OK); }
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
-    return (void)kind, (void)stream, memcpy(to, from, bytes), OK;
+    return (void)kind, (void)stream, memcpy(to, from, bytes), unless_lost(OK);
 }
 int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
-    return forbidden() ? ERROR_CAPTURE : cudaMemcpyAsync(to, from, bytes, kind, NULL);
+    int error = forbidden();
+    return error ? error : cudaMemcpyAsync(to, from, bytes, kind, NULL);
 }
 int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
                       int kind, void *stream) {
     (void)kind, (void)stream;
     for (size_t row = 0; row < height; row++)
         memcpy((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
-    return OK;
+    return unless_lost(OK);
 }
 int cudaMemcpyFromSymbol(void *to, const void *symbol, size_t bytes, size_t offset, int kind) {
-    if (forbidden()) return ERROR_CAPTURE;
+    int error = forbidden();
+    if (error) return error;
     return (void)symbol, (void)offset, (void)kind, memset(to, 0, bytes), OK;
 }
 int cudaMemsetAsync(void *to, int value, size_t bytes, void *stream) {
-    return (void)stream, memset(to, value, bytes), OK;
+    return (void)stream, memset(to, value, bytes), unless_lost(OK);
 }
 int cudaMemset(void *to, int value, size_t bytes) {
-    return forbidden() ? ERROR_CAPTURE : cudaMemsetAsync(to, value, bytes, NULL);
+    int error = forbidden();
+    return error ? error : cudaMemsetAsync(to, value, bytes, NULL);
 }
 int cudaPointerGetAttributes(void *attributes, const void *pointer) {
-    return (void)pointer, memset(attributes, 0, 88), OK;
+    return (void)pointer, memset(attributes, 0, 88), unless_lost(OK);
 }
 
 /* Things that are created */
 
-#define CREATES(name) int name(void **made) { return *made = &handle, OK; }
+#define CREATES(name) int name(void **made) { return *made = &handle, unless_lost(OK); }
 CREATES(cudaStreamCreate) CREATES(cudaStreamCreateWithFlags) CREATES(cudaEventCreate)
 CREATES(cudaEventCreateWithFlags) CREATES(cudaMemPoolCreate) CREATES(cudaGraphInstantiate)
 CREATES(cudaLibraryLoadData) CREATES(cudaLibraryGetKernel) CREATES(__cudaGetKernel)
 CREATES(cublasCreate_v2) CREATES(cublasLtCreate) CREATES(cublasLtMatmulDescCreate)
 CREATES(cublasLtMatmulPreferenceCreate) CREATES(cublasLtMatrixLayoutCreate)
 CREATES(cublasLtMatrixTransformDescCreate)
-int cudaEventElapsedTime(float *ms, void *from, void *to) { return (void)from, (void)to, *ms = 1, OK; }
+int cudaEventElapsedTime(float *ms, void *from, void *to) { return (void)from, (void)to, *ms = 1, unless_lost(OK); }
 int cudaFuncGetAttributes(void *attributes, const void *function) {
     (void)function;
     memset(attributes, 0, 144);
-    return put(attributes, 24, 1024), OK;                            /* maxThreadsPerBlock */
+    return put(attributes, 24, 1024), unless_lost(OK);                           /* maxThreadsPerBlock */
 }
 int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *function, int threads,
                                                            size_t bytes, unsigned flags) {
-    return (void)function, (void)threads, (void)bytes, (void)flags, *blocks = 1, OK;
+    return (void)function, (void)threads, (void)bytes, (void)flags, *blocks = 1, unless_lost(OK);
 }
 int cudaGetDriverEntryPointByVersion(const char *symbol, void **pointer, unsigned version, uint64_t flags,
                                      int *status) {
     (void)symbol, (void)version, (void)flags;
     *pointer = NULL;
     if (status) *status = 1;                                         /* cudaDriverEntryPointSymbolNotFound */
-    return OK;
+    return unless_lost(OK);
 }
 void *__cudaRegisterFatBinary(void *binary) { return (void)binary, &handle; }
 int cublasLtMatmulAlgoGetHeuristic(void *lt, void *what, void *a, void *b, void *c, void *d, void *preference,
@@ -216,23 +262,32 @@ int cublasGetMathMode(void *blas, int *mode) { return (void)blas, *mode = 0, OK;
 const char *cublasGetStatusName(int status) { return status ? "CUBLAS_STATUS_OF_STUB" : "CUBLAS_STATUS_SUCCESS"; }
 const char *cublasGetStatusString(int status) { return cublasGetStatusName(status); }
 
-/* Launches; an error stays until it is asked for. */
+/* Launches; an error stays until it is asked for, and a sticky one for ever. */
 
 static _Thread_local int last_error;
-static int launch(void) { return last_error = fails("launch") ? ERROR_LAUNCH : OK; }
-#define LAUNCHES(name) int name(void) { return launch(); }
+static int launch(const char *kind) {
+    int code = atoi(failing());
+    if (code && code != ERROR_LAUNCH) __atomic_store_n(&sticky, code, __ATOMIC_RELAXED);
+    return last_error = unless_lost(code || fails(kind) ? ERROR_LAUNCH : OK);
+}
+#define LAUNCHES(name) int name(void) { return launch("launch"); }
 LAUNCHES(cudaLaunchKernel) LAUNCHES(__cudaLaunchKernel) LAUNCHES(cudaLaunchKernelExC)
 LAUNCHES(cudaLaunchCooperativeKernel)
-int cudaGraphLaunch(void) { return last_error = fails("graph") ? ERROR_LAUNCH : OK; }
-int cudaPeekAtLastError(void) { return last_error; }
+int cudaGraphLaunch(void) {
+    const char *text = getenv("GLMSERVE_STUB_GRAPH_MS");
+    int ms = text ? atoi(text) : 0;
+    if (ms > 0) nanosleep(&(struct timespec){ms / 1000, ms % 1000 * 1000000L}, NULL);
+    return launch("graph");
+}
+int cudaPeekAtLastError(void) { return unless_lost(last_error); }
 int cudaGetLastError(void) {
     int error = last_error;
-    return last_error = OK, error;
+    return last_error = OK, unless_lost(error);
 }
 
 /* What does nothing */
 
-#define NOTHING(name) int name(void) { return OK; }
+#define NOTHING(name) int name(void) { return unless_lost(OK); }
 NOTHING(__cudaPopCallConfiguration) NOTHING(__cudaPushCallConfiguration) NOTHING(__cudaRegisterFatBinaryEnd)
 NOTHING(__cudaRegisterFunction) NOTHING(__cudaRegisterVar) NOTHING(__cudaUnregisterFatBinary)
 NOTHING(cuTensorMapEncodeTiled) NOTHING(cudaEventDestroy) NOTHING(cudaEventRecord)

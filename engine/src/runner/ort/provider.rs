@@ -15,6 +15,7 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
+use super::device_error::is_permanent;
 use super::{KvCacheLayout, OrtOptions};
 use crate::error::LoadError;
 use crate::manifest::{Dtype, Geometry, Graph, Kernel, Provider};
@@ -59,11 +60,15 @@ impl Device {
         self.provider == Provider::Cuda
     }
 
-    /// Why something that was asked of the device failed.
+    /// Why something that was asked of the device of an open session failed. While a session is opened, the same
+    /// codes come of a driver or a device that was wrong from the start, which [`explain`] has better words for.
     pub(super) fn explain(self, error: &ort::Error) -> LoadError {
         match self.provider {
             Provider::Cpu => super::runtime(error),
-            Provider::Cuda => explain(error),
+            Provider::Cuda => match error.to_string() {
+                text if is_permanent(&text) => LoadError::DeviceLost(text),
+                _ => explain(error),
+            },
         }
     }
 }
