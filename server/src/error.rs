@@ -19,7 +19,7 @@ use crate::json;
 use crate::text::TextError;
 
 /// Codes of refusals that come from the server's load, start or shutdown, not from the request.
-pub const LOAD_CODES: [&str; 11] = [
+pub const LOAD_CODES: [&str; 12] = [
     QUEUE_FULL,
     QUEUE_TIMEOUT_UNMEETABLE,
     DEADLINE_UNMEETABLE,
@@ -31,6 +31,7 @@ pub const LOAD_CODES: [&str; 11] = [
     DRAINING,
     UNAVAILABLE,
     TOO_MANY_BODIES,
+    TOO_MANY_CONNECTIONS,
 ];
 const QUEUE_FULL: &str = "queue_full";
 const QUEUE_TIMEOUT_UNMEETABLE: &str = "queue_timeout_unmeetable";
@@ -42,6 +43,7 @@ const REQUEST_TIMEOUT: &str = "request_timeout";
 const LOADING: &str = "loading";
 const DRAINING: &str = "draining";
 const UNAVAILABLE: &str = "unavailable";
+const TOO_MANY_CONNECTIONS: &str = "too_many_connections";
 const TOO_MANY_BODIES: &str = "too_many_bodies";
 const REPLY_TOO_LARGE: &str = "reply_too_large";
 const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";

@@ -4,13 +4,14 @@
 //! Invariant: an answer after which the connection closes says `Connection: close`, and nothing behind it is
 //! answered; every other connection can be used again. Must not know routes.
 
+mod connection_limiter;
 mod exchange;
 mod request_gate;
 
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -28,6 +29,8 @@ use actix_web::dev::{AppConfig, ServiceResponse};
 use actix_web::http::Version;
 use tokio::net::TcpStream;
 
+use self::connection_limiter::ConnectionLimiter;
+pub use self::connection_limiter::ConnectionLimits;
 pub(crate) use self::exchange::Malformed;
 use self::exchange::{AnswerBody, Exchange};
 use self::request_gate::RequestGate;
@@ -39,8 +42,6 @@ use crate::stream::connection::Connection;
 const NUM_WORKERS: usize = 2;
 /// Threads a worker has to parse and tokenise large bodies; more would take the engine's cores.
 const NUM_BLOCKING_THREADS: usize = 1;
-/// Connections a worker may hold, idle ones included.
-const MAX_CONNECTIONS: usize = 4096;
 /// Above what load balancers commonly keep (60 s), so that they close first and no request is lost.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
 /// How long a client may take to read on after an answer to a request that was not read to its end.
@@ -64,7 +65,12 @@ pub(crate) trait Watch: Clone + Send + 'static {
 ///
 /// # Errors
 /// The socket cannot be used.
-pub(crate) fn listen<F, I, S, B>(listener: TcpListener, app: F, watch: impl Watch) -> io::Result<Server>
+pub(crate) fn listen<F, I, S, B>(
+    listener: TcpListener,
+    app: F,
+    watch: impl Watch,
+    limits: ConnectionLimits,
+) -> io::Result<Server>
 where
     F: Fn() -> I + Clone + Send + 'static,
     I: IntoServiceFactory<S, Request>,
@@ -75,16 +81,18 @@ where
     <S::Service as Service<Request>>::Future: 'static,
     B: MessageBody + 'static,
 {
+    let limiter = ConnectionLimiter::new(limits.within_open_files());
     let builder = ServerBuilder::new()
         .workers(NUM_WORKERS)
         .worker_max_blocking_threads(NUM_BLOCKING_THREADS)
-        .max_concurrent_connections(MAX_CONNECTIONS)
+        // No limit: to accept must not wait for anybody. The limiter has the limits.
+        .max_concurrent_connections(usize::MAX / 2)
         .disable_signals()
         .shutdown_timeout(STOP_TIMEOUT_S);
     let shutdown = builder.graceful_shutdown_signal();
     let builder = builder.listen("http", listener, move || {
-        let (shutdown, watch) = (shutdown.clone(), watch.clone());
-        let connected = watch.clone();
+        let (shutdown, watch, limiter) = (shutdown.clone(), watch.clone(), Arc::clone(&limiter));
+        let (opened, refused) = (watch.clone(), watch.clone());
         let app = apply_fn_factory(app(), move |request: Request, app: &S::Service| {
             let exchange = request.conn_data::<Rc<Exchange>>().cloned().unwrap_or_default();
             let is_old = request.head().version < Version::HTTP_11;
@@ -125,20 +133,30 @@ where
             .h1_allow_half_closed(false)
             .on_connect_ext(move |gate: &RequestGate, extensions| {
                 extensions.insert(Rc::clone(gate.exchange()));
-                if let Some(connection) = Connection::of(gate.socket()) {
-                    connected.opened(&connection);
-                    extensions.insert(connection);
-                }
+                opened.opened(gate.connection());
+                extensions.insert(Arc::clone(gate.connection()));
             })
             .h1(map_config(app, |()| AppConfig::default()));
         let config = ServiceConfig::default();
         fn_service(move |socket: TcpStream| {
-            let config = config.clone();
+            let (config, limiter, refused) = (config.clone(), Arc::clone(&limiter), refused.clone());
             async move {
                 // Without it the client is served all the same.
                 let _ = socket.set_nodelay(true);
                 let address = socket.peer_addr().ok();
-                Ok::<_, DispatchError>((RequestGate::new(socket, config), address))
+                let ip =
+                    address.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address: SocketAddr| address.ip());
+                // Without a second handle (no descriptors left) it could not be cut.
+                let admitted = Connection::of(&socket).and_then(|connection| {
+                    Some((limiter.admit(ip, Arc::downgrade(&connection))?, connection))
+                });
+                let Some((permit, connection)) = admitted else {
+                    let error = ApiError::too_many_connections();
+                    refused.refused(&error);
+                    limiter.refuse(socket, &error).await;
+                    return Err(DispatchError::Io(io::ErrorKind::ConnectionRefused.into()));
+                };
+                Ok((RequestGate::new(socket, config, Exchange::new(permit), connection), address))
             }
         })
         .and_then(service)

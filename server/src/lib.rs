@@ -11,7 +11,7 @@ mod fields;
 #[cfg(test)]
 #[path = "../tests/support/model_dir.rs"]
 mod fixtures;
-mod http;
+pub mod http;
 mod json;
 pub mod known_answer;
 pub mod lifecycle;
@@ -134,7 +134,7 @@ pub async fn serve<E: Into<LoadFailure>>(
             .configure(routes::configure)
     };
     connection::bound_sends(&listener, lifecycle.options.write_timeout)?;
-    let server = http::listen(listener, app, lifecycle.clone())?;
+    let server = http::listen(listener, app, lifecycle.clone(), lifecycle.options.connection_limits)?;
     let handle = server.handle();
     tokio::pin!(server);
     let end = async {

@@ -14,6 +14,7 @@ use tracing::Instrument;
 use crate::body_memory::BodyMemory;
 use crate::client::Client;
 use crate::error::ApiError;
+use crate::http::ConnectionLimits;
 use crate::known_answer::KnownAnswer;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Arrival, Metrics, StreamRecord};
@@ -79,6 +80,8 @@ pub struct HttpOptions {
     pub allowed_origins: AllowedOrigins,
     /// Most bytes of a request's body.
     pub max_body_bytes: usize,
+    /// How many connections there may be.
+    pub connection_limits: ConnectionLimits,
     /// Most bytes of all bodies that are being read.
     pub body_memory_bytes: usize,
     /// Silence after which a stream says something.

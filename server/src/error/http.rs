@@ -2,10 +2,21 @@
 
 use actix_web::http::StatusCode;
 
-use super::ApiError;
+use super::{ApiError, TOO_MANY_CONNECTIONS};
 use crate::http::Malformed;
 
+/// A connection is free as soon as an answer ends.
+const RETRY_CONNECTION_S: u32 = 1;
+
 impl ApiError {
+    /// The limit of connections is reached, and all of them are being served.
+    pub(crate) fn too_many_connections() -> Self {
+        let message = "too many connections are open, from this address or in all; reuse connections, and try again after the \
+                       time in Retry-After";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, TOO_MANY_CONNECTIONS, message)
+            .retry_after(RETRY_CONNECTION_S)
+    }
+
     /// What was sent is no HTTP request.
     pub(crate) fn malformed_http(malformed: Malformed) -> Self {
         let malformed_http = |what| Self::new(StatusCode::BAD_REQUEST, "malformed_http", what);

@@ -13,6 +13,8 @@ use std::task::{Context, Poll, Waker};
 use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::web::Bytes;
 
+use super::connection_limiter::ConnectionPermit;
+
 /// Why what a client sent is no request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Malformed {
@@ -34,18 +36,28 @@ pub(crate) struct Exchange {
     is_last: Cell<bool>,
     malformed: Cell<Option<Malformed>>,
     waker: RefCell<Option<Waker>>,
+    /// Hears whether the client or the server is awaited.
+    permit: Option<ConnectionPermit>,
 }
 
 impl Exchange {
+    /// That of a connection with this permit.
+    pub(super) fn new(permit: ConnectionPermit) -> Self {
+        Self { permit: Some(permit), ..Self::default() }
+    }
+
     /// A request begins.
     pub(super) fn begin(&self) {
         self.in_progress.set(true);
         self.is_received.set(false);
+        // For the rest of it.
+        self.permit.iter().for_each(ConnectionPermit::awaits_client);
     }
 
     /// The request was received to its end.
     pub(super) fn received(&self) {
         self.is_received.set(true);
+        self.permit.iter().for_each(ConnectionPermit::serves);
     }
 
     /// What follows on this connection is no request.
@@ -89,6 +101,8 @@ impl Exchange {
 
     fn end(&self) {
         self.in_progress.set(false);
+        // For the next one.
+        self.permit.iter().for_each(ConnectionPermit::awaits_client);
         if let Some(waker) = self.waker.borrow_mut().take() {
             waker.wake();
         }

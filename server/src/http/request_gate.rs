@@ -13,6 +13,7 @@ use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ use tokio::time::{Sleep, sleep};
 use tokio_util::codec::Decoder;
 
 use super::exchange::{Exchange, Malformed};
+use crate::stream::connection::Connection;
 
 /// The longest head; what is sent ahead of its turn is held up to here as well.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
@@ -48,6 +50,7 @@ pub(super) struct RequestGate {
     config: ServiceConfig,
     codec: Codec,
     exchange: Rc<Exchange>,
+    connection: Arc<Connection>,
     /// From the client, and not decoded yet.
     received: BytesMut,
     /// Decoded, and not read by actix yet.
@@ -70,12 +73,18 @@ enum Coding {
 
 impl RequestGate {
     /// The gate of a new connection. `config` is only used to decode, and shared by all connections of a worker.
-    pub(super) fn new(socket: TcpStream, config: ServiceConfig) -> Self {
+    pub(super) fn new(
+        socket: TcpStream,
+        config: ServiceConfig,
+        exchange: Exchange,
+        connection: Arc<Connection>,
+    ) -> Self {
         Self {
             socket,
             codec: Codec::new(config.clone()),
             config,
-            exchange: Rc::default(),
+            exchange: Rc::new(exchange),
+            connection,
             received: BytesMut::new(),
             passed: BytesMut::new(),
             body: None,
@@ -87,9 +96,9 @@ impl RequestGate {
         }
     }
 
-    /// The socket itself.
-    pub(super) fn socket(&self) -> &TcpStream {
-        &self.socket
+    /// The second handle of the socket.
+    pub(super) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
     }
 
     /// What the service that answers shares with the gate.

@@ -57,7 +57,8 @@ impl Connection {
         if result == 0 { usize::try_from(num_bytes).unwrap_or(0) } else { 0 }
     }
 
-    fn cut(&self) {
+    /// Ends it in both directions.
+    pub(crate) fn cut(&self) {
         // It may be closed already.
         let _ = self.0.shutdown(Shutdown::Both);
     }

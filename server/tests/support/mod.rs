@@ -23,6 +23,7 @@ use actix_web::web;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{EngineConfig, EngineThread, RunError};
 use glmserve::auth::ApiKeys;
+use glmserve::http::ConnectionLimits;
 use glmserve::lifecycle::{Lifecycle, Loaded};
 use glmserve::metrics::Metrics;
 use glmserve::state::{AppState, HttpOptions, ServedModel};
@@ -43,6 +44,7 @@ pub(crate) struct Options {
     pub(crate) folder: fn() -> ModelDir,
     pub(crate) max_num_seqs: usize,
     pub(crate) max_num_waiting: usize,
+    pub(crate) connection_limits: ConnectionLimits,
     pub(crate) max_body_bytes: usize,
     pub(crate) drain_timeout: Duration,
     pub(crate) fault_exit_timeout: Option<Duration>,
@@ -65,6 +67,7 @@ impl Default for Options {
             max_num_seqs: 8,
             max_num_waiting: 64,
             folder: model_dir::chatglm3,
+            connection_limits: ConnectionLimits { max_total: 4096, max_per_peer: 3072 },
             max_body_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(10),
             fault_exit_timeout: None,
@@ -135,6 +138,7 @@ impl Starting {
         let http = HttpOptions {
             allowed_origins: options.allowed_origins.parse().unwrap(),
             max_body_bytes: options.max_body_bytes,
+            connection_limits: options.connection_limits,
             body_memory_bytes: 4 * options.max_body_bytes,
             comment_period: options.comment_period,
             status_hold: options.status_hold,
