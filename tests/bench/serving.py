@@ -3,6 +3,7 @@
 import contextlib
 import re
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Iterator
 
@@ -10,14 +11,23 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def serve(arguments: list[str]) -> Iterator[str]:
     """A server with these options: its address, once it is ready."""
-    command = ["target/release/glmserve", "serve", "--port", "0", "--log-format", "json", *arguments]
+    with serve_process("target/release/glmserve", arguments) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def serve_process(program: str, arguments: list[str]) -> Iterator[tuple[str, int]]:
+    """A server of this program with these options: its address and its process id, once it is ready."""
+    command = [program, "serve", "--port", "0", "--log-format", "json", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             address = None
             for line in process.stderr:
                 address = address or re.search(r"127\.0\.0\.1:\d+", line)
                 if '"ready"' in line:
-                    yield f"http://{address[0]}"
+                    # Nobody reads the rest; a full pipe would stop the server.
+                    threading.Thread(target=process.stderr.read, daemon=True).start()
+                    yield f"http://{address[0]}", process.pid
                     return
             raise SystemExit(f"{' '.join(command)} ended")
         finally:
