@@ -3,7 +3,9 @@
 //! Invariant: a target takes any bytes and panics only if the program under test is wrong, so the same
 //! function serves the short run in `cargo test` and the long, coverage-guided one (`make fuzz`).
 
+mod bodies;
 mod folder;
+mod headers;
 mod key_file;
 mod manifest;
 pub mod mutator;
@@ -20,7 +22,9 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 6] = [
+    Target { name: "bodies", run: bodies::run },
+    Target { name: "headers", run: headers::run },
     Target { name: "key_file", run: key_file::run },
     Target { name: "manifest", run: manifest::run },
     Target { name: "reply_text", run: reply_text::run },
