@@ -110,7 +110,9 @@ impl ApiError {
     /// A field that nobody knows.
     pub fn unknown_parameter(param: impl Into<String>) -> Self {
         let param = param.into();
-        let message = format!("unknown parameter: {param}");
+        let message = format!(
+            "unknown parameter: {param}; leave it out (GET /v1/capabilities lists those that are known)"
+        );
         Self::parameter("unknown_parameter", param, message)
     }
 
@@ -144,12 +146,16 @@ impl ApiError {
 
     /// No such path.
     pub fn unknown_url(path: &str) -> Self {
-        Self::new(StatusCode::NOT_FOUND, "unknown_url", format!("there is nothing at {path}"))
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "unknown_url",
+            format!("there is nothing at {path}; the API is below /v1, as in /v1/chat/completions"),
+        )
     }
 
     /// The path exists, the method does not.
     pub fn method_not_allowed(method: &str, path: &str, allowed: &'static str) -> Self {
-        let message = format!("{path} does not take {method}");
+        let message = format!("{path} does not take {method}; it takes {allowed}");
         let error = Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
         Self { allowed: Some(allowed), ..error }
     }
@@ -359,7 +365,9 @@ mod tests {
         let error = ApiError::unknown_parameter("é".repeat(1_000_000));
         assert_eq!(error.to_string().chars().count(), MAX_MESSAGE_CHARS + 1);
         assert_eq!(error.param.unwrap().chars().count(), MAX_PARAM_CHARS + 1);
-        assert_eq!(ApiError::unknown_parameter("é").to_string(), "unknown parameter: é");
+        assert!(
+            ApiError::unknown_parameter("é").to_string().starts_with("unknown parameter: é; leave it out")
+        );
     }
 
     #[test]

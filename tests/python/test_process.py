@@ -94,7 +94,10 @@ def test_a_missing_folder_is_named():
 def server(start_server):
     """Two streams at a time of a model that is slow enough for tests to act meanwhile."""
     return start_server(
-        DEFAULT_MODEL, "--max-num-seqs", "2", "--max-num-waiting", "30", "--drain-timeout", "4"
+        DEFAULT_MODEL,
+        *("--max-num-seqs", "2", "--max-num-waiting", "30", "--drain-timeout", "4"),
+        # What waits here would wait for minutes, and is not to be refused for it.
+        *("--queue-timeout", "3600"),
     )
 
 

@@ -14,6 +14,8 @@ SHORT = LONG | {"max_tokens": 30}
 # A proxy gives up after this much silence, and a waiting stream is silent for longer.
 PROXY_TIMEOUT_S = 3
 WAIT_S = 8
+# What waits behind a reply of 4,000 tokens is not to be refused for it.
+PATIENT = ("--queue-timeout", "3600")
 
 
 def chat(url: str, body: dict):
@@ -40,7 +42,7 @@ def start_proxies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    return start_server(DEFAULT_MODEL, "--max-num-seqs", "1", "--keep-alive-comment", "1")
+    return start_server(DEFAULT_MODEL, "--max-num-seqs", "1", "--keep-alive-comment", "1", *PATIENT)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,6 @@ def test_heartbeats_outlast_the_patience_of_every_proxy(server, proxies):
 
 def test_without_heartbeats_the_same_wait_is_cut(start_server, start_proxies):
     """The control: the limits above are real. traefik has none to set."""
-    server = start_server(DEFAULT_MODEL, "--max-num-seqs", "1", "--keep-alive-comment", "3600")
+    server = start_server(DEFAULT_MODEL, "--max-num-seqs", "1", "--keep-alive-comment", "3600", *PATIENT)
     readings = wait_behind_a_long_stream(server, start_proxies(server))
     assert {name for name, reading in readings.items() if reading.done} == {"direct", "traefik"}

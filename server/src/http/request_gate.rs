@@ -140,7 +140,8 @@ impl RequestGate {
                     ParseError::Uri(_) => Malformed::Head("the target is no URI"),
                     ParseError::Version => Malformed::Head("the version is not HTTP/1.1 or HTTP/1.0"),
                     ParseError::Header => Malformed::Head(
-                        "a header is malformed, given twice, or contradicts another, or Host is missing",
+                        "the request line or a header is malformed, a header is given twice or contradicts another, or \
+                         Host is missing",
                     ),
                     _ => Malformed::Head("the request line or a header is malformed"),
                 }),
@@ -263,6 +264,11 @@ impl AsyncRead for RequestGate {
             }
             match this.poll_receive(context)? {
                 Poll::Ready(_) => {}
+                Poll::Pending if this.is_overdue(context) && this.received.is_empty() => {
+                    // It never asked for anything, such as a connection made ahead: an answer to nothing would
+                    // be taken for the answer to what it asks next.
+                    this.ended = true;
+                }
                 Poll::Pending if this.is_overdue(context) => {
                     this.refuse(Malformed::HeadTimeout(HEAD_TIMEOUT.as_secs()));
                 }

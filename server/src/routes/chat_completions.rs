@@ -8,6 +8,8 @@ pub(super) mod render;
 mod request;
 mod types;
 
+use std::sync::Arc;
+
 use actix_web::{HttpRequest, HttpResponse, web};
 use glm_engine::TenantId;
 
@@ -49,9 +51,15 @@ pub(super) async fn create(
         convert(body, key, &state)?
     } else {
         let state = state.clone();
-        web::block(move || convert(body, key, &state))
-            .await
-            .map_err(|error| ApiError::internal(error.to_string()))??
+        // If the client leaves, this handler is dropped; what waits for its turn is then left undone.
+        let client_is_here = Arc::new(());
+        let is_wanted = Arc::downgrade(&client_is_here);
+        web::block(move || match is_wanted.strong_count() {
+            0 => Err(ApiError::internal("the client left before its request was read")),
+            _ => convert(body, key, &state),
+        })
+        .await
+        .map_err(|error| ApiError::internal(error.to_string()))??
     };
     let Completion { request: mut engine_request, stop, head, form } = completion;
     engine_request.tenant = *tenant;

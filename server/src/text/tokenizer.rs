@@ -11,6 +11,9 @@ use glm_engine::Manifest;
 use super::TextError;
 use super::vocabulary::Vocabulary;
 
+/// How much of a text is tokenised before it is decided whether to go on.
+const PART_BYTES: usize = 16 * 1024;
+
 /// A loaded tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -56,8 +59,54 @@ impl Tokenizer {
         Ok(())
     }
 
+    /// Whether `texts` have far more than `limit` tokens; if so, how many they have at least, with a wide
+    /// margin. It reads no more of them than it takes to know, so that a refusal costs what a prompt does that
+    /// is taken. Where it cuts a text a token more may arise than the whole has: hence the margin.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`]: the tokenizer gave up.
+    pub fn exceeds<'a>(
+        &self,
+        texts: impl IntoIterator<Item = &'a str>,
+        limit: usize,
+    ) -> Result<Option<usize>, TextError> {
+        let (mut num_tokens, mut ids) = (0, Vec::new());
+        for mut rest in texts {
+            while !rest.is_empty() {
+                let (part, after) = rest.split_at(rest.floor_char_boundary(PART_BYTES));
+                ids.clear();
+                self.encode_into(part, &mut ids)?;
+                num_tokens += ids.len();
+                if num_tokens > 2 * limit {
+                    return Ok(Some(num_tokens / 2));
+                }
+                rest = after;
+            }
+        }
+        Ok(None)
+    }
+
     /// The bytes of each id.
     pub fn vocabulary(&self) -> &Arc<Vocabulary> {
         &self.vocabulary
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures;
+
+    #[test]
+    fn far_too_long_texts_are_not_read_to_their_end() {
+        let folder = fixtures::chatglm3();
+        let tokenizer = Tokenizer::load(folder.path(), &folder.manifest()).unwrap();
+        let long = "x".repeat(3 * PART_BYTES);
+        let texts = [long.as_str()].into_iter().chain(std::iter::once_with(|| panic!("read on")));
+        let least = tokenizer.exceeds(texts, 100).unwrap().unwrap();
+        assert!((101..=PART_BYTES).contains(&least), "{least}");
+        // A token for each letter, and one for the start of each text.
+        assert_eq!(tokenizer.exceeds(["abc", "de"], 100).unwrap(), None);
+        assert_eq!(tokenizer.exceeds([long.as_str()], 2 * PART_BYTES).unwrap(), None);
     }
 }

@@ -12,6 +12,9 @@ use crate::state::{AppState, unix_time};
 use crate::stream::reply_stream::{Form, ReplyHead};
 use crate::text::chat_format::Message;
 
+/// Shorter prompts are tokenised at once: they fit, or cost little more than one that does.
+const TYPICAL_TOKEN_BYTES: usize = 4;
+
 /// A request that is ready for the engine, and what its answer needs.
 #[derive(Debug)]
 pub(super) struct Completion {
@@ -66,6 +69,13 @@ fn encode(messages: &[RequestMessage<'_>], state: &AppState) -> Result<Vec<u32>,
     let least = messages.len() + num_bytes / state.model.tokenizer.vocabulary().max_piece_len();
     if least >= limit {
         return Err(ApiError::prompt_too_long(limit, NumTokens::AtLeast(least)));
+    }
+    // A prompt far beyond the limit would take the tokeniser, and with it other clients, seconds.
+    if num_bytes > limit.saturating_mul(TYPICAL_TOKEN_BYTES) {
+        let texts = messages.iter().map(|message| message.content.as_ref());
+        if let Some(least) = state.model.tokenizer.exceeds(texts, limit)? {
+            return Err(ApiError::prompt_too_long(limit, NumTokens::AtLeast(least)));
+        }
     }
     let convert = |message: &RequestMessage<'_>| Message {
         role: message.role,
