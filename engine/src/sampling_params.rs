@@ -61,6 +61,11 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Tokens that the reply has at least, if nobody aborts it.
+    pub(crate) fn fewest_tokens(&self) -> usize {
+        if self.ignore_eos { self.max_tokens } else { self.min_tokens }
+    }
+
     /// Whether the tokens seen so far change the logits.
     pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0

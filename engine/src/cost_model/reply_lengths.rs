@@ -27,8 +27,8 @@ impl ReplyLengths {
         self.num_tokens[class_of(num_before)] += num_new as f64;
     }
 
-    /// A reply ended with `num_tokens`: `is_early` if nothing but its own end kept it from going on.
-    /// Whoever left is of these: it makes room as well.
+    /// A reply ended with `num_tokens`: `is_early` if nothing but its own end kept it from going on. A reply
+    /// whose reader left, or that reached its `max_tokens`, could have gone on.
     pub fn observe_end(&mut self, num_tokens: usize, is_early: bool) {
         self.num_ends[class_of(num_tokens)] += f64::from(u8::from(is_early));
         let forget = |count: &mut f64| *count *= 1.0 - 1.0 / MEMORY;
@@ -78,8 +78,14 @@ impl LengthCurve {
         (self.reached[class] * left, self.lengths[class] + self.reached[class] * passed)
     }
 
-    /// Tokens that a reply is expected to have yet, on average, if it has `age` and may have `most` more.
-    pub fn expected(&self, age: usize, most: usize) -> f64 {
+    /// Tokens that a reply is expected to have yet, on average, if it has `age`, and must have `least` and may
+    /// have `most` more.
+    pub fn expected(&self, age: usize, least: usize, most: usize) -> f64 {
+        let least = least.min(most);
+        least as f64 + self.expected_by_itself(age + least, most - least)
+    }
+
+    fn expected_by_itself(&self, age: usize, most: usize) -> f64 {
         let (reached, length) = self.at(age as f64, class_of(age));
         let end = age.saturating_add(most);
         let (_, longest) = self.at(end as f64, class_of(end));
@@ -88,7 +94,12 @@ impl LengthCurve {
     }
 
     /// After how many tokens more the part `left` of such replies still goes on.
-    pub fn quantile(&self, age: usize, most: usize, left: f64) -> f64 {
+    pub fn quantile(&self, age: usize, least: usize, most: usize, left: f64) -> f64 {
+        let least = least.min(most);
+        least as f64 + self.quantile_by_itself(age + least, most - least, left)
+    }
+
+    fn quantile_by_itself(&self, age: usize, most: usize, left: f64) -> f64 {
         let target = self.at(age as f64, class_of(age)).0 * left;
         let class = (class_of(age)..NUM_CLASSES - 1).find(|&class| self.reached[class + 1] < target);
         let class = class.unwrap_or(NUM_CLASSES - 1);
@@ -133,11 +144,11 @@ mod tests {
     fn until_a_reply_ends_by_itself_each_is_as_long_as_it_may_be() {
         for curve in [learn([]), learn([(16, false); 50])] {
             for (age, most) in [(0, 1), (0, 16), (5, 8000), (4000, 70_000)] {
-                assert!(is_near(curve.expected(age, most), most as f64, 1e-6));
-                assert!(is_near(curve.quantile(age, most, 0.5), most as f64, 1e-6));
+                assert!(is_near(curve.expected(age, 0, most), most as f64, 1e-6));
+                assert!(is_near(curve.quantile(age, 0, most, 0.5), most as f64, 1e-6));
             }
         }
-        assert_eq!(learn([]).expected(3, 0), 0.0);
+        assert_eq!(learn([]).expected(3, 0, 0), 0.0);
     }
 
     #[test]
@@ -146,25 +157,30 @@ mod tests {
         (0..64).for_each(|_| (0..50).for_each(|age| learnt.observe_tokens(age, 1)));
         learnt.observe_end(3, true);
         let curve = LengthCurve::new(&learnt.hazards());
-        assert!(curve.expected(0, 100) > 80.0, "{}", curve.expected(0, 100));
+        assert!(curve.expected(0, 0, 100) > 80.0, "{}", curve.expected(0, 0, 100));
     }
 
     #[test]
     fn replies_of_one_length_and_of_any_length_are_told_apart() {
         let alike = learn([(200, true); 200]);
-        assert!(is_near(alike.expected(0, 8000), 200.0, 0.2), "{}", alike.expected(0, 8000));
-        assert!(is_near(alike.expected(150, 8000), 50.0, 0.6), "{}", alike.expected(150, 8000));
-        assert!(is_near(alike.expected(0, 16), 16.0, 0.02));
+        assert!(is_near(alike.expected(0, 0, 8000), 200.0, 0.2), "{}", alike.expected(0, 0, 8000));
+        assert!(is_near(alike.expected(150, 0, 8000), 50.0, 0.6), "{}", alike.expected(150, 0, 8000));
+        assert!(is_near(alike.expected(0, 0, 16), 16.0, 0.02));
         // Exponentially distributed with a mean of 100: no age changes what is to come.
         let any = learn((0..2000).map(|i| {
             let part = (f64::from(i) * 0.618_034).fract();
             ((-100.0 * (1.0 - part).ln()) as usize, true)
         }));
         for age in [0, 50, 150] {
-            assert!(is_near(any.expected(age, 8000), 100.0, 0.35), "{}", any.expected(age, 8000));
-            let median = any.quantile(age, 8000, 0.5);
+            assert!(is_near(any.expected(age, 0, 8000), 100.0, 0.35), "{}", any.expected(age, 0, 8000));
+            let median = any.quantile(age, 0, 8000, 0.5);
             assert!(is_near(median, 69.0, 0.4), "{median}");
         }
-        assert!(is_near(any.expected(0, 50), 39.0, 0.2), "{}", any.expected(0, 50));
+        // What is sure comes before what is likely.
+        assert!(alike.expected(0, 1000, 8000) >= 1000.0);
+        assert_eq!(any.expected(20, 300, 300), 300.0);
+        assert_eq!(any.quantile(20, 300, 300, 0.5), 300.0);
+        assert!(is_near(any.expected(0, 100, 8000), 200.0, 0.2), "{}", any.expected(0, 100, 8000));
+        assert!(is_near(any.expected(0, 0, 50), 39.0, 0.2), "{}", any.expected(0, 0, 50));
     }
 }

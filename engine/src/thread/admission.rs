@@ -64,6 +64,7 @@ impl Shared {
             deadline: self.clock.now().saturating_add(deadline),
             num_cached_tokens,
             num_prefill_tokens: request.prompt_token_ids.len() - num_cached_tokens,
+            min_tokens: request.sampling.fewest_tokens(),
             max_tokens: request.sampling.max_tokens,
             num_output_tokens: 0,
         }
@@ -171,13 +172,14 @@ fn spread(waiting: &Waiting, work: &RequestWork, num_requests: usize) -> f64 {
 
 /// What others must wait for, of a request that waits.
 pub(super) fn waiting_work(waiting: &Waiting, lengths: &LengthCurve) -> RequestWork {
-    let Waiting { num_cached_tokens, num_prefill_tokens, max_tokens, num_output_tokens, .. } = *waiting;
-    let most = max_tokens.saturating_sub(num_output_tokens);
+    let Waiting { num_cached_tokens, num_prefill_tokens, num_output_tokens, .. } = *waiting;
+    let least = waiting.min_tokens.saturating_sub(num_output_tokens);
+    let most = waiting.max_tokens.saturating_sub(num_output_tokens);
     RequestWork {
         num_cached_tokens,
         num_held_tokens: 0,
         num_prefill_tokens,
-        num_output_tokens: lengths.expected(num_output_tokens, most),
+        num_output_tokens: lengths.expected(num_output_tokens, least, most),
     }
 }
 

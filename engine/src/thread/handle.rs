@@ -109,6 +109,12 @@ impl EventReceiver {
         self.state.progress(self.clock.now())
     }
 
+    /// Says that the reply has ended by itself, as with a stop string, which only the reader can see: what it
+    /// was long enough for teaches the engine how long replies are. Drop the receiver after it.
+    pub fn set_complete(&self) {
+        self.state.set_complete();
+    }
+
     /// Says whether somebody reads what this receives. From the next step on, a detached request is
     /// preempted before every attached one.
     pub fn set_detached(&self, is_detached: bool) {

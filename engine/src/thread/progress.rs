@@ -50,6 +50,7 @@ pub(super) struct RequestState {
     /// Engine time in nanoseconds at which the next token is expected.
     next_token_at: AtomicU64,
     is_detached: AtomicBool,
+    is_complete: AtomicBool,
 }
 
 impl RequestState {
@@ -59,6 +60,7 @@ impl RequestState {
             stage: AtomicU64::new(0),
             next_token_at: AtomicU64::new(0),
             is_detached: AtomicBool::new(false),
+            is_complete: AtomicBool::new(false),
         };
         state.publish(Stage::Waiting { position }, next_token_at);
         state
@@ -82,6 +84,16 @@ impl RequestState {
     /// Called by the reader.
     pub(super) fn set_detached(&self, is_detached: bool) {
         self.is_detached.store(is_detached, Ordering::Relaxed);
+    }
+
+    /// Called by the reader.
+    pub(super) fn set_complete(&self) {
+        self.is_complete.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its reader has all that it wants.
+    pub(super) fn is_complete(&self) -> bool {
+        self.is_complete.load(Ordering::Relaxed)
     }
 
     /// Whether nobody reads the request.

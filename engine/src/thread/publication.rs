@@ -86,7 +86,7 @@ impl<R: ModelRunner> Worker<R> {
             num_cached_tokens: *num_computed_tokens,
             num_held_tokens: *num_computed_tokens,
             num_prefill_tokens: if is_decoding(running) { 0 } else { running.num_pending_tokens() },
-            num_output_tokens: self.curve.expected(num_output_tokens, num_left(sequence)),
+            num_output_tokens: self.curve.expected(num_output_tokens, num_due(sequence), num_left(sequence)),
         }
     }
 
@@ -100,7 +100,7 @@ impl<R: ModelRunner> Worker<R> {
         let quantile = |(index, running): (usize, &RunningSequence)| {
             let left = ((index as f64 + 0.5) * GOLDEN).fract();
             let sequence = &running.sequence;
-            self.curve.quantile(sequence.output().len(), num_left(sequence), left)
+            self.curve.quantile(sequence.output().len(), num_due(sequence), num_left(sequence), left)
         };
         let spread: f64 = running().map(quantile).sum();
         let expected: f64 = works.iter().map(|work| work.num_output_tokens).sum();
@@ -153,6 +153,7 @@ impl<R: ModelRunner> Worker<R> {
             deadline: sequence.deadline,
             num_cached_tokens,
             num_prefill_tokens: sequence.tokens().len() - num_cached_tokens,
+            min_tokens: sequence.sampling.fewest_tokens(),
             max_tokens: sequence.sampling.max_tokens,
             num_output_tokens: sequence.output().len(),
         }
@@ -162,6 +163,11 @@ impl<R: ModelRunner> Worker<R> {
 /// Whether a sequence lacks a token only.
 fn is_decoding(running: &RunningSequence) -> bool {
     running.num_pending_tokens() == 1 && !running.sequence.output().is_empty()
+}
+
+/// Tokens that a sequence must generate yet.
+fn num_due(sequence: &Sequence) -> usize {
+    sequence.sampling.fewest_tokens().saturating_sub(sequence.output().len())
 }
 
 /// Tokens that a sequence may generate yet.

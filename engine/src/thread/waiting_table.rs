@@ -34,7 +34,8 @@ pub(super) struct Waiting {
     pub(super) deadline: Duration,
     pub(super) num_cached_tokens: usize,
     pub(super) num_prefill_tokens: usize,
-    /// Tokens that it may generate, and that it has.
+    /// Tokens that it must and may generate, and that it has.
+    pub(super) min_tokens: usize,
     pub(super) max_tokens: usize,
     pub(super) num_output_tokens: usize,
 }
@@ -47,6 +48,7 @@ struct Entry {
     deadline_ns: AtomicU64,
     num_cached_tokens: AtomicUsize,
     num_prefill_tokens: AtomicUsize,
+    min_tokens: AtomicUsize,
     max_tokens: AtomicUsize,
     num_output_tokens: AtomicUsize,
 }
@@ -59,6 +61,7 @@ impl Entry {
         self.deadline_ns.store(nanos, RELAXED);
         self.num_cached_tokens.store(waiting.num_cached_tokens, RELAXED);
         self.num_prefill_tokens.store(waiting.num_prefill_tokens, RELAXED);
+        self.min_tokens.store(waiting.min_tokens, RELAXED);
         self.max_tokens.store(waiting.max_tokens, RELAXED);
         self.num_output_tokens.store(waiting.num_output_tokens, RELAXED);
         self.state.store(state, Ordering::Release);
@@ -72,6 +75,7 @@ impl Entry {
             deadline: Duration::from_nanos(self.deadline_ns.load(RELAXED)),
             num_cached_tokens: self.num_cached_tokens.load(RELAXED),
             num_prefill_tokens: self.num_prefill_tokens.load(RELAXED),
+            min_tokens: self.min_tokens.load(RELAXED),
             max_tokens: self.max_tokens.load(RELAXED),
             num_output_tokens: self.num_output_tokens.load(RELAXED),
         }
@@ -214,6 +218,7 @@ mod tests {
             deadline: Duration::from_secs(deadline_s),
             num_cached_tokens: 0,
             num_prefill_tokens: 10,
+            min_tokens: 0,
             max_tokens: 5,
             num_output_tokens: 0,
         }

@@ -219,7 +219,8 @@ impl<R: ModelRunner> Worker<R> {
             if client.events.is_closed() {
                 engine.abort(id);
                 if client.num_tokens > 0 && client.place != Place::Probe {
-                    lengths.observe_end(client.num_tokens, true);
+                    // Who left without it could have had more.
+                    lengths.observe_end(client.num_tokens, client.state.is_complete());
                     has_ended = true;
                 }
                 shared.release(client.place);

@@ -176,7 +176,11 @@ impl Pump {
                 seen.usage.num_generated_tokens += 1;
                 self.record.token(at, age);
                 let step = self.text.push(token_id);
-                self.append(step, seen)?.then_some(EndReason::Stop)
+                let is_stopped = self.append(step, seen)?;
+                if is_stopped {
+                    self.events.set_complete();
+                }
+                is_stopped.then_some(EndReason::Stop)
             }
             TokenEvent::Finished { reason, num_generated_tokens } => {
                 seen.usage.num_generated_tokens = num_generated_tokens;
