@@ -14,7 +14,9 @@
 //!   generators such as vLLM's strip the white space of each network read, the blank line too; the second
 //!   one keeps the event apart from the heartbeat.
 
-use std::fmt::Write as _;
+mod documents;
+mod news;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,12 +25,12 @@ use actix_web::{HttpResponse, HttpResponseBuilder};
 use actix_web_lab::body::new_infallible_body_stream;
 use actix_web_lab::header::{CacheControl, CacheDirective};
 use futures_util::stream;
-use glm_engine::{Progress, SequenceError, Stage};
-use serde::Serialize;
-use serde_json::{Value, json};
+use glm_engine::SequenceError;
 
+pub use self::documents::{Documents, Render};
+use self::news::news;
 use super::connection::{self, Connection};
-use super::cursor::{Cursor, EventId, StreamTag};
+use super::cursor::Cursor;
 use super::event::Event;
 use super::event_log::LogReader;
 use super::readers::ReaderPermit;
@@ -39,40 +41,6 @@ use crate::metrics::{Delivery, Metrics};
 
 /// Without the charset, clients that follow the old rules for `text/*` decode ISO-8859-1.
 const MEDIA_TYPE: &str = "text/event-stream; charset=utf-8";
-
-/// Makes the JSON documents of one event.
-pub trait Render {
-    /// Adds the documents for `event` to `documents`. What they are depends on the event alone, so that
-    /// each has the same place for every reader.
-    fn render(&mut self, event: Event, documents: &mut Documents<'_>);
-}
-
-/// Takes the documents of one event, and writes each as a server-sent event of its own.
-#[derive(Debug)]
-pub struct Documents<'a> {
-    frames: &'a mut BytesMut,
-    cursor: Cursor,
-    /// The last document that the client has.
-    after: Option<Cursor>,
-    /// Whose they are, if they have ids.
-    stream: Option<StreamTag>,
-}
-
-impl Documents<'_> {
-    /// Adds one more.
-    pub fn push(&mut self, document: &impl Serialize) {
-        if self.after < Some(self.cursor) {
-            if let Some(stream) = self.stream {
-                // Writing to memory does not fail.
-                let _ = writeln!(self.frames, "id: {}", EventId { stream, cursor: self.cursor });
-            }
-            self.frames.extend_from_slice(b"data: ");
-            json::append(self.frames, document);
-            self.frames.extend_from_slice(b"\n\n");
-        }
-        self.cursor.document += 1;
-    }
-}
 
 /// Who reads a reply, and how.
 #[derive(Debug)]
@@ -223,24 +191,11 @@ impl<R: Render> Writer<R> {
     }
 }
 
-fn news(Progress { stage, estimate }: Progress) -> Value {
-    let mut news = match stage {
-        Stage::Waiting { position } => json!({"stage": "waiting", "position": position}),
-        Stage::Prefill { num_computed_tokens, num_tokens } => {
-            json!({"stage": "prefill", "computed_tokens": num_computed_tokens, "prompt_tokens": num_tokens})
-        }
-        Stage::Decode => json!({"stage": "decode"}),
-    };
-    if let Some(estimate) = estimate {
-        news["estimate_ms"] = json!(u64::try_from(estimate.as_millis()).unwrap_or(u64::MAX));
-    }
-    news
-}
-
 #[cfg(test)]
 mod tests {
     use actix_web::body;
     use futures_util::{FutureExt, StreamExt};
+    use glm_engine::{Progress, Stage};
 
     use super::*;
     use crate::client::Client;
