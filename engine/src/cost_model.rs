@@ -219,6 +219,21 @@ mod tests {
         assert!((2.4..3.6).contains(&ratio), "{ratio}");
     }
 
+    /// As a warm-up on an idle machine, which then hangs in each prompt, or in each token.
+    #[test]
+    fn a_machine_that_becomes_slower_by_far_is_believed_at_once() {
+        let mut prompts = warm_up(machine(0.01, 0.01, 0.001), 1);
+        let slow = work(16, 0, 0);
+        (0..3).for_each(|_| prompts.observe_step(&slow, Duration::from_millis(300)));
+        let like_it = prompts.predict_step(&work(14, 0, 0)).unwrap();
+        assert!(like_it > Duration::from_millis(100), "{like_it:?}");
+        let mut decodes = warm_up(machine(0.01, 0.01, 0.001), 1);
+        let slow = work(0, 1, 100);
+        (0..20).for_each(|_| decodes.observe_step(&slow, Duration::from_millis(2)));
+        let like_it = decodes.predict_step(&slow).unwrap();
+        assert!(like_it > Duration::from_millis(1), "{like_it:?}");
+    }
+
     #[test]
     fn decodes_do_not_wear_away_what_prompts_taught() {
         let (mut model, machine) = (CostModel::default(), machine(30.0, 3.0, 1.5));

@@ -232,3 +232,122 @@ impl<'a> QueueForecast<'a> {
 fn num_tokens(work: &RequestWork) -> f64 {
     (work.num_cached_tokens + work.num_prefill_tokens) as f64 + work.num_output_tokens / 2.0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUNDS: StepBounds = StepBounds {
+        max_step_time: Duration::from_millis(500),
+        target_inter_token_latency: Duration::from_millis(250),
+        max_num_batched_tokens: 512,
+        block_size: 16,
+    };
+
+    /// A step takes 10 ms, a token of a prompt 1 ms more; a decode costs nothing beside that.
+    fn costs() -> CostModel {
+        CostModel { base_s: 10e-3, prefill_s: 1e-3, num_prefill_steps: 1, ..CostModel::default() }
+    }
+
+    fn work(num_prefill_tokens: usize, num_output_tokens: f64) -> RequestWork {
+        RequestWork { num_prefill_tokens, num_output_tokens, ..RequestWork::default() }
+    }
+
+    /// One that only generates, with so many tokens in blocks of its own.
+    fn running(num_held_tokens: usize, num_output_tokens: f64) -> RequestWork {
+        let num_cached_tokens = num_held_tokens;
+        RequestWork { num_cached_tokens, num_held_tokens, num_prefill_tokens: 0, num_output_tokens }
+    }
+
+    fn forecast<'a>(
+        costs: &'a CostModel,
+        max_num_seqs: usize,
+        num_free_blocks: usize,
+        running: &[RequestWork],
+    ) -> QueueForecast<'a> {
+        let capacity = Capacity { max_num_seqs, num_free_blocks };
+        QueueForecast::new(costs, &BOUNDS, capacity, running.iter().copied()).unwrap()
+    }
+
+    fn is_near(time: Duration, expected_ms: f64) -> bool {
+        (time.as_secs_f64() * 1e3 - expected_ms).abs() < 1e-3
+    }
+
+    #[test]
+    fn nothing_is_forecast_before_a_prompt_was_computed() {
+        let costs = CostModel { num_decode_steps: 9, ..CostModel::default() };
+        let capacity = Capacity { max_num_seqs: 1, num_free_blocks: 9 };
+        assert!(QueueForecast::new(&costs, &BOUNDS, capacity, []).is_none());
+    }
+
+    #[test]
+    fn an_idle_engine_admits_at_once_and_answers_after_the_prompt() {
+        let costs = costs();
+        let Forecast { admission, first_token, needs_end } =
+            forecast(&costs, 1, 100, &[]).admit(&work(40, 5.0));
+        assert!(admission.is_zero() && !needs_end);
+        assert!(is_near(first_token, 10.0 + 40.0), "{first_token:?}");
+    }
+
+    #[test]
+    fn whoever_finds_no_slot_waits_for_the_first_end_and_each_later_one_for_the_next() {
+        let costs = costs();
+        let mut queue = forecast(&costs, 2, 1_000, &[running(16, 30.0), running(16, 10.0)]);
+        assert!(is_near(queue.first_end().unwrap(), 10.0 * 10.0));
+        let first = queue.admit(&work(0, 5.0));
+        assert!(first.needs_end && is_near(first.admission, 100.0), "{first:?}");
+        // It ends after five steps, long before the one that has run from the start.
+        let second = queue.admit(&work(0, 100.0));
+        assert!(second.needs_end && is_near(second.admission, 150.0), "{second:?}");
+        let third = queue.admit(&work(0, 1.0));
+        assert!(is_near(third.admission, 300.0), "{third:?}");
+    }
+
+    #[test]
+    fn blocks_bound_what_runs_and_those_of_a_cached_prefix_are_taken_too() {
+        let costs = costs();
+        // 160 tokens: 10 blocks, and an 11th for what it generates.
+        let runs = running(160, 20.0);
+        let mut queue = forecast(&costs, 8, 4, &[runs]);
+        assert!(!queue.admit(&work(0, 64.0)).needs_end, "32 tokens on average");
+        let waits = queue.admit(&work(60, 40.0));
+        assert!(waits.needs_end && waits.admission > Duration::from_millis(100), "{waits:?}");
+        // A cached prefix lies in blocks that are free or another one's.
+        let cached = RequestWork { num_cached_tokens: 48, ..work(12, 8.0) };
+        assert!(!forecast(&costs, 8, 2, &[runs]).admit(&cached).needs_end);
+        assert!(forecast(&costs, 8, 1, &[runs]).admit(&cached).needs_end);
+    }
+
+    #[test]
+    fn one_that_is_larger_than_the_cache_is_admitted_once_nothing_runs() {
+        let costs = costs();
+        let alone = forecast(&costs, 8, 1, &[running(16, 3.0)]).admit(&work(1_000, 8.0));
+        assert!(is_near(alone.admission, 30.0), "{alone:?}");
+    }
+
+    #[test]
+    fn prompts_are_computed_one_after_the_other_and_time_never_goes_back() {
+        let costs = costs();
+        let mut queue = forecast(&costs, 64, 10_000, &[]);
+        let mut last = Forecast { admission: Duration::ZERO, first_token: Duration::ZERO, needs_end: false };
+        for index in 0..200 {
+            let next = queue.admit(&work(1 + index * 37 % 400, (1 + index * 13 % 50) as f64));
+            assert!(next.admission >= last.admission, "{index}: {last:?}, {next:?}");
+            assert!(next.first_token > next.admission, "{index}: {next:?}");
+            last = next;
+        }
+        // 38,500 tokens of prompts at 1 ms are before the last one, about.
+        assert!((30.0..60.0).contains(&last.admission.as_secs_f64()), "{last:?}");
+    }
+
+    #[test]
+    fn a_request_takes_its_prompt_and_its_part_of_the_steps_from_others() {
+        let costs = costs();
+        let queue = forecast(&costs, 4, 1_000, &[running(16, 50.0); 4]);
+        // A quarter of each of 20 steps, and 40 tokens of a prompt.
+        assert!(is_near(queue.share(&work(40, 20.0)), 20.0 * 10.0 / 4.0 + 40.0));
+        let draft = CostModel { drafts_per_decode: 1.0, accepted_per_decode: 1.0, ..costs.clone() };
+        let queue = forecast(&draft, 4, 1_000, &[running(16, 50.0); 4]);
+        assert!(is_near(queue.share(&work(40, 20.0)), 10.0 * 10.0 / 4.0 + 40.0));
+    }
+}

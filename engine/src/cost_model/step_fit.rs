@@ -25,9 +25,11 @@ const LEARNING_RATE: f64 = 0.2;
 const MOST_SURPRISE: f64 = 4.0;
 /// A prediction below this is no measure of surprise.
 const LEAST_PREDICTION_S: f64 = 1e-3;
-/// A step that takes less than this part of what those of its kind took shows that something else had held
-/// those up: nothing makes a step faster than it is.
+/// While few steps of a kind were seen: one that takes less than this part of what they took shows that something
+/// else had held those up, for nothing makes a step faster than it is.
 const HELD_UP: f64 = 1.0 / 3.0;
+/// After so many steps of a kind in a row that were such a surprise, none is a hiccup.
+const NUM_SURPRISES: u32 = 2;
 /// Steps after which a kind that was not seen again weighs half as much.
 const HALF_LIFE: f64 = 40.0;
 const LEAST_WEIGHT: f64 = 1e-4;
@@ -40,6 +42,8 @@ const NOISE: f64 = 0.05;
 /// A decoded token's products are those of a token of a prompt, and it is sampled too: what is supposed until
 /// steps of several decodes were seen.
 const DECODE_PER_PREFILL: f64 = 1.5;
+/// By how many times their noise steps must contradict that.
+const CONTRADICTION: f64 = 4.0;
 /// Pairs that are supposed to weigh as much as a token, at most.
 const PAIRS_PER_TOKEN: f64 = 1024.0;
 /// The least cost of a token, as a part of a step's, with which something else is supposed.
@@ -50,6 +54,8 @@ const LEAST_TOKEN: f64 = 1e-3;
 struct Kind {
     num_steps: u32,
     seen_at: u32,
+    /// The latest steps in a row that took far longer than predicted.
+    num_surprises: u32,
     work: [f64; NUM_COSTS],
     seconds: f64,
 }
@@ -75,53 +81,99 @@ impl StepFit {
         kind.seen_at = self.num_steps;
         let work = terms(work);
         let predicted = dot(costs, &work);
+        let most = MOST_SURPRISE * predicted.max(LEAST_PREDICTION_S);
+        kind.num_surprises = if seconds > most { kind.num_surprises + 1 } else { 0 };
+        let is_believed = kind.num_surprises >= NUM_SURPRISES;
         let mean_rate = (1.0 / f64::from(kind.num_steps)).max(LEARNING_RATE);
         let mut rate = mean_rate.max(outdated);
         let mut seconds = seconds;
-        if mean_rate <= LEARNING_RATE {
-            seconds = seconds.min(MOST_SURPRISE * predicted.max(LEAST_PREDICTION_S));
-        }
-        if seconds < HELD_UP * kind.seconds {
+        if mean_rate > LEARNING_RATE && seconds < HELD_UP * kind.seconds || is_believed {
             rate = 1.0;
+        } else if mean_rate <= LEARNING_RATE {
+            seconds = seconds.min(most);
         }
         let towards = |mean: &mut f64, value: f64| *mean += rate * (value - *mean);
         kind.work.iter_mut().zip(work).for_each(|(mean, value)| towards(mean, value));
         towards(&mut kind.seconds, seconds);
+        if is_believed {
+            let slow = *kind;
+            self.forget_faster(&slow);
+        }
         self.solve(costs)
+    }
+
+    /// Forgets the kinds that take far less than the steps of `slow` imply: with costs that are not negative, a
+    /// part of a step's work takes at least that part of its time. Relative errors of short steps weigh so much that
+    /// a machine that has become slower would not be believed for long.
+    fn forget_faster(&mut self, slow: &Kind) {
+        let is_outdated = |kind: &Kind| {
+            let parts = kind.work.iter().zip(slow.work).filter(|(_, slow_work)| *slow_work > 0.0);
+            let part = parts.map(|(work, slow_work)| work / slow_work).fold(1.0, f64::min);
+            kind.num_steps > 0 && kind.seconds * MOST_SURPRISE < part * slow.seconds
+        };
+        self.kinds.iter_mut().filter(|kind| is_outdated(kind)).for_each(|kind| *kind = Kind::default());
     }
 
     /// The least squares of relative errors over all kinds, none of the costs negative.
     fn solve(&self, costs: &Costs) -> Costs {
-        let (mut matrix, mut vector) = ([[0.0; NUM_COSTS]; NUM_COSTS], [0.0; NUM_COSTS]);
-        let mut add = |row: [f64; NUM_COSTS], value: f64, weight: f64| {
-            for i in 0..NUM_COSTS {
-                (0..NUM_COSTS).for_each(|j| matrix[i][j] += weight * row[i] * row[j]);
-                vector[i] += weight * row[i] * value;
-            }
-        };
-        let mut shortest = f64::INFINITY;
+        let mut equations = Equations::default();
+        let (mut shortest, mut shortest_prefill, mut shortest_decode) =
+            (f64::INFINITY, f64::INFINITY, f64::INFINITY);
         for kind in self.kinds.iter().filter(|kind| kind.num_steps > 0) {
             let age = f64::from(self.num_steps - kind.seen_at);
             let weight = (-age / HALF_LIFE).exp2().max(LEAST_WEIGHT);
             let seconds = kind.seconds.max(1e-9);
             shortest = shortest.min(seconds);
-            add(kind.work, kind.seconds, weight / (NOISE * seconds).powi(2));
+            if kind.work[PREFILL] > 0.0 {
+                shortest_prefill = shortest_prefill.min(seconds);
+            }
+            if kind.work[DECODE] > 0.0 {
+                shortest_decode = shortest_decode.min(seconds / kind.work[DECODE]);
+            }
+            equations.add(kind.work, kind.seconds, weight / (NOISE * seconds).powi(2));
         }
         // What nothing seen decides is as supposed.
         let token_s = costs[PREFILL].max(LEAST_TOKEN * shortest);
         let weight = |deviation_s: f64| SMALLNESS_WEIGHT / deviation_s.powi(2);
+        equations.add(unit(&[(PAIR, 1.0)]), 0.0, weight(token_s / PAIRS_PER_TOKEN));
+        let prefill_s = if shortest_prefill.is_finite() { shortest_prefill } else { shortest };
+        equations.add(unit(&[(PREFILL, 1.0)]), 0.0, weight(prefill_s));
+        equations.add(unit(&[(BASE, 1.0)]), 0.0, weight(100.0 * shortest));
+        let mut deviation_s = token_s;
+        if shortest_decode.is_finite() {
+            // Steps that contradict what is supposed by more than their noise are believed.
+            let seen = equations.solve();
+            let contradiction_s = (seen[DECODE] - DECODE_PER_PREFILL * seen[PREFILL]).abs();
+            deviation_s += (contradiction_s - CONTRADICTION * NOISE * shortest_decode).max(0.0);
+        }
         let supposed = unit(&[(DECODE, 1.0), (PREFILL, -DECODE_PER_PREFILL)]);
-        add(supposed, 0.0, SUPPOSED_WEIGHT / token_s.powi(2));
-        add(unit(&[(PAIR, 1.0)]), 0.0, weight(token_s / PAIRS_PER_TOKEN));
-        add(unit(&[(PREFILL, 1.0)]), 0.0, weight(shortest));
-        add(unit(&[(BASE, 1.0)]), 0.0, weight(100.0 * shortest));
+        equations.add(supposed, 0.0, SUPPOSED_WEIGHT / deviation_s.powi(2));
+        equations.solve()
+    }
+}
+
+/// Weighted equations of the costs.
+#[derive(Debug, Default)]
+struct Equations {
+    matrix: [[f64; NUM_COSTS]; NUM_COSTS],
+    vector: Costs,
+}
+
+impl Equations {
+    fn add(&mut self, row: [f64; NUM_COSTS], value: f64, weight: f64) {
+        for i in 0..NUM_COSTS {
+            (0..NUM_COSTS).for_each(|j| self.matrix[i][j] += weight * row[i] * row[j]);
+            self.vector[i] += weight * row[i] * value;
+        }
+    }
+
+    /// The least squares, none of the costs negative.
+    fn solve(&self) -> Costs {
         let mut is_free = [true; NUM_COSTS];
         loop {
-            let costs = solve(&matrix, &vector, &is_free);
-            let least = (0..NUM_COSTS).min_by(|&i, &j| {
-                let relative = |i: usize| costs[i] * matrix[i][i].sqrt();
-                relative(i).total_cmp(&relative(j))
-            });
+            let costs = solve(&self.matrix, &self.vector, &is_free);
+            let relative = |&i: &usize| costs[i] * self.matrix[i][i].sqrt();
+            let least = (0..NUM_COSTS).min_by(|i, j| relative(i).total_cmp(&relative(j)));
             match least {
                 Some(index) if costs[index] < 0.0 => is_free[index] = false,
                 _ => return costs,

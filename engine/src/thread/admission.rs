@@ -27,6 +27,9 @@ const PERCENT_PER_IDLE_REFUSAL: f64 = 10.0;
 /// What is added to the predicted time in the queue, as a part of it: those who were accepted must really be
 /// admitted in time.
 const MARGIN: f64 = 0.05;
+/// How many standard deviations of the sum of random lengths are added besides. Under lasting overload nearly all who
+/// are accepted are close to their limit: with one, 0.1 to 0.6 % of them wait in vain.
+const NUM_DEVIATIONS: f64 = 2.0;
 
 /// What a request finds that is submitted now.
 #[derive(Debug)]
@@ -167,7 +170,7 @@ impl Shared {
 /// each takes its `max_tokens`.
 fn spread(waiting: &Waiting, work: &RequestWork, num_requests: usize) -> f64 {
     let is_bound = work.num_output_tokens > 0.95 * waiting.max_tokens as f64;
-    if is_bound { 0.0 } else { 1.0 / (num_requests as f64 + 1.0).sqrt() }
+    if is_bound { 0.0 } else { NUM_DEVIATIONS / (num_requests as f64 + 1.0).sqrt() }
 }
 
 /// What others must wait for, of a request that waits.

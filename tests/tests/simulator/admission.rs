@@ -115,7 +115,7 @@ fn replies_that_end_early_are_learnt() {
             }));
             let (count, _) = count(&overload(speed, limit_s, arrivals, seed));
             println!("{name}, seed {seed}: {count:?}");
-            assert!(count.num_timed_out * 200 <= count.num_accepted, "{name}, seed {seed}: {count:?}");
+            assert_eq!(count.num_timed_out, 0, "{name}, seed {seed}: {count:?}");
             assert!(count.num_wrongly * 5 <= count.num_refused, "{name}, seed {seed}: {count:?}");
         }
     }
@@ -125,7 +125,7 @@ fn replies_that_end_early_are_learnt() {
 fn at_twice_the_capacity_half_is_served_and_nobody_waits_in_vain() {
     for (name, speed, limit_s, mean, rate) in [
         ("fast", FAST, 5.0, 250.0, 70.0),
-        ("small", SMALL, 10.0, 30.0, 15.0),
+        ("small", SMALL, 10.0, 30.0, 37.0),
         ("slow", SLOW, 60.0, 30.0, 0.8),
     ] {
         let mut rng = Rng::new(7);
@@ -139,7 +139,7 @@ fn at_twice_the_capacity_half_is_served_and_nobody_waits_in_vain() {
         let (count, played) = count(&overload(speed, limit_s, arrivals, 7));
         println!("{name}: {count:?} in {:?}", played.duration);
         // Lengths are random, and so is the time that they take together.
-        assert!(count.num_timed_out * 200 <= count.num_accepted, "{name}: {count:?}");
+        assert!(count.num_timed_out * 1_000 <= count.num_accepted, "{name}: {count:?}");
         assert!(count.num_wrongly * 10 <= count.num_refused, "{name}: {count:?}");
         // The machine is never short of work.
         let busy_s = played.duration.as_secs_f64();
