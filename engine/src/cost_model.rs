@@ -16,7 +16,7 @@ use step_fit::StepFit;
 
 pub use forecast::{Capacity, Forecast, QueueForecast, RequestWork};
 pub use prefill_budget::PrefillBudget;
-pub use reply_lengths::{Hazards, LengthCurve, ReplyLengths};
+pub use reply_lengths::{Hazards, LengthCurve, NUM_REMEMBERED_ENDS, ReplyLengths};
 pub use step_work::StepWork;
 
 /// Weight of the latest step in how many tokens a step yields to a decode.

@@ -7,7 +7,7 @@
 /// Lengths are told apart by powers of the root of two: class `k` starts at `2^(k/2) - 1`.
 const NUM_CLASSES: usize = 32;
 /// How many ended replies are remembered, about.
-const MEMORY: f64 = 128.0;
+pub const NUM_REMEMBERED_ENDS: f64 = 128.0;
 /// A class without ends of its own is taken to be like all others; so many tokens weigh as much as that.
 const PRIOR_TOKENS: f64 = 16.0;
 
@@ -31,7 +31,7 @@ impl ReplyLengths {
     /// whose reader left, or that reached its `max_tokens`, could have gone on.
     pub fn observe_end(&mut self, num_tokens: usize, is_early: bool) {
         self.num_ends[class_of(num_tokens)] += f64::from(u8::from(is_early));
-        let forget = |count: &mut f64| *count *= 1.0 - 1.0 / MEMORY;
+        let forget = |count: &mut f64| *count *= 1.0 - 1.0 / NUM_REMEMBERED_ENDS;
         self.num_tokens.iter_mut().chain(&mut self.num_ends).for_each(forget);
     }
 

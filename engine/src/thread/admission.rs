@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::shared::Shared;
 use super::waiting_table::Waiting;
-use crate::cost_model::{CostModel, Forecast, LengthCurve, QueueForecast, RequestWork};
+use crate::cost_model::{CostModel, Forecast, LengthCurve, NUM_REMEMBERED_ENDS, QueueForecast, RequestWork};
 use crate::error::SubmitError;
 use crate::queue::{INPUT_COST, OUTPUT_COST};
 use crate::request::Request;
@@ -91,7 +91,7 @@ impl Shared {
             num_ahead: ahead.len(),
             forecast,
             has_lengths: self.costs.has_lengths(),
-            margin: MARGIN + spread(&waiting, &own, ahead.len() + self.running.len()),
+            margin: MARGIN + spread(&waiting, &own, ahead.len() + self.running.len(), self.costs.num_ends()),
             share: queue.map_or(Duration::ZERO, |queue| queue.share(&own)),
             now,
         }
@@ -166,11 +166,13 @@ impl Shared {
     }
 }
 
-/// By how much the sum of so many lengths differs from what is expected, as a part of it: not at all where
-/// each takes its `max_tokens`.
-fn spread(waiting: &Waiting, work: &RequestWork, num_requests: usize) -> f64 {
+/// By how much the sum of so many lengths may differ from what is expected, as a part of it: not at all where each
+/// takes its `max_tokens`. Besides, their mean is known only as well as from the replies that have ended.
+fn spread(waiting: &Waiting, work: &RequestWork, num_requests: usize, num_ends: u32) -> f64 {
     let is_bound = work.num_output_tokens > 0.95 * waiting.max_tokens as f64;
-    if is_bound { 0.0 } else { NUM_DEVIATIONS / (num_requests as f64 + 1.0).sqrt() }
+    let num_ends = f64::from(num_ends).min(NUM_REMEMBERED_ENDS);
+    let variance = (num_requests as f64 + 1.0).recip() + (num_ends + 1.0).recip();
+    if is_bound { 0.0 } else { NUM_DEVIATIONS * variance.sqrt() }
 }
 
 /// What others must wait for, of a request that waits.

@@ -2,7 +2,7 @@
 //!
 //! Invariant: relaxed atomics only. A reader may mix two moments; the estimate is one anyway.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use crate::cost_model::{Capacity, CostModel, Hazards, LengthCurve, RequestWork};
 
@@ -80,7 +80,8 @@ const NUM_COSTS: usize = 6;
 pub(super) struct PublishedCosts {
     costs: [AtomicU64; NUM_COSTS],
     counts: [AtomicU32; 2],
-    has_lengths: AtomicBool,
+    /// Times that a reply had ended.
+    num_ends: AtomicU32,
     hazards: Box<[AtomicU64]>,
 }
 
@@ -90,7 +91,7 @@ impl Default for PublishedCosts {
         Self {
             costs: Default::default(),
             counts: Default::default(),
-            has_lengths: AtomicBool::new(false),
+            num_ends: AtomicU32::new(0),
             hazards: (0..num_hazards).map(|_| AtomicU64::new(0)).collect(),
         }
     }
@@ -113,7 +114,7 @@ impl PublishedCosts {
 
     /// A reply has ended.
     pub(super) fn publish_lengths(&self, hazards: &Hazards) {
-        self.has_lengths.store(true, RELAXED);
+        self.num_ends.fetch_add(1, RELAXED);
         self.hazards.iter().zip(hazards).for_each(|(slot, hazard)| slot.store(hazard.to_bits(), RELAXED));
     }
 
@@ -130,7 +131,12 @@ impl PublishedCosts {
 
     /// Whether a reply has ended yet.
     pub(super) fn has_lengths(&self) -> bool {
-        self.has_lengths.load(RELAXED)
+        self.num_ends() > 0
+    }
+
+    /// How many ends of replies were published.
+    pub(super) fn num_ends(&self) -> u32 {
+        self.num_ends.load(RELAXED)
     }
 
     pub(super) fn lengths(&self) -> LengthCurve {
