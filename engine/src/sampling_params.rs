@@ -96,7 +96,10 @@ impl SamplingParams {
             if *id as usize >= vocab_size {
                 return invalid("logit_bias", format!("token id {id} is not below {vocab_size}"));
             }
-            range("logit_bias", *bias, -100.0, 100.0)?;
+            if !(-100.0..=100.0).contains(bias) {
+                let message = format!("of token {id} must be from -100 to 100, not {bias}");
+                return invalid("logit_bias", message);
+            }
         }
         if self.stop_token_ids.len() > MAX_STOP_TOKEN_IDS {
             return invalid("stop_token_ids", format!("has more than {MAX_STOP_TOKEN_IDS} tokens"));

@@ -168,7 +168,7 @@ impl ApiError {
 
     /// The server is not there yet.
     pub fn loading() -> Self {
-        let message = "the server is loading its model and takes no requests yet";
+        let message = "the server is loading its model and takes no requests yet; send it again after the time in retry-after";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, LOADING, message).retry_after(RETRY_UNAVAILABLE_S)
     }
 
@@ -198,7 +198,7 @@ impl ApiError {
 
     /// No such stream, or none of this client's.
     pub fn stream_not_found() -> Self {
-        let message = "there is no such stream; ended streams are kept for a limited time";
+        let message = "there is no such stream, or none of this Idempotency-Key; ended streams are kept for a limited time";
         Self::new(StatusCode::NOT_FOUND, "stream_not_found", message)
     }
 

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::error::InternalError;
+use actix_web::http::StatusCode;
 use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::web::Bytes;
@@ -61,12 +62,12 @@ pub(crate) fn random() -> HeaderValue {
     HeaderValue::try_from(id).unwrap_or_else(|_| HeaderValue::from_static("req_0"))
 }
 
-/// Failures of the server are for its operator, refusals for the client.
+/// Failures of the server are for its operator, refusals for the client: 503 is one, as while the model is loading.
 fn log<B>(response: &ServiceResponse<B>) {
     let error = response.response().error().and_then(|error| error.as_error::<ApiError>());
     let (method, path, status) = (response.request().method(), response.request().path(), response.status());
     match error {
-        Some(error) if status.is_server_error() => {
+        Some(error) if status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE => {
             tracing::info!(%method, path, status = status.as_u16(), code = error.code(), "refused: {error}");
         }
         Some(error) => {
