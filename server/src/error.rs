@@ -128,7 +128,8 @@ impl ApiError {
         Self { param: Some("model".into()), ..error }
     }
 
-    /// The prompt alone fills the context. Client libraries recognise this error by OpenAI's words.
+    /// The prompt alone fills the context. Client libraries recognise this error by its words: litellm by OpenAI's,
+    /// LangChain by "prompt is too long".
     pub fn prompt_too_long(limit: usize, num_tokens: NumTokens) -> Self {
         let (at_least, num_tokens) = match num_tokens {
             NumTokens::Exactly(num_tokens) => ("", num_tokens),
@@ -136,7 +137,7 @@ impl ApiError {
         };
         let mut message = format!(
             "This model's maximum context length is {limit} tokens. However, your messages resulted in \
-             {at_least}{num_tokens} tokens. Please reduce the length of the messages."
+             {at_least}{num_tokens} tokens. The prompt is too long. Please reduce the length of the messages."
         );
         if num_tokens == limit {
             message += " A reply needs at least one token more.";

@@ -39,10 +39,13 @@ fn a_prompt_beyond_the_context_is_refused_in_the_words_that_client_libraries_kno
     run(async {
         let server = Server::start(Options::default()).await;
         for (len, words) in [
-            (250, "However, your messages resulted in 257 tokens. Please reduce the length of the messages."),
+            (
+                250,
+                "However, your messages resulted in 257 tokens. The prompt is too long. Please reduce the length of the messages.",
+            ),
             (
                 249,
-                "resulted in 256 tokens. Please reduce the length of the messages. A reply needs at least one token more.",
+                "resulted in 256 tokens. The prompt is too long. Please reduce the length of the messages. A reply needs at least one token more.",
             ),
             (50_000, "However, your messages resulted in at least "),
         ] {
