@@ -330,11 +330,10 @@ fn byte(byte: u8) -> u32 {
 /// The next token after `history`: what the last user message asks for.
 fn play(history: &[u32]) -> Result<u32, RunError> {
     // A base model's warm-up has no turns, and a long one is cut anywhere.
-    let last = |role: u32| history.iter().rposition(|id| *id == role);
-    let (Some(user), Some(assistant)) = (last(USER), last(ASSISTANT)) else { return Ok(END) };
-    if assistant < user {
-        return Ok(END);
-    }
+    let Some(user) = history.iter().rposition(|id| *id == USER) else { return Ok(END) };
+    // The first one after it: draft tokens, which may repeat the prompt, can have another.
+    let Some(length) = history[user..].iter().position(|id| *id == ASSISTANT) else { return Ok(END) };
+    let assistant = user + length;
     // After the role and the empty line: a space that stands for the start, then the text.
     let content: Vec<u8> = history[user + 4..assistant]
         .iter()
