@@ -88,7 +88,9 @@ async def closed_loop(url: str, streams: int, requests: int, max_tokens: int) ->
         async def stream() -> None:
             nonlocal num_tokens
             for number in numbers:
-                num_tokens += (await ask(client, number, max_tokens)).num_tokens
+                answer = await ask(client, number, max_tokens)
+                # Not in one statement: the sum would be read before the wait, and others' tokens lost.
+                num_tokens += answer.num_tokens
 
         begin = time.perf_counter()
         await asyncio.gather(*(stream() for _ in range(streams)))
