@@ -27,6 +27,9 @@ from conftest import DEFAULT_MODEL, Server
 
 PATH = "/v1/chat/completions"
 WORDS = ("sea", "wind", "stone", "light", "harbour")
+# Requests have other numbers in each phase: a prompt that was asked before is in the prefix cache, and its
+# answer would be compared with one that had to compute it.
+BURST, WARM_UP, LOOP, SUSTAINED = 0, 1_000_000, 2_000_000, 3_000_000
 
 
 @dataclasses.dataclass
@@ -42,7 +45,7 @@ class Answer:
 def body(number: int, max_tokens: int) -> dict:
     return {
         "model": DEFAULT_MODEL.name,
-        "messages": [{"role": "user", "content": f"{number}: {WORDS[number % len(WORDS)]}"}],
+        "messages": [{"role": "user", "content": f"{number:07}: {WORDS[number % len(WORDS)]}"}],
         "max_tokens": max_tokens,
         "ignore_eos": True,
         "stream": True,
@@ -75,15 +78,15 @@ async def at_once(url: str, count: int, max_tokens: int) -> tuple[list[Answer], 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=3600, limits=limits) as client:
         begin = time.perf_counter()
-        answers = await asyncio.gather(*(ask(client, number, max_tokens) for number in range(count)))
+        answers = await asyncio.gather(*(ask(client, BURST + index, max_tokens) for index in range(count)))
         seconds = time.perf_counter() - begin
     return answers, sum(answer.num_tokens for answer in answers) / seconds
 
 
-async def closed_loop(url: str, streams: int, requests: int, max_tokens: int) -> float:
+async def closed_loop(url: str, first: int, streams: int, requests: int, max_tokens: int) -> float:
     """Tokens a second of so many streams, each of which asks again as soon as it is answered."""
     async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
-        numbers, num_tokens = iter(range(10_000, 10_000 + requests)), 0
+        numbers, num_tokens = iter(range(first, first + requests)), 0
 
         async def stream() -> None:
             nonlocal num_tokens
@@ -104,7 +107,7 @@ async def sustained(url: str, rate: float, minutes: float, max_tokens: int) -> l
         begin, tasks = time.perf_counter(), []
         for number in range(int(rate * minutes * 60)):
             await asyncio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
-            tasks.append(asyncio.create_task(ask(client, number, max_tokens)))
+            tasks.append(asyncio.create_task(ask(client, SUSTAINED + number, max_tokens)))
         return await asyncio.gather(*tasks)
 
 
@@ -137,12 +140,12 @@ def burst(args: argparse.Namespace, is_warm: bool) -> int:
     for limit_s, found in ((args.queue_timeout, answers), (0, free)):
         with server(args, limit_s) as url:
             if is_warm:
-                asyncio.run(closed_loop(url, args.streams, 4 * args.streams, args.max_tokens))
+                asyncio.run(closed_loop(url, WARM_UP, args.streams, 4 * args.streams, args.max_tokens))
             replies, rate = asyncio.run(at_once(url, args.requests, args.max_tokens))
             found += replies
             if limit_s:
                 num_served = sum(answer.code == "ok" for answer in replies)
-                loop = asyncio.run(closed_loop(url, args.streams, num_served, args.max_tokens))
+                loop = asyncio.run(closed_loop(url, LOOP, args.streams, num_served, args.max_tokens))
                 part = f"{100 * rate / loop:.0f} %"
                 print(f"{name}: {rate:.1f} tok/s at once, {loop:.1f} in a closed loop: {part}")
     in_vain = report(name, answers)
@@ -154,7 +157,7 @@ def burst(args: argparse.Namespace, is_warm: bool) -> int:
 
 def overload(args: argparse.Namespace) -> int:
     with server(args, args.queue_timeout) as url:
-        loop = closed_loop(url, args.streams, 8 * args.streams, args.max_tokens)
+        loop = closed_loop(url, WARM_UP, args.streams, 8 * args.streams, args.max_tokens)
         rate = asyncio.run(loop) / args.max_tokens
         print(f"capacity: {rate:.1f} requests a second; twice that for {args.minutes:g} minutes")
         return report("sustained", asyncio.run(sustained(url, 2 * rate, args.minutes, args.max_tokens)))

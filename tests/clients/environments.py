@@ -1,6 +1,5 @@
 """Owns what is installed for a client: an environment of its own below the working folder."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -57,11 +56,6 @@ def install(client: Client, work: Path, newest: bool) -> Installed:
     package = _without_version(client.packages[0])
     version = json.loads((folder / "node_modules" / package / "package.json").read_text())["version"]
     return Installed(("node", str(folder / "run.mjs"), str(folder / client.program)), f"{package} {version}")
-
-
-def digest(text: str) -> str:
-    """A short name for a text, for file names."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _without_version(package: str) -> str:
