@@ -9,7 +9,7 @@ mod engine_watch;
 pub mod error;
 mod fields;
 #[cfg(test)]
-#[path = "../tests/support/model_dir.rs"]
+#[path = "../tests/it/support/model_dir.rs"]
 mod fixtures;
 pub mod http;
 mod json;

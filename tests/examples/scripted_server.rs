@@ -4,7 +4,7 @@
 //! a reply can have a silence of any length at a known place. It prints its address and serves until it is
 //! killed. The one argument is the time between heartbeats in milliseconds, 10,000 if it is left out.
 
-#[path = "../../server/tests/support/mod.rs"]
+#[path = "../../server/tests/it/support/mod.rs"]
 mod support;
 
 use std::time::Duration;

@@ -4,7 +4,7 @@
 //! exactly the text that the engine was told to say. `GLMSERVE_FAULTS_SEED` repeats a run and
 //! `GLMSERVE_FAULTS_STREAMS` makes it longer.
 
-#[path = "../../server/tests/support/mod.rs"]
+#[path = "../../server/tests/it/support/mod.rs"]
 mod support;
 
 use std::collections::VecDeque;

@@ -1,6 +1,6 @@
 """Clients in Python across silences: the official one, and the reading loops of widespread tools.
 
-Called by ../clients.rs with the address of its server, which sends heartbeats every few milliseconds and
+Called by ../it/clients.rs with the address of its server, which sends heartbeats every few milliseconds and
 plays what the message says. Each client has to get the whole text; what fails is printed and counted by the
 exit status.
 """

@@ -1,13 +1,11 @@
 //! `/v1/streams` beside reading: what a HEAD says, and how a reply is ended by its key.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::events::Events;
+use crate::support::{Options, Server, request, run, streaming, two_keys};
 use glmserve_client::{ChatRequest, Client, ClientConfig, Message, RetryPolicy};
 use serde_json::Value;
-use support::events::Events;
-use support::{Options, Server, request, run, streaming, two_keys};
 
 async fn error(response: reqwest::Response) -> (u16, String) {
     let status = response.status().as_u16();

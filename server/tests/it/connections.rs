@@ -1,13 +1,11 @@
 //! How many connections there may be, and which one is closed for a new one.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::wire::{Wire, get, post};
+use crate::support::{Options, Server, request, run, streaming};
 use glmserve::http::ConnectionLimits;
 use serde_json::json;
-use support::wire::{Wire, get, post};
-use support::{Options, Server, request, run, streaming};
 use tokio::net::TcpSocket;
 
 /// Ends a test that hangs; nothing is timed.

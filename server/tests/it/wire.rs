@@ -1,12 +1,10 @@
 //! The bytes on the wire: what a client reads in which part, and what becomes of its connection.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::wire::{Wire, ask, chunked, get, post};
+use crate::support::{Options, Server, request, run, streaming, two_keys};
 use serde_json::{Value, json};
-use support::wire::{Wire, ask, chunked, get, post};
-use support::{Options, Server, request, run, streaming, two_keys};
 use tokio::io::AsyncWriteExt;
 
 const MS: Duration = Duration::from_millis(1);

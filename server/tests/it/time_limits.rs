@@ -1,13 +1,11 @@
 //! Time end to end: limits before and after headers, the hold, heartbeats, answers for later.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::events::{Events, complete_text};
+use crate::support::{Options, Server, request, run, streaming};
 use glmserve::stream::time_limits::TimeLimits;
 use serde_json::{Value, json};
-use support::events::{Events, complete_text};
-use support::{Options, Server, request, run, streaming};
 use tokio::time::Instant;
 
 const MS: Duration = Duration::from_millis(1);

@@ -1,13 +1,11 @@
 //! The server's newer edges: slow readers, the handshake, and health that follows the engine.
 
-mod support;
-
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::support::events::{Events, complete_text};
+use crate::support::{Options, Server, read_all, request, run, streaming};
 use serde_json::{Value, json};
-use support::events::{Events, complete_text};
-use support::{Options, Server, read_all, request, run, streaming};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpSocket, TcpStream};
 

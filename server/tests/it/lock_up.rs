@@ -1,11 +1,9 @@
 //! Nobody can lock the server up: requests are answered beside idle, slow, huge and many others.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Options, Server, request, run};
 use serde_json::{Value, json};
-use support::{Options, Server, request, run};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 

@@ -1,13 +1,11 @@
 //! How bodies may be packed and written, and what is refused before it takes memory.
 
-mod support;
-
 use std::io::Write;
 
+use crate::support::{Options, Server, request, run};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::Value;
-use support::{Options, Server, request, run};
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::default());

@@ -1,10 +1,8 @@
 //! Chat completions end to end: what a client gets for each kind of reply and each kind of mistake.
 
-mod support;
-
+use crate::support::events::{Events, complete_text};
+use crate::support::{Options, Server, model_dir, request, run};
 use serde_json::{Value, json};
-use support::events::{Events, complete_text};
-use support::{Options, Server, model_dir, request, run};
 
 /// Content, finish reason and usage of a stream's lines.
 fn joined(lines: &[String]) -> (String, Value, Value) {

@@ -1,14 +1,12 @@
 //! How requests are named and their paths read, end to end.
 
-mod support;
-
 use std::io::Write;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use crate::support::events::{Events, complete_text};
+use crate::support::{Options, Server, read_all, request, run, streaming, two_keys};
 use serde_json::Value;
-use support::events::{Events, complete_text};
-use support::{Options, Server, read_all, request, run, streaming, two_keys};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 

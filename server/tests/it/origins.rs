@@ -1,11 +1,9 @@
 //! What pages in browsers may do, end to end: preflights, foreign origins, and what a page may read.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Options, Server, read_all, request, run, streaming, two_keys};
 use serde_json::Value;
-use support::{Options, Server, read_all, request, run, streaming, two_keys};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 

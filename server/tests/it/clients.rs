@@ -1,12 +1,10 @@
 //! Real clients across silences: the official Python client, and the reading loops of widespread tools.
 
-mod support;
-
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use support::{Options, Server, run};
+use crate::support::{Options, Server, run};
 
 #[test]
 fn clients_in_python_read_through_heartbeats() {

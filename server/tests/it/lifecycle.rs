@@ -1,12 +1,10 @@
 //! The server's edges end to end: routes, keys, overload, clients that vanish, shutdown.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Options, Server, Starting, read_all, request, run, streaming};
 use glmserve::auth::ApiKeys;
 use serde_json::{Value, json};
-use support::{Options, Server, Starting, read_all, request, run, streaming};
 use tokio::sync::oneshot;
 
 #[test]

@@ -1,11 +1,9 @@
 //! What clients that read slowly get of a server that goes away.
 
-mod support;
-
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use support::{Options, Server, read_all, run, streaming};
+use crate::support::{Options, Server, read_all, run, streaming};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 

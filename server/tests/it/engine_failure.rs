@@ -1,16 +1,14 @@
 //! What happens when the engine fails in a way that only a new process heals: streams hear of it, liveness
 //! fails, and the server ends with an error that stands for an exit code of its own.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use crate::support::{Options, Server, read_all, request, run, streaming};
 use glm_engine::Fault;
 use glmserve::{EngineFailure, ServeError};
 use serde_json::json;
-use support::{Options, Server, read_all, request, run, streaming};
 
 /// A GET that lets nothing else of this thread run, so that the server can't end meanwhile.
 fn get_blocking(server: &Server, path: &str) -> String {

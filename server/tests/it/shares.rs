@@ -1,13 +1,11 @@
 //! What is kept for clients that come back is shared out: refused requests take nothing, nobody loses a reply to
 //! another one who holds more, and promises are kept.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Options, Server, request, run};
 use glmserve::stream::memory_store::StoreLimits;
 use serde_json::{Value, json};
-use support::{Options, Server, request, run};
 
 /// A client of its own: it comes from 127.0.0.`number`.
 fn client(number: u8) -> reqwest::Client {

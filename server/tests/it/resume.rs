@@ -1,13 +1,11 @@
 //! Resume end to end: breaks, replays, keys, owners, and the limits of what is kept.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::events::{Events, SseEvent, complete_text};
+use crate::support::{Options, Server, request, run, streaming, two_keys};
 use glmserve::stream::memory_store::StoreLimits;
 use serde_json::{Value, json};
-use support::events::{Events, SseEvent, complete_text};
-use support::{Options, Server, request, run, streaming, two_keys};
 
 const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz";
 

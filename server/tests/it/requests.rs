@@ -1,9 +1,7 @@
 //! Requests end to end: which fields are taken, which are cut, and what is refused before any stream.
 
-mod support;
-
+use crate::support::{Options, Server, model_dir, request, run};
 use serde_json::{Value, json};
-use support::{Options, Server, model_dir, request, run};
 
 #[test]
 fn limits_beyond_the_room_are_cut_to_it_and_the_answer_says_so() {
