@@ -94,28 +94,28 @@ CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 	$(WITH_ORT) cargo test --release --locked --workspace
 	for simd in portable $$(grep -owE 'avx2|avx_vnni' /proc/cpuinfo | sort -u | tr -d _); do \
-	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-engine --test paged_attention --test quantized_matmul \
+	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-kernels --test paged_attention --test quantized_matmul \
 	    --test post_attention; done
 	$(if $<,GLMSERVE_TEST_CHATGLM3_TOKENIZER=$(CURDIR)/$< cargo test --release --locked --quiet -p glmserve --lib -- --ignored,\
 	  @echo "SKIPPED: tests with ChatGLM3's own tokenizer, which is not here")
 
 # The stable toolchain has the sanitizers' libraries but not, without RUSTC_BOOTSTRAP, the option.
 SANITIZED = RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$(1)" cargo test --release --locked --quiet \
-  --target "$$(rustc --print host-tuple)" --target-dir target/sanitize -p glm-engine
+  --target "$$(rustc --print host-tuple)" --target-dir target/sanitize -p glm-kernels
 
 test-asan: ## the operators' tests under AddressSanitizer
 	@if ls "$$(rustc --print target-libdir)"/librustc-*_rt.asan.a > /dev/null 2>&1; then \
-	  set -x; $(call SANITIZED,address) --lib operators; \
+	  set -x; $(call SANITIZED,address) --lib; \
 	else echo "SKIPPED: this Rust toolchain came without AddressSanitizer"; fi
 
 # ThreadSanitizer goes without ONNX Runtime, whose threads it does not know. Nor does it know the standard
 # library, which is not built for it: hence the leave to mix.
 test-sanitizers: .venv/serve.stamp ## the same, then inside ONNX Runtime, then under ThreadSanitizer (minutes)
-	$(call SANITIZED,address) --lib operators
+	$(call SANITIZED,address) --lib
 	$(WITH_ORT) $(call SANITIZED,address) --test paged_attention --test quantized_matmul --test post_attention \
 	  --test sessions_at_once
-	TSAN_OPTIONS="suppressions=$(CURDIR)/engine/tests/tsan.supp" \
-	  $(call SANITIZED,thread -Cunsafe-allow-abi-mismatch=sanitizer) --lib operators
+	TSAN_OPTIONS="suppressions=$(CURDIR)/engine/kernels/tests/tsan.supp" \
+	  $(call SANITIZED,thread -Cunsafe-allow-abi-mismatch=sanitizer) --lib
 
 test-python: scripted-server .tools/node/stamp
 	cd export && ../.venv/bin/pytest -q
@@ -198,7 +198,7 @@ bench-scale: ## a million requests in virtual time, then the price of scheduling
 # Builds llama.cpp and installs vLLM below .tools at the first time (7 GB). ARGS="--quick --rounds 1
 # --streams 1,4,16" is a first look; `ARGS=--help` lists the rest.
 bench-peers: .venv/serve.stamp build ## measure glmserve beside llama.cpp and vLLM, in turns, with the machine's limits
-	cargo build --release --locked --quiet -p glm-engine --example probe
+	cargo build --release --locked --quiet -p glm-kernels --example probe
 	$(WITH_ORT) PYTHONPATH="tests/bench$${PYTHONPATH:+:$$PYTHONPATH}" .venv/bin/python -m peers $(ARGS)
 
 quality: .venv/serve.stamp ## measure what each precision costs, by the default model and a random one

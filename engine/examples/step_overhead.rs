@@ -5,9 +5,6 @@
 //! Only steps in which every sequence decodes count; medians are printed, since a busy machine disturbs few
 //! steps, or all. Allocations are Rust's: the library has an allocator of its own.
 
-#[path = "../src/counting_allocator.rs"]
-mod counting_allocator;
-
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

@@ -102,7 +102,7 @@ fn hash(ngram: &[u32]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::counting_allocator::num_allocations;
+    use counting_allocator::num_allocations;
 
     /// After a prompt, then one token at a time.
     fn drafter(prompt: &[u32], output: &[u32]) -> (Drafter, Vec<u32>) {

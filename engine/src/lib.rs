@@ -6,8 +6,6 @@
 
 pub mod config;
 pub mod cost_model;
-#[cfg(test)]
-mod counting_allocator;
 pub mod draft;
 pub mod engine;
 pub mod error;
@@ -15,7 +13,6 @@ pub mod known_answer;
 pub mod kv_cache;
 pub mod manifest;
 pub mod observer;
-pub mod operators;
 pub mod queue;
 pub mod request;
 pub mod runner;

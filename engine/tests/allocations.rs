@@ -1,8 +1,5 @@
 //! The engine's loop over the fake runner: a step of decodes allocates nothing, whatever the sequences.
 
-#[path = "../src/counting_allocator.rs"]
-mod counting_allocator;
-
 use std::time::Duration;
 
 use counting_allocator::num_allocations;

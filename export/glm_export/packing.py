@@ -10,7 +10,7 @@
 
 A weight is (code - 8) * scale at 4 bits, (code - 128) * scale at 8. Columns beyond N have scale 0. With
 swiglu the first 16 columns of panel p are rows 16p.. of the gate, the others rows 16p.. of the up projection.
-engine/src/operators/quantized_matmul/packing.rs has the same drawing and reads what is written here;
+engine/kernels/src/quantized_matmul/packing.rs has the same drawing and reads what is written here;
 tests/golden/packing.json holds both to it.
 
 Invariant: a panel depends on its own rows of the matrix only, so panels may be made in any order.

@@ -1,6 +1,6 @@
 use super::*;
-use crate::counting_allocator::num_allocations;
 use crate::request::{Request, RequestId};
+use counting_allocator::num_allocations;
 use std::time::Duration;
 
 fn sequence(prompt: &[u32], output: &[u32], sampling: SamplingParams) -> Sequence {

@@ -19,7 +19,6 @@ use super::device_error::is_permanent;
 use super::{KvCacheLayout, OrtOptions};
 use crate::error::LoadError;
 use crate::manifest::{Dtype, Geometry, Graph, Kernel, Provider};
-use crate::operators;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -133,7 +132,7 @@ fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Re
         .with_config_entry("session.intra_op.spin_duration_us", "100")?
         .with_optimization_level(GraphOptimizationLevel::All)?;
     let (num_threads, bit_exact) = (options.num_threads, options.bit_exact);
-    operators::session(builder, num_threads, bit_exact, |mut builder| builder.commit_from_file(path))
+    glm_kernels::session(builder, num_threads, bit_exact, |mut builder| builder.commit_from_file(path))
 }
 
 fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
