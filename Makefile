@@ -41,7 +41,7 @@ $(MODEL)/manifest.json: .venv/serve.stamp $(EXPORTER)
 	.venv/bin/glm-export .models/checkpoint $(MODEL) $(PRECISION)
 	rm -rf .models/checkpoint
 
-# Chosen by measurement: see README, "The default model".
+# Chosen by measurement: see docs/models.md, "The default model".
 PRECISION ?= --precision int8 --quant-block-size 64
 
 .venv/serve.stamp: export/pyproject.toml
