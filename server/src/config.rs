@@ -2,6 +2,8 @@
 //!
 //! Invariant: defaults give way to the environment, and the environment to flags.
 
+#[cfg(test)]
+mod documentation;
 mod environment;
 mod http;
 mod scheduling;
