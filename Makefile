@@ -72,10 +72,13 @@ PRECISION ?= --precision int8 --quant-block-size 64
 test: .venv/test.stamp .tools/stamp .tools/node/stamp build model ## set up everything and run every test
 	$(MAKE) --no-print-directory lint test-rust test-asan test-python test-cuda test-deploy
 
+# The documentation is built with private items, for those who change the code: links to private items are fine.
 # ruff's settings: .ruff.toml, and export/pyproject.toml for the package.
-lint: ## formatting and lints, warnings are errors
+lint: ## formatting, lints and the build of the documentation, warnings are errors
 	cargo fmt --all --check
 	cargo clippy --release --locked --quiet --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" \
+	  cargo doc --release --locked --quiet --workspace --no-deps --document-private-items
 	.venv/bin/ruff check --quiet export tests deploy server
 	.venv/bin/ruff format --quiet --check export tests deploy server
 

@@ -33,7 +33,7 @@ impl Shapes {
     /// Sets tiles up.
     ///
     /// # Safety
-    /// [`detect`] said yes, the shapes are of tiles 0 to 7 and no larger than tiles are; and the function that
+    /// [`crate::isa`] found AMX, the shapes are of tiles 0 to 7 and no larger than tiles are, and the function that
     /// calls this calls [`release`] before it returns.
     #[inline(always)]
     pub(super) unsafe fn load(&self) {
