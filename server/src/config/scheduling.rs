@@ -18,15 +18,16 @@ pub struct SchedulingArgs {
     /// Most tokens in one step: running replies first, the rest for prompts
     #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = up_to::<{ 1 << 20 }>)]
     pub max_num_batched_tokens: usize,
-    /// Most tokens guessed from a sequence's own text and checked in one step, where that pays; 0 turns it
-    /// off. It changes no reply of the CPU provider with the engine's own kernels. Steps that check guesses are
-    /// not among the captured CUDA graphs [default: 8 for a graph of the CPU provider, 0 for one of CUDA's]
+    /// Most draft tokens that are looked up in a sequence's own text and checked in one step, where that pays; 0
+    /// turns it off. It changes no reply of the CPU provider with the engine's own kernels. Steps that check draft
+    /// tokens are not among the captured CUDA graphs [default: 8 for a graph of the CPU provider, 0 for one of
+    /// CUDA's]
     #[arg(long, env = "GLMSERVE_SPECULATIVE_TOKENS", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
     pub speculative_tokens: Option<u32>,
     /// Most requests that wait; one more is answered with 429
     #[arg(long, env = "GLMSERVE_MAX_NUM_WAITING", value_name = "N", default_value_t = EngineConfig::default().max_num_waiting as u32, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub max_num_waiting: u32,
-    /// Most requests of one API key that run or wait [default: half of all places if there are several keys]
+    /// Most requests of one API key that run or wait [default: half of --max-num-seqs + --max-num-waiting if there are several keys]
     #[arg(long, env = "GLMSERVE_MAX_NUM_REQUESTS_PER_KEY", value_name = "N", value_parser = up_to::<{ 1 << 20 }>)]
     pub max_num_requests_per_key: Option<usize>,
     /// Longest sequence, prompt and reply, in tokens [default: what the model was made for]
