@@ -7,6 +7,7 @@
 mod forecast;
 mod prefill_budget;
 mod reply_lengths;
+mod step_budget;
 mod step_fit;
 mod step_work;
 
@@ -17,6 +18,7 @@ use step_fit::StepFit;
 pub use forecast::{Capacity, Forecast, QueueForecast, RequestWork};
 pub use prefill_budget::PrefillBudget;
 pub use reply_lengths::{Hazards, LengthCurve, NUM_REMEMBERED_ENDS, ReplyLengths};
+pub use step_budget::StepBudget;
 pub use step_work::StepWork;
 
 /// Weight of the latest step in how many tokens a step yields to a decode.
@@ -101,6 +103,11 @@ impl CostModel {
     /// Rows of a sequence that decodes.
     pub fn rows_per_decode(&self) -> f64 {
         1.0 + self.drafts_per_decode
+    }
+
+    /// What the step that has these `decodes` may spend beside them.
+    pub fn step_budget(&self, decodes: &StepWork, bounds: &StepBounds) -> StepBudget {
+        StepBudget { prefill: self.prefill_budget(decodes, bounds), draft_price: self.draft_price(decodes) }
     }
 
     /// How long a step will take; `None` until a step with prompt tokens was seen.

@@ -1,33 +1,39 @@
-//! Owns the loop's body: schedule a step ([`Engine::plan_step`]), run it and apply its outcome
-//! ([`Engine::run_step`]).
+//! Owns the whole machine between a request and its events: plan a step ([`Engine::plan`]), run it
+//! ([`Engine::run`]), and learn from the time that it took ([`Engine::finish`]).
 //!
 //! Invariant: counters move only after a run succeeded. If it fails, its sequences end with an
-//! error, every other one is untouched. Must not know clocks, threads or channels.
+//! error, every other one is untouched. Must not know clocks, threads or channels: it is told what time it is.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::EngineConfig;
-use crate::cost_model::{PrefillBudget, StepWork};
+use crate::cost_model::{CostModel, StepBounds, StepBudget, StepWork};
 use crate::error::{LoadError, SequenceError};
-use crate::kv_cache::CachedPrefixes;
-use crate::observer::{AdmissionReport, EngineGauges, StepReport};
-use crate::request::{FinishReason, Request, RequestId, TenantId, TokenEvent};
+use crate::fault::Fault;
+use crate::observer::{AdmissionReport, StepReport};
+use crate::request::{FinishReason, Request, RequestId, TokenEvent};
 use crate::runner::ModelRunner;
 use crate::sampler::Sampler;
 use crate::scheduler::{ScheduleOutcome, Scheduler};
-use crate::sequence::{RunningSequence, Sequence};
+use crate::sequence::Sequence;
 use crate::step::{StepOutput, StepPlan};
 
-/// Scheduler, runner and sampler, and the buffers between them.
+/// Scheduler, runner, sampler and cost model, and the buffers between them.
 #[derive(Debug)]
 pub struct Engine<R> {
     scheduler: Scheduler,
     runner: R,
     sampler: Sampler,
+    costs: CostModel,
+    bounds: StepBounds,
+    next_id: u64,
+    max_consecutive_run_errors: u32,
+    num_run_errors: u32,
     plan: StepPlan,
     outcome: ScheduleOutcome,
     events: Vec<(RequestId, TokenEvent)>,
+    /// Of the step that is planned or has run.
+    report: StepReport,
 }
 
 impl<R: ModelRunner> Engine<R> {
@@ -35,11 +41,22 @@ impl<R: ModelRunner> Engine<R> {
     pub fn new(runner: R, config: EngineConfig, vocab_size: usize) -> Self {
         let cache = runner.kv_cache();
         Self {
-            scheduler: Scheduler::new(config, cache.num_blocks, cache.block_size),
             sampler: Sampler::new(vocab_size),
+            costs: CostModel::default(),
+            bounds: StepBounds {
+                max_step_time: config.max_step_time,
+                target_inter_token_latency: config.target_inter_token_latency,
+                max_num_batched_tokens: config.max_num_batched_tokens,
+                block_size: cache.block_size,
+            },
+            next_id: 0,
+            max_consecutive_run_errors: config.max_consecutive_run_errors,
+            num_run_errors: 0,
+            scheduler: Scheduler::new(config, cache.num_blocks, cache.block_size),
             plan: StepPlan::default(),
             outcome: ScheduleOutcome::default(),
             events: Vec::new(),
+            report: StepReport::default(),
             runner,
         }
     }
@@ -52,68 +69,29 @@ impl<R: ModelRunner> Engine<R> {
         self.runner.prepare(max_num_seqs)
     }
 
-    /// Queues a request that was submitted at `arrival`; `id` must be larger than all before it and
-    /// the request must fit.
-    pub fn add(&mut self, id: RequestId, request: Request, arrival: Duration) {
-        self.scheduler.add(Sequence::new(id, request, arrival));
+    /// Queues a request that was submitted at `arrival`. It must fit, and its tenant must be configured. Ids grow in
+    /// the order of the calls.
+    pub fn submit(&mut self, request: Request, arrival: Duration) -> RequestId {
+        self.enqueue(request, arrival, false)
     }
 
-    /// Like [`Engine::add`], before all others and beside as many as may run. One at a time.
-    pub fn add_probe(&mut self, id: RequestId, request: Request, arrival: Duration) {
+    /// As [`Engine::submit`], before all others and beside as many as may run. There may be one at a time.
+    pub fn submit_probe(&mut self, request: Request, arrival: Duration) -> RequestId {
+        self.enqueue(request, arrival, true)
+    }
+
+    fn enqueue(&mut self, request: Request, arrival: Duration, is_probe: bool) -> RequestId {
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
         let mut sequence = Sequence::new(id, request, arrival);
-        sequence.is_probe = true;
+        sequence.is_probe = is_probe;
         self.scheduler.add(sequence);
+        id
     }
 
     /// Says whether anybody reads a request: if not, it is preempted before the others.
     pub fn set_detached(&mut self, id: RequestId, is_detached: bool) {
         self.scheduler.set_detached(id, is_detached);
-    }
-
-    /// Says what a row that checks a guess must be worth, from now on: the least chance that it yields
-    /// a token. At first it is 1, and nothing is guessed.
-    pub fn set_draft_price(&mut self, price: f64) {
-        self.scheduler.set_draft_price(price);
-    }
-
-    /// What other threads may know of the prefix cache.
-    pub fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
-        self.scheduler.cached_prefixes()
-    }
-
-    /// Sequences in the queue.
-    pub fn num_waiting(&self) -> usize {
-        self.scheduler.num_waiting()
-    }
-
-    /// The queue in the order that can be foreseen, the next one first.
-    pub fn waiting(&self) -> Vec<&Sequence> {
-        self.scheduler.waiting()
-    }
-
-    /// What a tenant was served, in thousandths of an input token and divided by its weight.
-    pub fn service(&self, tenant: TenantId) -> u64 {
-        self.scheduler.service(tenant)
-    }
-
-    /// The running sequences; the last is preempted first.
-    pub fn running(&self) -> &[RunningSequence] {
-        self.scheduler.running()
-    }
-
-    /// The work of the running sequences that lack one token only.
-    pub fn decodes(&self) -> StepWork {
-        self.scheduler.decodes()
-    }
-
-    /// How many requests could be admitted without the end of another one.
-    pub fn num_free_slots(&self) -> usize {
-        self.scheduler.num_free_slots()
-    }
-
-    /// Whether the queue changed since the last call.
-    pub fn take_queue_changed(&mut self) -> bool {
-        self.scheduler.take_queue_changed()
     }
 
     /// Forgets a request and frees its blocks; no event follows.
@@ -126,9 +104,19 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.is_idle()
     }
 
-    /// Figures of the current state.
-    pub fn gauges(&self) -> EngineGauges {
-        self.scheduler.gauges()
+    /// Who waits and who runs, to look at.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// What was learnt about time.
+    pub fn costs(&self) -> &CostModel {
+        &self.costs
+    }
+
+    /// Bounds of a step.
+    pub fn bounds(&self) -> &StepBounds {
+        &self.bounds
     }
 
     /// Events since the last step was planned, in order.
@@ -141,29 +129,22 @@ impl<R: ModelRunner> Engine<R> {
         &self.outcome.admitted
     }
 
-    /// The plan of the last step.
-    pub fn plan(&self) -> &StepPlan {
+    /// The last step that was planned.
+    pub fn step_plan(&self) -> &StepPlan {
         &self.plan
     }
 
-    /// Checks the scheduler's invariants; for tests and simulations.
-    ///
-    /// # Errors
-    /// Says which is broken.
-    pub fn check(&self) -> Result<(), String> {
-        self.scheduler.check()
+    /// Plans the next step, within what was learnt about time. What is admitted has its events now.
+    pub fn plan(&mut self, now: Duration) {
+        let budget = self.costs.step_budget(&self.scheduler.decodes(), &self.bounds);
+        self.plan_within(now, budget);
     }
 
-    /// Plans and runs a step of at most `prefill_budget` of prompts, or one block.
-    pub fn step(&mut self, now: Duration, prefill_budget: impl Into<PrefillBudget>) -> StepReport {
-        self.plan_step(now, prefill_budget);
-        self.run_step()
-    }
-
-    /// Plans the next step, of at most `prefill_budget` of prompts, or one block.
-    pub fn plan_step(&mut self, now: Duration, prefill_budget: impl Into<PrefillBudget>) {
+    /// Plans the next step within a budget of the caller's, for tests that must not depend on what is learnt. A block
+    /// of a prompt is taken even so.
+    pub fn plan_within(&mut self, now: Duration, budget: impl Into<StepBudget>) {
         self.events.clear();
-        self.scheduler.schedule(now, prefill_budget.into(), &mut self.plan, &mut self.outcome);
+        self.scheduler.schedule(now, budget.into(), &mut self.plan, &mut self.outcome);
         self.events.extend(
             self.outcome.admitted.iter().map(|(id, report)| {
                 (*id, TokenEvent::Admitted { num_cached_tokens: report.num_cached_tokens })
@@ -171,23 +152,50 @@ impl<R: ModelRunner> Engine<R> {
         );
     }
 
-    /// Runs the planned step. The report's duration is left to whoever owns the clock.
-    pub fn run_step(&mut self) -> StepReport {
-        let mut report = StepReport {
-            duration: Duration::ZERO,
+    /// Plans a step within `budget`, runs it and finishes it in no time.
+    #[cfg(any(test, feature = "test-doubles"))]
+    pub fn step(&mut self, now: Duration, budget: impl Into<StepBudget>) -> StepReport {
+        self.plan_within(now, budget);
+        self.run();
+        self.finish(Duration::ZERO)
+    }
+
+    /// Learns from the planned step, which has run and took so long, sampling included. Says what it did.
+    pub fn finish(&mut self, took: Duration) -> StepReport {
+        let report = &mut self.report;
+        report.duration = took;
+        if report.failed {
+            self.num_run_errors = self.num_run_errors.saturating_add(1);
+            if self.num_run_errors >= self.max_consecutive_run_errors {
+                report.fault = Some(Fault::RepeatedRunErrors { count: self.num_run_errors });
+            }
+        } else {
+            self.num_run_errors = 0;
+            let work = StepWork::of(&self.plan);
+            self.costs.observe_step(&work, took);
+            let num_decodes = work.num_decodes.saturating_sub(report.num_draft_tokens);
+            self.costs.observe_drafts(num_decodes, report.num_draft_tokens, report.num_accepted_draft_tokens);
+        }
+        if report.num_non_finite > 0 {
+            report.fault = Some(Fault::NonFiniteLogits);
+        }
+        if report.lost_device {
+            report.fault = Some(Fault::DeviceLost);
+        }
+        *report
+    }
+
+    /// Runs the planned step and applies its outcome. Its events follow those of the plan.
+    pub fn run(&mut self) {
+        self.report = StepReport {
             num_scheduled_tokens: self.plan.num_tokens(),
-            num_prompt_tokens: 0,
-            num_generated_tokens: 0,
-            num_draft_tokens: 0,
-            num_accepted_draft_tokens: 0,
             num_preemptions: self.outcome.num_preemptions,
-            num_non_finite: 0,
-            failed: false,
-            lost_device: false,
             serves_users: !self.plan.sequences.iter().all(|scheduled| self.scheduler.is_probe(scheduled.id)),
+            ..StepReport::default()
         };
+        let report = &mut self.report;
         if self.plan.is_empty() {
-            return report;
+            return;
         }
         let mut output = match self.runner.run(&self.plan) {
             Ok(output) => output,
@@ -197,7 +205,7 @@ impl<R: ModelRunner> Engine<R> {
                     self.scheduler.remove(scheduled.id);
                     self.events.push((scheduled.id, TokenEvent::Failed(error.clone().into())));
                 }
-                return report;
+                return;
             }
         };
         for (index, scheduled) in self.plan.sequences.iter().enumerate() {
@@ -248,7 +256,6 @@ impl<R: ModelRunner> Engine<R> {
                 self.scheduler.remove(scheduled.id);
             }
         }
-        report
     }
 }
 

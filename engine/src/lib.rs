@@ -9,6 +9,7 @@ pub mod cost_model;
 pub mod draft;
 pub mod engine;
 pub mod error;
+pub mod fault;
 pub mod known_answer;
 pub mod kv_cache;
 pub mod manifest;
@@ -26,12 +27,13 @@ pub mod thread;
 pub use config::{EngineConfig, PrefixCaching};
 pub use engine::Engine;
 pub use error::{LoadError, RunError, SequenceError, SubmitError};
+pub use fault::Fault;
 pub use manifest::Manifest;
 pub use observer::{AdmissionReport, EngineGauges, EngineObserver, NoObserver, StepReport};
 pub use request::{FinishReason, PRIORITIES, Request, RequestId, TenantId, TimedEvent, TokenEvent};
 pub use sampling_params::SamplingParams;
 pub use step::{Candidates, FetchLogits, Logits, ScheduledSequence, StepOutput, StepPlan};
 pub use thread::{
-    Clock, EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver, Fault, FaultGeneration,
-    Progress, Stage,
+    Clock, EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver, FaultGeneration, Progress,
+    Stage,
 };

@@ -4,8 +4,10 @@
 
 use std::time::Duration;
 
+use crate::fault::Fault;
+
 /// Figures of one step.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StepReport {
     /// Time the step took, scheduling and sampling included.
     pub duration: Duration,
@@ -15,9 +17,9 @@ pub struct StepReport {
     pub num_prompt_tokens: usize,
     /// Tokens sampled for users.
     pub num_generated_tokens: usize,
-    /// Tokens guessed and computed beside users' decodes.
+    /// Draft tokens computed beside users' decodes.
     pub num_draft_tokens: usize,
-    /// Of those, tokens that were sampled then.
+    /// Of those, tokens that were accepted.
     pub num_accepted_draft_tokens: usize,
     /// Sequences preempted in this step.
     pub num_preemptions: usize,
@@ -27,6 +29,8 @@ pub struct StepReport {
     pub failed: bool,
     /// Whether it can never succeed again in this process.
     pub lost_device: bool,
+    /// What the step showed to be wrong with the engine.
+    pub fault: Option<Fault>,
     /// Whether a request of a user was computed; else the step was for a probe only.
     pub serves_users: bool,
 }

@@ -2,6 +2,7 @@
 //!
 //! Must not know: the scheduler, sequences or sampling. A runner sees plans and nothing else.
 
+#[cfg(any(test, feature = "test-doubles"))]
 pub mod fake;
 pub mod ort;
 

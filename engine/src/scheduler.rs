@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::EngineConfig;
-use crate::cost_model::{PrefillBudget, StepWork};
+use crate::cost_model::{PrefillBudget, StepBudget, StepWork};
 use crate::kv_cache::{BlockId, BlockPool, CachedPrefixes};
 use crate::observer::{AdmissionReport, EngineGauges};
 use crate::queue::WaitingQueue;
@@ -46,12 +46,10 @@ pub struct Scheduler {
     num_admissions: u64,
     /// Engine time of the step that is planned.
     now: Duration,
-    /// Least chance to be right for which a guess is checked.
-    draft_price: f64,
     /// Where the next sequence that is asked for is likely to be in the running list.
     likely_index: usize,
-    /// Whether the queue changed since it was last asked.
-    queue_changed: bool,
+    /// Changes whenever the queue does.
+    queue_version: u64,
 }
 
 impl Scheduler {
@@ -65,9 +63,8 @@ impl Scheduler {
             running: Vec::with_capacity(config.max_num_seqs + 1),
             num_admissions: 0,
             now: Duration::ZERO,
-            draft_price: 1.0,
             likely_index: 0,
-            queue_changed: false,
+            queue_version: 0,
             config,
             pool,
         }
@@ -92,7 +89,7 @@ impl Scheduler {
 
     fn enqueue(&mut self, sequence: WaitingSequence) {
         self.waiting.push(sequence);
-        self.queue_changed = true;
+        self.queue_version += 1;
     }
 
     /// Whether there is nothing to do.
@@ -139,9 +136,9 @@ impl Scheduler {
         self.config.max_num_seqs.saturating_sub(self.running.len())
     }
 
-    /// Whether the queue changed since the last call.
-    pub fn take_queue_changed(&mut self) -> bool {
-        std::mem::take(&mut self.queue_changed)
+    /// Changes whenever the queue does.
+    pub fn queue_version(&self) -> u64 {
+        self.queue_version
     }
 
     /// Figures of the current state.
@@ -161,7 +158,7 @@ impl Scheduler {
             running.sequence.is_detached = is_detached;
             self.insert_running(running);
         } else {
-            self.queue_changed |= self.waiting.set_detached(id, is_detached);
+            self.queue_version += u64::from(self.waiting.set_detached(id, is_detached));
         }
     }
 
@@ -172,28 +169,28 @@ impl Scheduler {
     }
 
     /// Fills `plan` with the next step: a token for every sequence that lacks one, then chunks of
-    /// prompts, admitting from the queue while there is room. Of prompts it takes what `prefill_budget`
+    /// prompts, admitting from the queue while there is room. Of prompts it takes what `budget`
     /// allows, but at least a block, and never more than the step may hold beside its decodes. In a
     /// step without prompts it may go to drafts.
     pub fn schedule(
         &mut self,
         now: Duration,
-        prefill_budget: PrefillBudget,
+        budget: StepBudget,
         plan: &mut StepPlan,
         outcome: &mut ScheduleOutcome,
     ) {
         outcome.num_preemptions = 0;
         outcome.admitted.clear();
         self.now = now;
-        self.queue_changed |= self.waiting.promote(now);
+        self.queue_version += u64::from(self.waiting.promote(now));
         for running in &mut self.running {
             (running.num_planned_tokens, running.num_draft_tokens) = (0, 0);
         }
         self.admit_probe(now, outcome);
-        let mut prefill_budget = self.continue_running(prefill_budget, outcome);
+        let mut prefill_budget = self.continue_running(budget.prefill, outcome);
         if outcome.num_preemptions == 0 {
             self.admit(now, &mut prefill_budget, outcome);
-            self.plan_drafts(prefill_budget);
+            self.plan_drafts(prefill_budget, budget.draft_price);
         }
         let planned = || self.running.iter().filter(|running| running.num_planned_tokens > 0);
         plan.clear(planned().map(|running| running.block_table.blocks().len()).max().unwrap_or(0));
@@ -298,7 +295,7 @@ impl Scheduler {
             return true;
         }
         let was_waiting = self.waiting.remove(id).is_some();
-        self.queue_changed |= was_waiting;
+        self.queue_version += u64::from(was_waiting);
         was_waiting
     }
 

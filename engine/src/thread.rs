@@ -22,12 +22,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
-pub use fault::{Fault, FaultGeneration};
+pub use fault::FaultGeneration;
 pub use handle::{EngineHandle, EngineLimits, EngineStatus, EventReceiver};
 pub use progress::{Progress, Stage};
 
 use crate::config::EngineConfig;
-use crate::cost_model::StepBounds;
 use crate::engine::Engine;
 use crate::error::LoadError;
 use crate::observer::EngineObserver;
@@ -117,16 +116,17 @@ impl EngineThread {
             num_tenants: config.tenant_weights.len(),
             kv_cache_bytes: cache.num_bytes,
         };
-        let bounds = StepBounds {
-            max_step_time: config.max_step_time,
-            target_inter_token_latency: config.target_inter_token_latency,
-            max_num_batched_tokens: config.max_num_batched_tokens,
-            block_size: cache.block_size,
-        };
         let max_num_seqs = config.max_num_seqs;
         let engine = Engine::new(runner, config.clone(), vocab_size);
-        let cached_prefixes = Arc::clone(engine.cached_prefixes());
-        let shared = Arc::new(Shared::new(clock, limits, bounds, &config, cache.num_blocks, cached_prefixes));
+        let cached_prefixes = Arc::clone(engine.scheduler().cached_prefixes());
+        let shared = Arc::new(Shared::new(
+            clock,
+            limits,
+            *engine.bounds(),
+            &config,
+            cache.num_blocks,
+            cached_prefixes,
+        ));
         // All requests, the probe, and the command to abort them.
         let (commands, receiver) = bounded(max_num_requests + 2);
         let mut worker = Worker::new(engine, config, receiver, Arc::clone(&shared), observer);

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use counting_allocator::num_allocations;
+use glm_engine::cost_model::StepBudget;
 use glm_engine::runner::fake::FakeRunner;
-use glm_engine::{Engine, EngineConfig, Request, RequestId, SamplingParams};
+use glm_engine::{Engine, EngineConfig, Request, SamplingParams};
 
 const NUM_SEQUENCES: u64 = 16;
 const BLOCK_SIZE: usize = 16;
@@ -23,13 +24,13 @@ fn a_step_of_decodes_allocates_nothing() {
             ..Default::default()
         };
         let request = Request { prompt_token_ids: vec![1; 20 + id as usize], sampling, ..Request::default() };
-        engine.add(RequestId(id), request, Duration::ZERO);
+        engine.submit(request, Duration::ZERO);
     }
     let mut num_steps = 0;
     let mut step = || {
         num_steps += 1;
         engine.step(Duration::from_millis(num_steps), 512);
-        engine.plan().num_tokens()
+        engine.step_plan().num_tokens()
     };
     // Prompts, and buffers that double until a step fits.
     for _ in 0..20 {
@@ -51,18 +52,18 @@ fn a_step_of_decodes_allocates_nothing() {
 fn a_step_with_guesses_allocates_nothing() {
     let config = EngineConfig { max_model_len: 512, ..Default::default() };
     let mut engine = Engine::new(FakeRunner::repeating(96, 64, BLOCK_SIZE), config, 96);
-    engine.set_draft_price(0.1);
+    let budget = StepBudget { prefill: 512.into(), draft_price: 0.1 };
     // The first one makes all buffers as large as the second one needs them.
     for id in 0..2 {
         let sampling =
             SamplingParams { temperature: 0.0, max_tokens: 400, ignore_eos: true, ..Default::default() };
         let request = Request { prompt_token_ids: vec![1; 20], sampling, ..Request::default() };
-        engine.add(RequestId(id), request, Duration::ZERO);
-        engine.step(Duration::ZERO, 512);
+        engine.submit(request, Duration::ZERO);
+        engine.step(Duration::ZERO, budget);
         let (mut num_guessed, mut num_allocated) = (0, 0);
         while !engine.is_idle() {
             num_allocated +=
-                num_allocations(|| num_guessed += engine.step(Duration::ZERO, 512).num_draft_tokens);
+                num_allocations(|| num_guessed += engine.step(Duration::ZERO, budget).num_draft_tokens);
         }
         assert!(num_guessed > 50, "{num_guessed} guesses");
         assert!(id == 0 || num_allocated == 0, "{num_allocated} allocations");

@@ -162,9 +162,9 @@ fn serve(runner: OrtRunner, vocab_size: usize, graph: &str) {
         SamplingParams { repetition_penalty: 1.1, ..greedy.clone() },
         SamplingParams { temperature: 0.8, top_p: 0.8, ..greedy },
     ];
-    for (id, (sampling, length)) in params.into_iter().zip([3, 150, 20]).enumerate() {
+    for (sampling, length) in params.into_iter().zip([3, 150, 20]) {
         let request = Request { prompt_token_ids: vec![7; length], sampling, ..Request::default() };
-        engine.add(RequestId(id as u64), request, Duration::ZERO);
+        engine.submit(request, Duration::ZERO);
     }
     let mut finished = 0;
     for step in 0..40 {

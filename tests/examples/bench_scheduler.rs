@@ -7,7 +7,7 @@
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-use glm_engine::{Engine, EngineConfig, Request, RequestId, SamplingParams, TenantId};
+use glm_engine::{Engine, EngineConfig, Request, SamplingParams, TenantId};
 use glmserve_tests::machine::{Machine, VOCAB_SIZE};
 
 const SEQUENCES: [usize; 5] = [1, 4, 16, 64, 256];
@@ -42,9 +42,11 @@ fn decode_step(num_sequences: usize, context: usize, queue: usize) -> f64 {
     let mut engine = Engine::new(Machine::new(num_blocks, 16), config, VOCAB_SIZE);
     for id in 0..num_sequences + queue {
         let tokens = if id < num_sequences { context } else { 16 };
-        engine.add(RequestId(id as u64), request(id % NUM_TENANTS, tokens, 500, id), Duration::ZERO);
+        engine.submit(request(id % NUM_TENANTS, tokens, 500, id), Duration::ZERO);
     }
-    while engine.running().len() < num_sequences || engine.decodes().num_decodes < num_sequences {
+    while engine.scheduler().running().len() < num_sequences
+        || engine.scheduler().decodes().num_decodes < num_sequences
+    {
         engine.step(Duration::ZERO, usize::MAX);
     }
     let round = |engine: &mut Engine<Machine>| {

@@ -83,10 +83,14 @@ impl OrderCheck {
 
     /// To be called before a step that is planned at `now`.
     pub fn before<R: ModelRunner>(&mut self, engine: &Engine<R>, now: Duration) {
-        self.waited =
-            engine.waiting().into_iter().map(|sequence| (sequence.id, self.waits(sequence, now))).collect();
+        self.waited = engine
+            .scheduler()
+            .waiting()
+            .into_iter()
+            .map(|sequence| (sequence.id, self.waits(sequence, now)))
+            .collect();
         self.before.clear();
-        self.before.extend(engine.running().iter().map(|running| Runner {
+        self.before.extend(engine.scheduler().running().iter().map(|running| Runner {
             id: running.sequence.id,
             is_probe: running.sequence.is_probe,
             is_detached: running.sequence.is_detached,
@@ -108,7 +112,7 @@ impl OrderCheck {
     pub fn after<R: ModelRunner>(&mut self, engine: &Engine<R>, now: Duration) -> Result<(), String> {
         self.check_yielding(engine, now)?;
         let is_probe_let_in = self.check_admissions(engine)?;
-        let is_back = |id| engine.waiting().iter().any(|sequence| sequence.id == id);
+        let is_back = |id| engine.scheduler().waiting().iter().any(|sequence| sequence.id == id);
         let (preempted, kept): (Vec<Runner>, Vec<Runner>) =
             self.before.iter().partition(|runner| is_back(runner.id));
         for gone in &preempted {
@@ -142,8 +146,9 @@ impl OrderCheck {
 
     /// Nobody who yields was let in before somebody who does not.
     fn check_yielding<R: ModelRunner>(&mut self, engine: &Engine<R>, now: Duration) -> Result<(), String> {
-        let let_in = |id: &RequestId| engine.plan().sequences.iter().any(|share| share.id == *id);
-        let still_waits = |id: &RequestId| engine.waiting().iter().any(|sequence| sequence.id == *id);
+        let let_in = |id: &RequestId| engine.step_plan().sequences.iter().any(|share| share.id == *id);
+        let still_waits =
+            |id: &RequestId| engine.scheduler().waiting().iter().any(|sequence| sequence.id == *id);
         let yielding = |wanted: bool| self.waited.iter().filter(move |(_, (_, yields))| *yields == wanted);
         if let Some((early, _)) = yielding(true).find(|(id, _)| let_in(id))
             && let Some((late, _)) = yielding(false).find(|(id, _)| still_waits(id))
@@ -156,7 +161,7 @@ impl OrderCheck {
         self.admitted_with.extend(
             self.waited.iter().filter(|(id, _)| let_in(id)).map(|(&id, &(num_tokens, _))| (id, num_tokens)),
         );
-        for gone in engine.waiting() {
+        for gone in engine.scheduler().waiting() {
             let ran = self.before.iter().any(|runner| runner.id == gone.id);
             // To yield once more costs a token.
             if ran && self.admitted_with.get(&gone.id).is_some_and(|&before| gone.tokens().len() > before) {
@@ -170,7 +175,7 @@ impl OrderCheck {
     pub fn num_cached_again<R: ModelRunner>(&self, engine: &Engine<R>) -> usize {
         let was_running = |id| self.before.iter().any(|runner| runner.id == id);
         let is_first = |id| engine.admitted().iter().any(|(admitted, _)| *admitted == id);
-        let shares = engine.plan().sequences.iter();
+        let shares = engine.step_plan().sequences.iter();
         shares
             .filter(|share| share.num_computed_tokens > 0 && !was_running(share.id) && !is_first(share.id))
             .count()
@@ -204,7 +209,7 @@ impl OrderCheck {
             }
             self.num_overtakings += usize::from(self.fresh.keys().next().is_some_and(|&oldest| oldest < id));
             let must_be_first = |s: &&&Sequence| s.admission.is_some() && !yields(&s.id);
-            if let Some(waits) = engine.waiting().iter().find(must_be_first) {
+            if let Some(waits) = engine.scheduler().waiting().iter().find(must_be_first) {
                 return Err(format!("{id:?} was admitted before the preempted {:?}", waits.id));
             }
         }

@@ -6,7 +6,7 @@ use ndarray::Array2;
 
 use super::Engine;
 use crate::config::EngineConfig;
-use crate::cost_model::{CostModel, StepWork};
+use crate::cost_model::{StepBudget, StepWork};
 use crate::error::RunError;
 use crate::request::{Request, RequestId, TenantId, TokenEvent};
 use crate::runner::fake::FakeRunner;
@@ -30,17 +30,20 @@ fn greedy(max_tokens: usize) -> SamplingParams {
 
 fn engine<R: ModelRunner>(runner: R, max_num_draft_tokens: usize) -> Engine<R> {
     let config = EngineConfig { max_num_draft_tokens, ..Default::default() };
-    let mut engine = Engine::new(runner, config, 8);
-    engine.set_draft_price(0.2);
-    engine
+    Engine::new(runner, config, 8)
+}
+
+/// A hundred tokens of prompts, and drafts that are accepted with this probability at least.
+fn budget(draft_price: f64) -> StepBudget {
+    StepBudget { prefill: 100.into(), draft_price }
 }
 
 /// Runs until nothing is left: the tokens of the first request, and the number of steps.
 fn run<R: ModelRunner>(engine: &mut Engine<R>) -> (Vec<u32>, usize) {
     let (mut tokens, mut num_steps) = (Vec::new(), 0);
     while !engine.is_idle() {
-        engine.step(Duration::ZERO, 100);
-        engine.check().unwrap();
+        engine.step(Duration::ZERO, budget(0.2));
+        engine.scheduler().check().unwrap();
         num_steps += 1;
         tokens.extend(engine.events().iter().filter_map(|(id, event)| match event {
             TokenEvent::Token { token_id } if *id == RequestId(0) => Some(*token_id),
@@ -58,7 +61,7 @@ fn a_sequence_that_repeats_takes_fewer_steps_and_says_the_same() {
     for sampling in [greedy(100), penalties, stop_late, sampled] {
         let [(expected, num_plain), (found, num_steps)] = [0, 8].map(|max_num_draft_tokens| {
             let mut engine = engine(counting(32, 4), max_num_draft_tokens);
-            engine.add(RequestId(0), request(sampling.clone()), Duration::ZERO);
+            engine.submit(request(sampling.clone()), Duration::ZERO);
             run(&mut engine)
         });
         assert_eq!(found, expected, "{sampling:?}");
@@ -74,17 +77,18 @@ fn guesses_take_what_is_free_and_give_it_back() {
     let mut engine = engine(counting(12, 4), 8);
     for id in 0..2u32 {
         let request = Request { prompt_token_ids: vec![id, id + 1, id + 2], ..request(greedy(21)) };
-        engine.add(RequestId(id.into()), request, Duration::ZERO);
+        engine.submit(request, Duration::ZERO);
     }
     let (mut num_guessed, mut num_used) = (0, 0);
     while !engine.is_idle() {
-        let report = engine.step(Duration::ZERO, 100);
-        engine.check().unwrap();
+        let report = engine.step(Duration::ZERO, budget(0.2));
+        engine.scheduler().check().unwrap();
         num_guessed += report.num_draft_tokens;
         assert_eq!(report.num_preemptions, 0);
         let needed = |tokens: &[u32]| (tokens.len() - 1).div_ceil(4);
-        let num_needed = engine.running().iter().map(|running| needed(running.sequence.tokens())).sum();
-        assert_eq!(engine.gauges().num_used_blocks, num_needed, "guesses keep no block");
+        let num_needed =
+            engine.scheduler().running().iter().map(|running| needed(running.sequence.tokens())).sum();
+        assert_eq!(engine.scheduler().gauges().num_used_blocks, num_needed, "guesses keep no block");
         num_used = num_used.max(num_needed);
     }
     assert!(num_guessed >= 20 && num_used >= 8, "{num_guessed} {num_used}");
@@ -94,13 +98,13 @@ fn guesses_take_what_is_free_and_give_it_back() {
 fn charged_and_cached(max_num_draft_tokens: usize, max_tokens: usize) -> (u64, usize) {
     let mut engine = engine(FakeRunner::repeating(8, 64, 4), max_num_draft_tokens);
     let sampling = SamplingParams { ignore_eos: true, ..greedy(max_tokens) };
-    engine.add(RequestId(0), request(sampling.clone()), Duration::ZERO);
+    engine.submit(request(sampling.clone()), Duration::ZERO);
     let (reply, num_steps) = run(&mut engine);
     assert_eq!((reply.len(), num_steps < max_tokens), (max_tokens, max_num_draft_tokens > 0));
-    let service = engine.service(TenantId(0));
+    let service = engine.scheduler().service(TenantId(0));
     let prompt_token_ids = [&[0, 1, 2], reply.as_slice()].concat();
-    engine.add(RequestId(1), Request { prompt_token_ids, ..request(sampling) }, Duration::ZERO);
-    engine.step(Duration::ZERO, 100);
+    engine.submit(Request { prompt_token_ids, ..request(sampling) }, Duration::ZERO);
+    engine.step(Duration::ZERO, budget(0.2));
     (service, engine.admitted()[0].1.num_cached_tokens)
 }
 
@@ -116,12 +120,12 @@ fn guesses_change_neither_what_is_charged_nor_what_is_cached() {
 #[test]
 fn no_guess_is_made_beside_a_prompt() {
     let mut engine = engine(counting(64, 4), 8);
-    engine.add(RequestId(0), request(greedy(100)), Duration::ZERO);
-    while engine.step(Duration::ZERO, 100).num_draft_tokens < 8 {}
+    engine.submit(request(greedy(100)), Duration::ZERO);
+    while engine.step(Duration::ZERO, budget(0.2)).num_draft_tokens < 8 {}
     let prompt = Request { prompt_token_ids: vec![7; 40], ..request(greedy(1)) };
-    engine.add(RequestId(1), prompt, Duration::ZERO);
-    engine.plan_step(Duration::ZERO, 100);
-    let shares: Vec<usize> = engine.plan().sequences.iter().map(|s| s.num_scheduled_tokens).collect();
+    engine.submit(prompt, Duration::ZERO);
+    engine.plan_within(Duration::ZERO, budget(0.2));
+    let shares: Vec<usize> = engine.step_plan().sequences.iter().map(|s| s.num_scheduled_tokens).collect();
     assert_eq!(shares, [1, 40]);
 }
 
@@ -151,11 +155,10 @@ fn what_is_sampled_follows_the_distribution_after_right_guesses_and_wrong_ones()
     let mut counts = [[0usize; 8]; 2];
     for seed in 0..40 {
         let mut engine = engine(Constant { row, logits: Array2::zeros((0, 8)) }, 8);
-        engine.set_draft_price(0.05);
         let sampling = SamplingParams { seed, max_tokens: 2000, ..Default::default() };
-        engine.add(RequestId(0), request(sampling), Duration::ZERO);
+        engine.submit(request(sampling), Duration::ZERO);
         while !engine.is_idle() {
-            let report = engine.step(Duration::ZERO, 100);
+            let report = engine.step(Duration::ZERO, budget(0.05));
             let tokens = engine.events().iter().filter_map(|(_, event)| match event {
                 TokenEvent::Token { token_id } => Some(*token_id as usize),
                 _ => None,
@@ -182,29 +185,28 @@ fn seconds(model: fn(usize, usize, usize) -> FakeRunner, num_streams: u64, max_d
     const VOCAB_SIZE: usize = 400;
     let config = EngineConfig { max_num_draft_tokens: max_drafts, ..Default::default() };
     let mut engine = Engine::new(model(VOCAB_SIZE, 2000, 16), config, VOCAB_SIZE);
-    let (mut costs, mut took_all) = (CostModel::default(), 0.0);
+    let mut took_all = 0.0;
     for round in 0..3 {
-        took_all = round_seconds(&mut engine, &mut costs, round * num_streams..(round + 1) * num_streams);
+        took_all = round_seconds(&mut engine, round * num_streams..(round + 1) * num_streams);
     }
     took_all
 }
 
-fn round_seconds(engine: &mut Engine<FakeRunner>, costs: &mut CostModel, ids: std::ops::Range<u64>) -> f64 {
+fn round_seconds(engine: &mut Engine<FakeRunner>, ids: std::ops::Range<u64>) -> f64 {
     for id in ids {
         let prompt_token_ids = (0..40).map(|i| ((id * 131 + i * i * 17) % 400) as u32).collect();
         let sampling = SamplingParams { ignore_eos: true, ..greedy(300) };
-        engine.add(RequestId(id), Request { prompt_token_ids, ..request(sampling) }, Duration::ZERO);
+        engine.submit(Request { prompt_token_ids, ..request(sampling) }, Duration::ZERO);
     }
     let mut now = Duration::ZERO;
     while !engine.is_idle() {
-        engine.set_draft_price(costs.draft_price(&engine.decodes()));
-        engine.plan_step(now, 512);
-        let work = StepWork::of(engine.plan());
+        engine.plan(now);
+        let work = StepWork::of(engine.step_plan());
         // A real model's: one row takes 7 ms, 16 rows take 22 ms.
         let took = 6.3e-3 + 0.95e-3 * work.num_decodes as f64 + 0.6e-3 * work.num_prefill_tokens as f64;
         let took = Duration::from_secs_f64(took);
-        engine.run_step();
-        costs.observe_step(&work, took);
+        engine.run();
+        engine.finish(took);
         now += took;
     }
     now.as_secs_f64()

@@ -121,7 +121,7 @@ impl Scheduler {
         }
         let num_blocks_to_come = self.num_blocks_to_come(&running);
         self.insert_running(running);
-        self.queue_changed = true;
+        self.queue_version += 1;
         num_blocks_to_come
     }
 }

@@ -1,7 +1,7 @@
-//! Owns the guesses in a step: whose, how many, and what becomes of their blocks.
+//! Owns the draft tokens in a step: whose, how many, and what becomes of their blocks.
 //!
-//! Invariant: a guess takes what is left. None is made beside a prompt, none takes a block that is cached for
-//! others, and what wrong ones took is free before the next step. Guesses lie behind the known tokens, so
+//! Invariant: drafts take what is left. None is computed beside a prompt, none takes a block that is cached for
+//! others, and the blocks of rejected ones are free before the next step. Drafts lie behind the known tokens, so
 //! they are never written to a block that is published.
 
 use super::Scheduler;
@@ -9,13 +9,9 @@ use crate::cost_model::PrefillBudget;
 use crate::request::RequestId;
 
 impl Scheduler {
-    /// Says what a guess must be worth, from now on: the least chance to be right.
-    pub fn set_draft_price(&mut self, price: f64) {
-        self.draft_price = price;
-    }
-
-    /// Adds guesses to a step of decodes, the first ones first, as far as `budget` and free blocks go.
-    pub(super) fn plan_drafts(&mut self, mut budget: PrefillBudget) {
+    /// Adds draft tokens to a step of decodes, the first ones first, as far as `budget` and free blocks go. None is
+    /// added whose probability of being accepted is below `price`.
+    pub(super) fn plan_drafts(&mut self, mut budget: PrefillBudget, price: f64) {
         // While the cost of a row is not learnt well, a prompt beside many of them would be blamed for it.
         if self.running.iter().any(|running| running.num_planned_tokens > 1) {
             return;
@@ -28,7 +24,7 @@ impl Scheduler {
             let num_blocks = running.block_table.blocks().len() + self.pool.num_unused();
             let num_slots = num_blocks * self.pool.block_size() - end;
             let most = self.config.max_num_draft_tokens.min(num_slots);
-            let num_drafts = running.sequence.num_drafts(self.draft_price, most);
+            let num_drafts = running.sequence.num_drafts(price, most);
             let num_drafts = budget.take(end, num_drafts);
             if running.block_table.grow(end + num_drafts, &mut self.pool) {
                 running.num_draft_tokens = num_drafts;
@@ -36,7 +32,7 @@ impl Scheduler {
         }
     }
 
-    /// Records that so many of a sequence's guesses were right, after its share was committed; the slots
+    /// Records that so many of a sequence's draft tokens were accepted, after its share was committed; the slots
     /// of the others are free again.
     pub fn commit_drafts(&mut self, id: RequestId, num_accepted: usize) {
         self.commit(id, num_accepted);
@@ -53,6 +49,7 @@ mod tests {
 
     use super::*;
     use crate::config::EngineConfig;
+    use crate::cost_model::StepBudget;
     use crate::kv_cache::Prefix;
     use crate::request::Request;
     use crate::sampling_params::SamplingParams;
@@ -68,7 +65,8 @@ mod tests {
 
     fn schedule(scheduler: &mut Scheduler) -> StepPlan {
         let mut plan = StepPlan::default();
-        scheduler.schedule(Duration::ZERO, 100.into(), &mut plan, &mut ScheduleOutcome::default());
+        let budget = StepBudget { prefill: 100.into(), draft_price: 0.0 };
+        scheduler.schedule(Duration::ZERO, budget, &mut plan, &mut ScheduleOutcome::default());
         plan
     }
 
@@ -76,7 +74,6 @@ mod tests {
     fn repeating(num_blocks: usize, before: impl FnOnce(&mut Scheduler)) -> Scheduler {
         let config = EngineConfig { watermark_permille: 0, ..EngineConfig::default() };
         let mut scheduler = Scheduler::new(config, num_blocks, 4);
-        scheduler.set_draft_price(0.0);
         before(&mut scheduler);
         add(&mut scheduler, 1, &[1, 1, 1]);
         schedule(&mut scheduler);
@@ -85,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn guesses_take_no_block_that_is_cached() {
+    fn drafts_take_no_block_that_is_cached() {
         let mut scheduler = repeating(4, |_| ());
         assert_eq!(schedule(&mut scheduler).drafts(0), [1; 8]);
         let other = [50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61];
@@ -101,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_of_guesses_are_no_blocks_that_others_lack_and_go_back() {
+    fn blocks_of_drafts_are_no_blocks_that_others_lack_and_go_back() {
         let mut scheduler = repeating(4, |_| ());
         assert_eq!(schedule(&mut scheduler).drafts(0).len(), 8);
         add(&mut scheduler, 2, &[7]);

@@ -1,23 +1,11 @@
-//! Owns the engine's fault: what went wrong last, and how often anything went wrong.
+//! Owns the published fault: what went wrong last, and how often anything went wrong.
 //!
 //! Invariant: a fault is cleared only by who has seen it. One atomic holds the fault and the number of
 //! faults so far, so that a fault between somebody's look and the clearing is not lost.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Why the engine should not be trusted until a known answer was checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// Logits were not numbers.
-    NonFiniteLogits,
-    /// Steps in a row that failed.
-    RepeatedRunErrors {
-        /// How many.
-        count: u32,
-    },
-    /// The device failed in a way that only a new process heals. The engine thread has ended.
-    DeviceLost,
-}
+use crate::fault::Fault;
 
 /// Counts the faults of an engine: names the last one that was seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,10 +11,11 @@ use crossbeam_channel::Sender;
 use tokio::sync::mpsc;
 
 use super::Clock;
-use super::fault::{Fault, FaultGeneration};
+use super::fault::FaultGeneration;
 use super::progress::{Progress, RequestState};
 use super::shared::{Place, Shared};
 use crate::error::{SequenceError, SubmitError};
+use crate::fault::Fault;
 use crate::request::{PRIORITIES, Request, TimedEvent, TokenEvent};
 
 /// What bounds every request.

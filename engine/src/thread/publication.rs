@@ -24,7 +24,7 @@ const GOLDEN: f64 = 0.618_033_988_75;
 impl<R: ModelRunner> Worker<R> {
     pub(super) fn publish_stall_limit(&self) {
         let EngineConfig { stall_factor, stall_min, .. } = self.config;
-        let limit = match self.costs.predict_step(&StepWork::of(self.engine.plan())) {
+        let limit = match self.engine.costs().predict_step(&StepWork::of(self.engine.step_plan())) {
             Some(predicted) => predicted.saturating_mul(stall_factor).max(stall_min),
             None => stall_min.saturating_mul(stall_factor),
         };
@@ -42,15 +42,17 @@ impl<R: ModelRunner> Worker<R> {
     /// Publishes what runs and, if anything moved or some time has passed, the queue.
     pub(super) fn publish(&mut self, now: Duration) {
         let is_due = now.saturating_sub(self.queue_published_at) >= QUEUE_PERIOD;
+        let scheduler = self.engine.scheduler();
+        let queue_version = std::mem::replace(&mut self.queue_version, scheduler.queue_version());
         let has_changed =
-            self.engine.take_queue_changed() || self.engine.running().len() != self.running_work.len();
+            queue_version != self.queue_version || scheduler.running().len() != self.running_work.len();
         self.publish_stages(now);
         // Prompts shrink fast.
         let has_prefill = self.running_work.iter().any(|work| work.num_prefill_tokens > 0);
         if is_due || has_changed || has_prefill {
             self.publish_running();
         }
-        if is_due || (has_changed && self.engine.num_waiting() <= SHORT_QUEUE) {
+        if is_due || (has_changed && self.engine.scheduler().num_waiting() <= SHORT_QUEUE) {
             self.queue_published_at = now;
             self.publish_waiting(now);
         }
@@ -59,7 +61,7 @@ impl<R: ModelRunner> Worker<R> {
     /// Tells those that run how far they are.
     fn publish_stages(&self, now: Duration) {
         let mut queue = None;
-        for running in self.engine.running() {
+        for running in self.engine.scheduler().running() {
             let Some(client) = self.clients.get(&running.sequence.id) else { continue };
             client.place.entry().into_iter().for_each(|entry| self.shared.table.set_running(entry));
             if is_decoding(running) {
@@ -76,7 +78,12 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn decodes(&self) -> impl Iterator<Item = RequestWork> {
-        self.engine.running().iter().filter(|running| is_decoding(running)).map(|running| self.work(running))
+        self.engine
+            .scheduler()
+            .running()
+            .iter()
+            .filter(|running| is_decoding(running))
+            .map(|running| self.work(running))
     }
 
     fn work(&self, running: &RunningSequence) -> RequestWork {
@@ -95,7 +102,7 @@ impl<R: ModelRunner> Worker<R> {
     pub(super) fn publish_running(&mut self) {
         let mut works = std::mem::take(&mut self.running_work);
         works.clear();
-        let running = || self.engine.running().iter().enumerate();
+        let running = || self.engine.scheduler().running().iter().enumerate();
         works.extend(running().map(|(_, running)| self.work(running)));
         let quantile = |(index, running): (usize, &RunningSequence)| {
             let left = ((index as f64 + 0.5) * GOLDEN).fract();
@@ -114,20 +121,20 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn capacity(&self) -> Capacity {
-        let gauges = self.engine.gauges();
+        let gauges = self.engine.scheduler().gauges();
         let watermark = gauges.num_blocks * self.config.watermark_permille / 1000;
         let num_free_blocks = (gauges.num_blocks - gauges.num_used_blocks).saturating_sub(watermark);
         Capacity { max_num_seqs: self.config.max_num_seqs, num_free_blocks }
     }
 
     fn queue_forecast(&self, running: impl IntoIterator<Item = RequestWork>) -> Option<QueueForecast<'_>> {
-        QueueForecast::new(&self.costs, &self.shared.bounds, self.capacity(), running)
+        QueueForecast::new(self.engine.costs(), &self.shared.bounds, self.capacity(), running)
     }
 
     fn publish_waiting(&self, now: Duration) {
-        self.shared.table.publish_services(|tenant| self.engine.service(tenant));
+        self.shared.table.publish_services(|tenant| self.engine.scheduler().service(tenant));
         let mut queue = self.queue_forecast(self.running_work.iter().copied());
-        for (position, sequence) in self.engine.waiting().into_iter().enumerate() {
+        for (position, sequence) in self.engine.scheduler().waiting().into_iter().enumerate() {
             let Some(client) = self.clients.get(&sequence.id) else { continue };
             let waiting = self.waiting(sequence, client.num_cached_tokens);
             let forecast = queue.as_mut().map(|queue| queue.admit(&waiting_work(&waiting, &self.curve)));

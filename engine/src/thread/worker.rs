@@ -13,15 +13,14 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use tokio::sync::mpsc;
 
-use super::fault::Fault;
 use super::handle::{Command, Submission};
 use super::progress::RequestState;
 use super::shared::{Place, Shared};
 use crate::config::EngineConfig;
-use crate::cost_model::{CostModel, LengthCurve, ReplyLengths, RequestWork, StepWork};
+use crate::cost_model::{LengthCurve, ReplyLengths, RequestWork};
 use crate::engine::Engine;
 use crate::error::SequenceError;
-use crate::observer::{EngineObserver, StepReport};
+use crate::observer::EngineObserver;
 use crate::request::{FinishReason, RequestId, TimedEvent, TokenEvent};
 use crate::runner::ModelRunner;
 
@@ -57,20 +56,19 @@ pub(super) struct Worker<R> {
     to_ask: VecDeque<RequestId>,
     /// Those that answered.
     with_news: Vec<RequestId>,
-    next_id: u64,
     pub(super) shared: Arc<Shared>,
     observer: Arc<dyn EngineObserver>,
     pub(super) config: EngineConfig,
-    pub(super) costs: CostModel,
     pub(super) lengths: ReplyLengths,
     /// What `lengths` come to, as of the last end of a reply.
     pub(super) curve: LengthCurve,
-    num_run_errors: u32,
     /// Whether everything was told to end: what arrives later was on its way when that was said.
     is_aborting: bool,
     /// What the runner said when it failed for good.
     lost_device: Option<SequenceError>,
     pub(super) queue_published_at: Duration,
+    /// Of the queue that was published last.
+    pub(super) queue_version: u64,
     /// The requests that ran when they were last published.
     pub(super) running_work: Vec<RequestWork>,
 }
@@ -89,17 +87,15 @@ impl<R: ModelRunner> Worker<R> {
             clients: HashMap::with_capacity(shared.limits.max_num_requests + 1),
             to_ask: VecDeque::new(),
             with_news: Vec::new(),
-            next_id: 0,
             shared,
             observer,
             config,
-            costs: CostModel::default(),
             lengths: ReplyLengths::default(),
             curve: LengthCurve::new(&ReplyLengths::default().hazards()),
-            num_run_errors: 0,
             is_aborting: false,
             lost_device: None,
             queue_published_at: Duration::ZERO,
+            queue_version: 0,
             running_work: Vec::new(),
         };
         worker.publish_stall_limit();
@@ -111,7 +107,7 @@ impl<R: ModelRunner> Worker<R> {
         let clock = self.shared.clock.clone();
         while self.lost_device.is_none() {
             if self.engine.is_idle() {
-                self.observer.gauges(&self.engine.gauges());
+                self.observer.gauges(&self.engine.scheduler().gauges());
                 self.publish(clock.now());
                 self.shared.is_busy.store(false, Ordering::Release);
                 match self.commands.recv() {
@@ -136,10 +132,7 @@ impl<R: ModelRunner> Worker<R> {
     fn step(&mut self) {
         let clock = self.shared.clock.clone();
         let start = clock.now();
-        let decodes = self.engine.decodes();
-        let prefill_budget = self.costs.prefill_budget(&decodes, &self.shared.bounds);
-        self.engine.set_draft_price(self.costs.draft_price(&decodes));
-        self.engine.plan_step(start, prefill_budget);
+        self.engine.plan(start);
         let admitted = self.engine.admitted().iter().filter(|(_, report)| !report.is_probe);
         admitted.for_each(|(_, report)| self.observer.admitted(report));
         let num_delivered = self.deliver(0, start);
@@ -147,14 +140,20 @@ impl<R: ModelRunner> Worker<R> {
         self.publish_stall_limit();
         // Before the run, too: a long step must not hide what changed at its start.
         self.observe_gauges();
-        let mut report = self.engine.run_step();
+        self.engine.run();
         let end = clock.now();
-        report.duration = end - start;
+        let report = self.engine.finish(end - start);
         self.note_progress(end);
         self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
         self.shared.num_idle_refusals.store(0, Ordering::Relaxed);
         // Before the events: whoever sees a failure finds the fault set.
-        self.learn(&report);
+        if let Some(fault) = report.fault {
+            self.shared.fault.set(fault);
+        }
+        if report.lost_device {
+            self.note_lost_device();
+        }
+        self.shared.costs.publish(self.engine.costs());
         if self.engine.events()[num_delivered..].iter().any(|(_, event)| event.is_terminal()) {
             // Whoever sees an end finds it in what is published.
             self.publish_running();
@@ -166,7 +165,7 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Reports the state; what is still in the command channel waits as well.
     fn observe_gauges(&self) {
-        let mut gauges = self.engine.gauges();
+        let mut gauges = self.engine.scheduler().gauges();
         gauges.num_waiting += self.commands.len();
         self.observer.gauges(&gauges);
     }
@@ -177,19 +176,15 @@ impl<R: ModelRunner> Worker<R> {
                 self.refuse(*submission, SequenceError::ShuttingDown);
             }
             Command::Submit(submission) => {
-                // Named here, not at the door: ids must grow in the order in which the engine sees them.
-                let id = RequestId(self.next_id);
-                self.next_id += 1;
                 let Submission { request, num_cached_tokens, arrival, place, events, state } = *submission;
                 let is_detached = false;
                 let client = Client { events, state, place, num_cached_tokens, is_detached, num_tokens: 0 };
+                let id = match place {
+                    Place::Probe => self.engine.submit_probe(request, arrival),
+                    Place::Tenant(..) => self.engine.submit(request, arrival),
+                };
                 self.clients.insert(id, client);
                 self.to_ask.push_back(id);
-                if place == Place::Probe {
-                    self.engine.add_probe(id, request, arrival);
-                } else {
-                    self.engine.add(id, request, arrival);
-                }
             }
             Command::AbortAll => {
                 self.is_aborting = true;
@@ -206,7 +201,8 @@ impl<R: ModelRunner> Worker<R> {
     fn poll_clients(&mut self) {
         let Self { clients, engine, shared, to_ask, with_news, lengths, .. } = self;
         let has_news = |id: &RequestId| clients.get(id).is_some_and(Client::has_news);
-        with_news.extend(engine.running().iter().map(|running| running.sequence.id).filter(has_news));
+        with_news
+            .extend(engine.scheduler().running().iter().map(|running| running.sequence.id).filter(has_news));
         let num_asked = to_ask.len().min(MIN_ASKED.max(to_ask.len() / MAX_STEPS_UNASKED));
         for _ in 0..num_asked {
             let Some(id) = to_ask.pop_front().filter(|id| clients.contains_key(id)) else { continue };
@@ -269,29 +265,6 @@ impl<R: ModelRunner> Worker<R> {
             self.publish_lengths();
         }
         self.engine.events().len()
-    }
-
-    fn learn(&mut self, report: &StepReport) {
-        if report.failed {
-            self.num_run_errors = self.num_run_errors.saturating_add(1);
-            if self.num_run_errors >= self.config.max_consecutive_run_errors {
-                self.shared.fault.set(Fault::RepeatedRunErrors { count: self.num_run_errors });
-            }
-        } else {
-            self.num_run_errors = 0;
-            let work = StepWork::of(self.engine.plan());
-            self.costs.observe_step(&work, report.duration);
-            let num_decodes = work.num_decodes.saturating_sub(report.num_draft_tokens);
-            self.costs.observe_drafts(num_decodes, report.num_draft_tokens, report.num_accepted_draft_tokens);
-        }
-        if report.num_non_finite > 0 {
-            self.shared.fault.set(Fault::NonFiniteLogits);
-        }
-        if report.lost_device {
-            self.shared.fault.set(Fault::DeviceLost);
-            self.note_lost_device();
-        }
-        self.shared.costs.publish(&self.costs);
     }
 
     fn note_progress(&self, now: Duration) {

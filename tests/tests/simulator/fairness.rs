@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use glm_engine::cost_model::StepBudget;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{Engine, EngineConfig, RequestId, TenantId, TokenEvent};
 use glmserve_tests::rng::Rng;
@@ -56,7 +57,7 @@ fn simulate(seed: u64) {
     let last = |history: &[u32]| Ok(history[history.len() - 1]);
     let runner = FakeRunner::scripted(VOCAB_SIZE, 10, 16, Box::new(last));
     let mut engine = Engine::new(runner, config, VOCAB_SIZE);
-    engine.set_draft_price(0.1);
+    let budget = StepBudget { prefill: usize::MAX.into(), draft_price: 0.1 };
     let mut ledger = Ledger::default();
     // Sheng et al. 2024, theorem 4.4: twice the larger of one prompt and what the running set may still
     // generate. Here the last token of each request is charged late, or never: once more a running set.
@@ -72,6 +73,7 @@ fn simulate(seed: u64) {
             *wants ^= tenant > 0 && rng.one_in(300);
             let most = if tenant == 0 { 20 } else { 2 };
             let num_waiting = engine
+                .scheduler()
                 .waiting()
                 .iter()
                 .filter(|s| s.tenant.0 as usize == tenant && s.admission.is_none())
@@ -80,14 +82,16 @@ fn simulate(seed: u64) {
                 let mut request = request(rng.range(1..=MAX_PROMPT), rng.range(1..=MAX_OUTPUT));
                 request.prompt_token_ids.iter_mut().for_each(|id| *id = rng.range(0..=90) as u32);
                 request.tenant = TenantId(tenant as u32);
-                engine.add(ledger.add(tenant, request.prompt_token_ids.len()), request, now);
+                ledger.add(tenant, request.prompt_token_ids.len());
+                engine.submit(request, now);
             }
         }
-        num_guessed += engine.step(now, usize::MAX).num_accepted_draft_tokens;
-        engine.check().unwrap_or_else(|broken| panic!("seed {seed}, step {step}: {broken}"));
+        num_guessed += engine.step(now, budget).num_accepted_draft_tokens;
+        engine.scheduler().check().unwrap_or_else(|broken| panic!("seed {seed}, step {step}: {broken}"));
         engine.events().iter().for_each(|(id, event)| ledger.event(*id, event));
-        let waits =
-            |tenant| engine.waiting().iter().any(|s| s.tenant == TenantId(tenant) && s.admission.is_none());
+        let waits = |tenant| {
+            engine.scheduler().waiting().iter().any(|s| s.tenant == TenantId(tenant) && s.admission.is_none())
+        };
         let waiting = [0, 1, 2].map(waits);
         for (a, b) in [(0, 1), (0, 2), (1, 2)] {
             let difference = ledger.served[a] - ledger.served[b];

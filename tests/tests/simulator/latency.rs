@@ -1,10 +1,10 @@
-//! Owns the proof that neither prompts nor guesses stall running replies, on machines in virtual time.
+//! Owns the proof that neither prompts nor drafts stall running replies, on machines in virtual time.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use glm_engine::cost_model::{CostModel, StepBounds, StepWork};
-use glm_engine::{Engine, EngineConfig, PrefixCaching, Request, RequestId, TokenEvent};
+use glm_engine::cost_model::StepWork;
+use glm_engine::{Engine, EngineConfig, PrefixCaching, Request, TokenEvent};
 use glmserve_tests::machine::{Machine, Speed, VOCAB_SIZE};
 
 use crate::starvation::request;
@@ -22,7 +22,7 @@ struct Seen {
     /// Of the steps after the last reply ended.
     largest_lonely_step: usize,
     num_prompts: usize,
-    num_guesses: usize,
+    num_drafts: usize,
 }
 
 /// Four replies run on while prompts of up to `longest_prompt` tokens come, one after the other; then
@@ -34,38 +34,38 @@ fn serve(speed: Speed, longest_prompt: usize, max_num_draft_tokens: usize) -> Se
         // Every prompt is to be computed.
         prefix_caching: PrefixCaching::Off,
         max_num_draft_tokens,
-        ..Default::default()
-    };
-    let bounds = StepBounds {
         max_step_time: Duration::from_secs(1),
         target_inter_token_latency: TARGET,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        block_size: BLOCK_SIZE,
+        ..Default::default()
     };
     let mut engine = Engine::new(Machine::new(4096, BLOCK_SIZE), config, VOCAB_SIZE);
-    let mut costs = CostModel::default();
     let mut seen = Seen::default();
     let mut last_token_at = BTreeMap::new();
-    (0..4).for_each(|id| engine.add(RequestId(id), request(64, 4000), Duration::ZERO));
+    for _ in 0..4 {
+        engine.submit(request(64, 4000), Duration::ZERO);
+    }
     let (mut now, mut next_id) = (Duration::ZERO, 4);
     for step in 0..6_000 {
-        let num_replies = engine.running().iter().filter(|running| running.sequence.id.0 < 4).count();
-        if engine.num_waiting() == 0 && engine.running().len() == num_replies && step % 40 > 20 {
+        let num_replies =
+            engine.scheduler().running().iter().filter(|running| running.sequence.id.0 < 4).count();
+        if engine.scheduler().num_waiting() == 0
+            && engine.scheduler().running().len() == num_replies
+            && step % 40 > 20
+        {
             let num_tokens = [100, longest_prompt / 4, longest_prompt][next_id as usize % 3];
             let prompt_token_ids = (0..num_tokens).map(|i| (next_id as u32 + i as u32) % 7).collect();
-            engine.add(RequestId(next_id), Request { prompt_token_ids, ..request(1, 1) }, now);
+            engine.submit(Request { prompt_token_ids, ..request(1, 1) }, now);
             next_id += 1;
         }
         if engine.is_idle() {
             continue;
         }
-        engine.set_draft_price(costs.draft_price(&engine.decodes()));
-        let report = engine.step(now, costs.prefill_budget(&engine.decodes(), &bounds));
-        seen.num_guesses += report.num_draft_tokens;
-        let work = StepWork::of(engine.plan());
+        engine.plan(now);
+        engine.run();
+        let work = StepWork::of(engine.step_plan());
         let time = speed.time(&work);
         now += time;
-        costs.observe_step(&work, time);
+        seen.num_drafts += engine.finish(time).num_draft_tokens;
         // The machine is not known at first.
         if step > 200 {
             let largest =
@@ -84,7 +84,7 @@ fn serve(speed: Speed, longest_prompt: usize, max_num_draft_tokens: usize) -> Se
 }
 
 #[test]
-fn prompts_and_guesses_keep_pauses_below_the_target() {
+fn prompts_and_drafts_keep_pauses_below_the_target() {
     let speeds = [
         ("a small model", Speed { step: 0.005, prefill: 2e-4, decode: 5e-4, pair: 2e-8 }),
         ("a large one", Speed { step: 0.1, prefill: 4e-3, decode: 5e-3, pair: 3e-7 }),
@@ -96,12 +96,12 @@ fn prompts_and_guesses_keep_pauses_below_the_target() {
             StepWork { num_prefill_tokens: BLOCK_SIZE, num_decodes: 0, num_pairs: BLOCK_SIZE * 8_000 };
         let block = speed.time(&block).as_secs_f64() - speed.step;
         let limit = TARGET.as_secs_f64() * TOLERANCE + block;
-        println!("{name}, {num_drafts} guesses: {seen:?}, limit {limit:.3} s");
+        println!("{name}, {num_drafts} drafts: {seen:?}, limit {limit:.3} s");
         assert!(seen.longest_pause <= limit, "{name}: {seen:?}, limit {limit} s");
         // The target is used, and nothing holds prompts back when nobody waits for a token.
         assert!(seen.longest_pause > 0.8 * TARGET.as_secs_f64(), "{name}: {seen:?}");
         assert!(seen.largest_lonely_step > 2 * seen.largest_step.min(1000), "{name}: {seen:?}");
         assert!(seen.num_prompts > 20, "{name}: {seen:?}");
-        assert!((seen.num_guesses > 200) == (num_drafts > 0), "{name}: {seen:?}");
+        assert!((seen.num_drafts > 200) == (num_drafts > 0), "{name}: {seen:?}");
     }
 }

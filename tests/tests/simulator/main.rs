@@ -14,7 +14,7 @@ mod starvation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use glm_engine::cost_model::StepWork;
+use glm_engine::cost_model::{StepBudget, StepWork};
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{
     Engine, EngineConfig, PrefixCaching, Request, RequestId, RunError, SamplingParams, TenantId, TokenEvent,
@@ -80,7 +80,7 @@ fn isolated(request: &Request, model: Model) -> Outcome {
         ..Default::default()
     };
     let mut engine = Engine::new(model(VOCAB_SIZE, 256, 16), config, VOCAB_SIZE);
-    engine.add(RequestId(0), Request { tenant: TenantId(0), ..request.clone() }, Duration::ZERO);
+    engine.submit(Request { tenant: TenantId(0), ..request.clone() }, Duration::ZERO);
     let mut outcome = Outcome { tokens: Vec::new(), end: None };
     while !engine.is_idle() {
         engine.step(Duration::ZERO, usize::MAX);
@@ -138,6 +138,8 @@ fn simulate(seed: u64, totals: &mut Totals) {
     };
     let model = if rng.one_in(2) { FakeRunner::hashing } else { FakeRunner::repeating };
     let fails = rng.one_in(4);
+    // As the server plans; else budgets that a machine could hardly lead to.
+    let learns = rng.one_in(3);
     let mut failing = Rng::new(seed ^ 1);
     let runner = model(VOCAB_SIZE, num_blocks, block_size);
     let runner = if fails {
@@ -165,7 +167,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
             // A probe must fit beside nobody, as all of them, and there is one at a time.
             if probe.is_none() && rng.one_in(10) {
                 probe = Some(id);
-                engine.add_probe(id, request, now);
+                engine.submit_probe(request, now);
                 order.add_probe(id);
                 totals.num_probes += 1;
                 continue;
@@ -173,7 +175,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
             let deadline = request.deadline.unwrap_or(Duration::MAX).min(config.default_deadline);
             order.add(id, &request, now + deadline);
             cache.add(id, &request);
-            engine.add(id, request, now);
+            engine.submit(request, now);
         }
         if next_id > 0 && rng.one_in(25) {
             let id = RequestId(rng.range(0..=next_id - 1) as u64);
@@ -185,18 +187,24 @@ fn simulate(seed: u64, totals: &mut Totals) {
         if next_id > 0 && rng.one_in(4) {
             engine.set_detached(RequestId(rng.range(0..=next_id - 1) as u64), rng.one_in(2));
         }
-        let budget = if rng.one_in(3) { usize::MAX } else { rng.range(0..=50) };
-        engine.set_draft_price([0.0, 0.1, 0.5][rng.range(0..=2)]);
+        let budget = if learns || rng.one_in(3) { usize::MAX } else { rng.range(0..=50) };
+        let draft_price = [0.0, 0.1, 0.5][rng.range(0..=2)];
         order.before(&engine, now);
-        engine.plan_step(now, budget);
+        if learns {
+            engine.plan(now);
+        } else {
+            engine.plan_within(now, StepBudget { prefill: budget.into(), draft_price });
+        }
         // While a step runs, guesses are in the blocks, and the engine is asked for its load.
-        engine.check().unwrap_or_else(|broken| panic!("seed {seed}, plan {num_steps}: {broken}"));
-        assert!(engine.num_free_slots() <= config.max_num_seqs, "seed {seed}: free places");
-        let report = engine.run_step();
+        engine.scheduler().check().unwrap_or_else(|broken| panic!("seed {seed}, plan {num_steps}: {broken}"));
+        assert!(engine.scheduler().num_free_slots() <= config.max_num_seqs, "seed {seed}: free places");
+        engine.run();
+        let took = Duration::from_millis(rng.range(1..=50) as u64);
+        let report = engine.finish(took);
         let cached = engine.events().iter().try_for_each(|(id, event)| cache.event(*id, event));
-        let checks = order.after(&engine, now).and(cached).and(engine.check());
+        let checks = order.after(&engine, now).and(cached).and(engine.scheduler().check());
         checks.unwrap_or_else(|broken| panic!("seed {seed}, step {num_steps}: {broken}"));
-        let plan = engine.plan();
+        let plan = engine.step_plan();
         // A probe is one more than the step was made for: its sequence, and a token of its prompt.
         let num_extra = usize::from(probe.is_some());
         assert!(plan.num_tokens() <= config.max_num_batched_tokens + num_extra, "seed {seed}: tokens");
@@ -206,7 +214,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         assert!(num_budgeted <= budget.max(block_size), "seed {seed}: prompt budget");
         // A guess costs nobody its blocks, neither in its step nor after it.
         assert!(report.num_preemptions == 0 || report.num_draft_tokens == 0, "seed {seed}: preempted");
-        for running in engine.running() {
+        for running in engine.scheduler().running() {
             let num_needed = running.sequence.tokens().len().div_ceil(block_size);
             assert!(running.block_table.blocks().len() <= num_needed, "seed {seed}: {running:?}");
         }
@@ -224,11 +232,11 @@ fn simulate(seed: u64, totals: &mut Totals) {
             record(outcomes.get_mut(id).unwrap(), event);
             probe = probe.filter(|probe| !event.is_terminal() || probe != id);
         }
-        now += Duration::from_millis(rng.range(1..=50) as u64);
+        now += took;
         num_steps += 1;
         assert!(num_steps < 1_000_000, "seed {seed}: no end");
     }
-    let gauges = engine.gauges();
+    let gauges = engine.scheduler().gauges();
     assert_eq!((gauges.num_used_blocks, gauges.num_running, gauges.num_waiting), (0, 0, 0), "seed {seed}");
     for (id, outcome) in &outcomes {
         let is_failed = matches!(outcome.end, Some(TokenEvent::Failed(_)));

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use glm_engine::cost_model::{CostModel, StepBounds, StepWork};
+use glm_engine::cost_model::StepWork;
 use glm_engine::{
     AdmissionReport, Engine, EngineConfig, Request, RequestId, SamplingParams, TenantId, TokenEvent,
 };
@@ -60,16 +60,11 @@ fn scale() {
         max_num_seqs: 32,
         max_num_waiting: MAX_FLOOD + NUM_TENANTS * MAX_OTHER,
         tenant_weights: vec![1; NUM_TENANTS],
+        target_inter_token_latency: TARGET,
         ..Default::default()
     };
-    let bounds = StepBounds {
-        max_step_time: config.max_step_time,
-        target_inter_token_latency: TARGET,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        block_size: BLOCK_SIZE,
-    };
     let mut engine = Engine::new(Machine::new(1_500, BLOCK_SIZE), config, VOCAB_SIZE);
-    let (mut costs, mut rng) = (CostModel::default(), Rng::new(1));
+    let mut rng = Rng::new(1);
     let mut tenants: [Tenant; NUM_TENANTS] = Default::default();
     let mut owners = std::collections::HashMap::new();
     let (mut now, mut next_id, mut num_steps) = (Duration::ZERO, 0, 0u64);
@@ -89,7 +84,7 @@ fn scale() {
                 }
                 of.num_in_engine += 1;
                 owners.insert(RequestId(next_id), tenant);
-                engine.add(RequestId(next_id), random_request(&mut rng, tenant), now);
+                engine.submit(random_request(&mut rng, tenant), now);
                 next_id += 1;
             }
         }
@@ -101,8 +96,9 @@ fn scale() {
                 tenants[tenant].num_ended += 1;
             }
         }
-        let has_replies = engine.decodes().num_decodes > 0;
-        let report = engine.step(now, costs.prefill_budget(&engine.decodes(), &bounds));
+        let has_replies = engine.scheduler().decodes().num_decodes > 0;
+        engine.plan(now);
+        engine.run();
         for (id, AdmissionReport { queue_time, num_queried_tokens, num_cached_tokens, .. }) in
             engine.admitted()
         {
@@ -119,23 +115,23 @@ fn scale() {
                 tenants[tenant].num_ended += 1;
             }
         }
-        let work = StepWork::of(engine.plan());
+        let work = StepWork::of(engine.step_plan());
         let time = SPEED.time(&work);
+        let report = engine.finish(time);
         assert!(report.num_scheduled_tokens > 0 || engine.is_idle(), "step {num_steps} does nothing");
         if has_replies && num_steps > 500 {
             longest_step = longest_step.max(time);
         }
-        costs.observe_step(&work, time);
         now += time;
         num_steps += 1;
         if num_steps % 1_000 == 0 {
-            engine.check().unwrap_or_else(|broken| panic!("step {num_steps}: {broken}"));
+            engine.scheduler().check().unwrap_or_else(|broken| panic!("step {num_steps}: {broken}"));
         }
         if memory_at_a_tenth.is_none() && next_id > num_requests / 10 {
             memory_at_a_tenth = resident_bytes();
         }
     }
-    engine.check().unwrap();
+    engine.scheduler().check().unwrap();
     let growth = resident_bytes().zip(memory_at_a_tenth).map(|(end, tenth)| end.saturating_sub(tenth));
     println!(
         "{num_requests} requests in {num_steps} steps and {:.0} s of virtual time: longest step beside replies \
