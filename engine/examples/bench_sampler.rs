@@ -5,8 +5,8 @@
 
 use std::time::{Duration, Instant};
 
-use glm_engine::sampler::Sampler;
-use glm_engine::sequence::Sequence;
+use glm_engine::Sampler;
+use glm_engine::Sequence;
 use glm_engine::{Request, RequestId, SamplingParams};
 
 const VOCAB_SIZE: usize = 65_024;

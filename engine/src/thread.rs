@@ -1,66 +1,36 @@
-//! Owns the engine's thread and its clock; nothing else in this crate reads one.
+//! Owns the engine's thread.
 //!
 //! Invariant: the engine never waits for a reader. Each request's channel holds all the events the
 //! request can cause, so sending never fails for want of room and no event is lost. Every accepted
 //! request gets exactly one terminal event, even if the thread panics.
 
-mod admission;
-mod fault;
+mod clock;
+mod command;
 mod handle;
-mod load;
-mod progress;
-mod publication;
-mod shared;
-mod waiting_table;
+mod limits;
+mod published;
+mod submission;
 mod worker;
 
-use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
-pub use fault::FaultGeneration;
-pub use handle::{EngineHandle, EngineLimits, EngineStatus, EventReceiver};
-pub use progress::{Progress, Stage};
+pub use clock::Clock;
+pub use handle::{EngineHandle, EngineStatus, EventReceiver};
+pub use limits::EngineLimits;
+pub use published::fault::FaultGeneration;
+pub use published::progress::{Progress, Stage};
 
 use crate::config::EngineConfig;
 use crate::engine::Engine;
 use crate::error::LoadError;
 use crate::observer::EngineObserver;
 use crate::runner::ModelRunner;
-use shared::Shared;
+use published::Published;
 use worker::Worker;
-
-/// Engine time: since the engine was started.
-#[derive(Clone)]
-pub struct Clock(Arc<dyn Fn() -> Duration + Send + Sync>);
-
-impl Clock {
-    /// Real time from now on.
-    #[allow(clippy::disallowed_methods, reason = "the engine's only clock")]
-    fn start() -> Self {
-        let epoch = Instant::now();
-        Self::new(move || epoch.elapsed())
-    }
-
-    /// Whatever time `now` says, which never goes back: a test's, which no other process delays.
-    pub fn new(now: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
-        Self(Arc::new(now))
-    }
-
-    fn now(&self) -> Duration {
-        (self.0)()
-    }
-}
-
-impl fmt::Debug for Clock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Clock").field(&self.now()).finish()
-    }
-}
 
 /// The running thread. It ends when every [`EngineHandle`] is dropped, or when the device is lost.
 #[derive(Debug)]
@@ -119,7 +89,7 @@ impl EngineThread {
         let max_num_seqs = config.max_num_seqs;
         let engine = Engine::new(runner, config.clone(), vocab_size);
         let cached_prefixes = Arc::clone(engine.scheduler().cached_prefixes());
-        let shared = Arc::new(Shared::new(
+        let published = Arc::new(Published::new(
             clock,
             limits,
             *engine.bounds(),
@@ -129,7 +99,7 @@ impl EngineThread {
         ));
         // All requests, the probe, and the command to abort them.
         let (commands, receiver) = bounded(max_num_requests + 2);
-        let mut worker = Worker::new(engine, config, receiver, Arc::clone(&shared), observer);
+        let mut worker = Worker::new(engine, config, receiver, Arc::clone(&published), observer);
         let (sender, prepared) = bounded(1);
         let body = move || {
             let result = catch_unwind(AssertUnwindSafe(|| worker.engine.prepare(max_num_seqs)));
@@ -153,7 +123,7 @@ impl EngineThread {
             thread.map_err(|error| LoadError::Config(format!("cannot start the engine thread: {error}")))?;
         let ended = |_| Err(LoadError::Runtime("the engine thread ended while it prepared".into()));
         prepared.recv().unwrap_or_else(ended)?;
-        Ok((EngineHandle { commands, shared }, Self { thread }))
+        Ok((EngineHandle::new(commands, published), Self { thread }))
     }
 
     /// Waits until the thread has ended; drop every handle first.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use counting_allocator::num_allocations;
-use glm_engine::cost_model::StepBudget;
+use glm_engine::StepBudget;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{Engine, EngineConfig, Request, SamplingParams};
 

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use glm_engine::Manifest;
-use glm_engine::known_answer::{Agreement, KnownAnswer};
-use glm_engine::manifest::FileEntry;
+use glm_engine::model::known_answer::{Agreement, KnownAnswer};
+use glm_engine::model::manifest::FileEntry;
 use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::{OrtOptions, OrtRunner};
 

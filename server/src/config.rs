@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use glm_engine::manifest::Provider;
+use glm_engine::model::manifest::Provider;
 use glm_engine::runner::ort::OrtOptions;
 use glm_engine::{LoadError, Manifest};
 use glmserve_client::bench::BenchArgs;

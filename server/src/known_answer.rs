@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use glm_engine::known_answer::{self, Agreement, Mismatch};
+use glm_engine::model::known_answer::{self, Agreement, Mismatch};
 use glm_engine::runner::{self, ModelRunner};
 use glm_engine::{
     EngineHandle, EventReceiver, LoadError, Manifest, Request, RunError, SamplingParams, SequenceError,

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use actix_web::web;
-use glm_engine::known_answer::Agreement;
+use glm_engine::model::known_answer::Agreement;
 use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::OrtRunner;
 use glm_engine::{EngineConfig, EngineThread, LoadError, Manifest, RunError};

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use glm_engine::cost_model::StepWork;
+use glm_engine::StepWork;
 use glm_engine::runner::{KvCacheLayout, ModelRunner};
 use glm_engine::{Logits, RunError, StepOutput, StepPlan};
 use ndarray::{Array2, s};

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use glm_engine::Sequence;
 use glm_engine::runner::ModelRunner;
-use glm_engine::sequence::Sequence;
 use glm_engine::{Engine, Request, RequestId, TenantId, TokenEvent};
 
 /// A running sequence between two steps.

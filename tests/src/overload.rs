@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use glm_engine::cost_model::StepWork;
+use glm_engine::StepWork;
 use glm_engine::runner::{KvCacheLayout, ModelRunner};
 use glm_engine::{
     Clock, EngineConfig, EngineHandle, EngineThread, EventReceiver, Logits, NoObserver, Request, RequestId,

@@ -6,12 +6,10 @@
 
 use std::sync::Arc;
 
+use super::block::BlockId;
 use super::cached_prefixes::CachedPrefixes;
 use super::lru_list::LruList;
 use super::prefix_index::{Prefix, PrefixIndex};
-
-/// Index of a block in the pool.
-pub type BlockId = u32;
 
 /// All blocks of the KV cache.
 #[derive(Debug)]

@@ -3,7 +3,8 @@
 //! Invariant: a table is not `Clone`; its references go back through [`BlockTable::release`]. Blocks
 //! that others may read are full and computed, so nobody writes to them any more: sharing needs no copy.
 
-use super::block_pool::{BlockId, BlockPool};
+use super::block::{BlockId, reusable};
+use super::block_pool::BlockPool;
 use super::prefix_index::Prefix;
 
 /// Blocks of one sequence, in the order of its tokens.
@@ -96,11 +97,6 @@ pub fn num_shared_blocks(tokens: &[u32], prefix: Option<Prefix>, pool: &BlockPoo
         Some(block)
     });
     found.filter(|&block| pool.is_referenced(block)).count()
-}
-
-/// The full blocks of `tokens` without the last token.
-pub(super) fn reusable(tokens: &[u32], block_size: usize) -> std::slice::ChunksExact<'_, u32> {
-    tokens[..tokens.len().saturating_sub(1)].chunks_exact(block_size)
 }
 
 #[cfg(test)]

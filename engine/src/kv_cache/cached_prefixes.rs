@@ -6,7 +6,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::block_table::reusable;
+use super::block::reusable;
 
 /// Places for each block of the pool: with more, fewer are hidden.
 const PLACES_PER_BLOCK: usize = 4;

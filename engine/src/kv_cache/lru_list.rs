@@ -2,7 +2,7 @@
 //!
 //! Invariant: every operation takes constant time and no memory.
 
-use super::block_pool::BlockId;
+use super::block::BlockId;
 
 /// Neighbours of a block in the ring.
 #[derive(Debug, Clone, Copy)]
@@ -13,7 +13,7 @@ struct Link {
 
 /// Blocks in the order in which they were put in.
 #[derive(Debug)]
-pub struct LruList {
+pub(super) struct LruList {
     /// One a block, and at the end the ring's anchor: newer than it is the oldest block.
     links: Vec<Link>,
     len: usize,
@@ -21,7 +21,7 @@ pub struct LruList {
 
 impl LruList {
     /// An empty list that has room for the blocks below `num_blocks`.
-    pub fn new(num_blocks: usize) -> Self {
+    pub(super) fn new(num_blocks: usize) -> Self {
         let anchor = num_blocks as BlockId;
         Self { links: vec![Link { older: anchor, newer: anchor }; num_blocks + 1], len: 0 }
     }
@@ -31,17 +31,12 @@ impl LruList {
     }
 
     /// Blocks in the list.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     /// The blocks, the oldest first.
-    pub fn iter(&self) -> impl Iterator<Item = BlockId> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = BlockId> {
         let mut block = self.anchor();
         std::iter::from_fn(move || {
             block = self.links[block as usize].newer;
@@ -50,7 +45,7 @@ impl LruList {
     }
 
     /// Puts a block in that is not there: it is the youngest.
-    pub fn push(&mut self, block: BlockId) {
+    pub(super) fn push(&mut self, block: BlockId) {
         let anchor = self.anchor();
         let older = self.links[anchor as usize].older;
         self.links[block as usize] = Link { older, newer: anchor };
@@ -60,7 +55,7 @@ impl LruList {
     }
 
     /// Takes a block out that is there.
-    pub fn remove(&mut self, block: BlockId) {
+    pub(super) fn remove(&mut self, block: BlockId) {
         let Link { older, newer } = self.links[block as usize];
         self.links[older as usize].newer = newer;
         self.links[newer as usize].older = older;
@@ -68,7 +63,7 @@ impl LruList {
     }
 
     /// Takes the oldest block out.
-    pub fn pop_oldest(&mut self) -> Option<BlockId> {
+    pub(super) fn pop_oldest(&mut self) -> Option<BlockId> {
         let oldest = self.iter().next()?;
         self.remove(oldest);
         Some(oldest)
@@ -91,6 +86,6 @@ mod tests {
         assert_eq!((list.pop_oldest(), list.len()), (Some(2), 3));
         list.remove(0);
         assert_eq!((list.pop_oldest(), list.pop_oldest(), list.pop_oldest()), (Some(3), Some(1), None));
-        assert!(list.is_empty());
+        assert_eq!(list.len(), 0);
     }
 }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use super::block_pool::BlockId;
+use super::block::BlockId;
 use super::cached_prefixes::CachedPrefixes;
 
 /// All tokens before a block.
@@ -50,7 +50,7 @@ const NONE: BlockId = BlockId::MAX;
 
 /// A hash table of blocks with their tokens. It has its final size from the start.
 #[derive(Debug)]
-pub struct PrefixIndex {
+pub(super) struct PrefixIndex {
     block_size: usize,
     /// One a block, if it is in the index.
     entries: Vec<Option<Entry>>,
@@ -65,7 +65,7 @@ pub struct PrefixIndex {
 
 impl PrefixIndex {
     /// An empty index for `num_blocks` blocks of `block_size` tokens.
-    pub fn new(num_blocks: usize, block_size: usize) -> Self {
+    pub(super) fn new(num_blocks: usize, block_size: usize) -> Self {
         Self {
             block_size,
             entries: vec![None; num_blocks],
@@ -77,7 +77,7 @@ impl PrefixIndex {
     }
 
     /// What other threads may know of the index.
-    pub fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
+    pub(super) fn cached_prefixes(&self) -> &Arc<CachedPrefixes> {
         &self.cached_prefixes
     }
 
@@ -94,17 +94,17 @@ impl PrefixIndex {
     }
 
     /// Whether a block is in the index.
-    pub fn contains(&self, block: BlockId) -> bool {
+    pub(super) fn contains(&self, block: BlockId) -> bool {
         self.entry(block).is_some()
     }
 
     /// The prefix that ends with a block.
-    pub fn prefix_through(&self, block: BlockId) -> Option<Prefix> {
+    pub(super) fn prefix_through(&self, block: BlockId) -> Option<Prefix> {
         self.entry(block).map(|entry| Prefix::Block { serial: entry.serial, name: entry.name })
     }
 
     /// The block that holds `tokens`, a block full of them, after `prefix`.
-    pub fn find(&self, prefix: Prefix, tokens: &[u32]) -> Option<BlockId> {
+    pub(super) fn find(&self, prefix: Prefix, tokens: &[u32]) -> Option<BlockId> {
         let mut block = self.buckets[self.bucket(self.cached_prefixes.name(prefix.name(), tokens))];
         while let Some(entry) = self.entry(block) {
             if entry.prefix == prefix && self.tokens(block) == tokens {
@@ -117,7 +117,7 @@ impl PrefixIndex {
 
     /// Adds a block that is not in the index; its content is not there either. Returns the prefix
     /// that it ends.
-    pub fn insert(&mut self, block: BlockId, prefix: Prefix, tokens: &[u32]) -> Prefix {
+    pub(super) fn insert(&mut self, block: BlockId, prefix: Prefix, tokens: &[u32]) -> Prefix {
         let name = self.cached_prefixes.name(prefix.name(), tokens);
         let bucket = self.bucket(name);
         let serial = self.next_serial;
@@ -130,7 +130,7 @@ impl PrefixIndex {
     }
 
     /// Forgets a block. What follows it is never found again.
-    pub fn remove(&mut self, block: BlockId) {
+    pub(super) fn remove(&mut self, block: BlockId) {
         let Some(entry) = self.entries[block as usize].take() else { return };
         self.cached_prefixes.remove(entry.name);
         let bucket = self.bucket(entry.name);

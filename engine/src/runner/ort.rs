@@ -8,6 +8,7 @@ mod buffer;
 mod cuda_graphs;
 mod device_error;
 mod inputs;
+mod options;
 mod outputs;
 mod provider;
 
@@ -19,33 +20,15 @@ use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Outlet, TensorElementType};
 
 use self::cuda_graphs::{CudaGraphs, GraphIndex, MAX_ROWS};
+use self::device_error::runtime;
 use self::inputs::Inputs;
+pub use self::options::OrtOptions;
 use self::outputs::{OutputMemory, Outputs, Widths, failed};
 use self::provider::Device;
 use super::{KvCacheLayout, ModelRunner};
 use crate::error::{LoadError, RunError};
-use crate::manifest::{Geometry, Graph, Manifest};
+use crate::model::manifest::{Geometry, Graph, Manifest};
 use crate::step::{StepOutput, StepPlan};
-
-/// How to run a graph.
-#[derive(Debug, Clone)]
-pub struct OrtOptions {
-    /// The ONNX Runtime shared library.
-    pub library: PathBuf,
-    /// Threads of the session, the engine's own thread included.
-    pub num_threads: usize,
-    /// Most bytes the KV cache may take.
-    pub kv_cache_bytes: usize,
-    /// Which GPU, if not the first; for graphs of the CUDA provider.
-    pub device_id: Option<i32>,
-    /// Most bytes of the GPU's memory, cache and weights included; for graphs of the CUDA provider.
-    pub device_memory_bytes: Option<usize>,
-    /// Whether decode steps are not to be captured as CUDA graphs; for graphs of the CUDA provider.
-    pub enforce_eager: bool,
-    /// Whether every instruction set has to give the same bits, which excludes AMX from attention; for graphs of
-    /// the CPU provider with the engine's own products.
-    pub bit_exact: bool,
-}
 
 /// Runs a model folder's graph. [`ModelRunner::run`] is [`OrtRunner::bind`], [`OrtRunner::compute`] and
 /// [`OrtRunner::output`], which can be called one by one to measure them.
@@ -74,10 +57,6 @@ struct BoundStep {
     num_rows: usize,
     /// How it is captured.
     cuda_graph: Option<GraphIndex>,
-}
-
-fn runtime(error: impl std::fmt::Display) -> LoadError {
-    LoadError::Runtime(error.to_string())
 }
 
 /// ONNX Runtime's state of this process. It stays: the crate keeps sessions of its own that copy

@@ -1,7 +1,6 @@
-//! Owns the edge: submitting, receiving, and reading the engine's state from any thread.
+//! Owns the engine's face for other threads: submit a request, receive its events, read the state.
 //!
-//! Invariant: nothing here waits. What HTTP workers and the engine thread share is atomic, so it can
-//! be read while the engine hangs in a step.
+//! Invariant: nothing here waits for the engine, so the state can be read while it hangs in a step.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,30 +9,16 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 use tokio::sync::mpsc;
 
-use super::Clock;
-use super::fault::FaultGeneration;
-use super::progress::{Progress, RequestState};
-use super::shared::{Place, Shared};
+use super::clock::Clock;
+use super::command::{Command, Submission};
+use super::limits::EngineLimits;
+use super::published::fault::FaultGeneration;
+use super::published::progress::{Progress, RequestState};
+use super::published::{Permit, Published};
+use super::submission::check_request;
 use crate::error::{SequenceError, SubmitError};
 use crate::fault::Fault;
-use crate::request::{PRIORITIES, Request, TimedEvent, TokenEvent};
-
-/// What bounds every request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EngineLimits {
-    /// Longest sequence, prompt and output: the smallest of model, configuration and KV cache.
-    pub max_model_len: usize,
-    /// Ids below this are real tokens.
-    pub vocab_size: usize,
-    /// Requests that may run and wait together, a probe apart.
-    pub max_num_requests: usize,
-    /// Of those, requests of one tenant.
-    pub max_num_requests_per_tenant: usize,
-    /// Tenants there are.
-    pub num_tenants: usize,
-    /// Bytes of the KV cache.
-    pub kv_cache_bytes: usize,
-}
+use crate::request::{Request, TimedEvent, TokenEvent};
 
 /// What the engine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -54,22 +39,6 @@ pub struct EngineStatus {
     pub stall_limit: Duration,
     /// What went wrong since [`EngineHandle::clear_fault`].
     pub fault: Option<Fault>,
-}
-
-/// A request on its way to the engine thread.
-pub(super) struct Submission {
-    pub(super) request: Request,
-    /// A guess of what its prompt finds.
-    pub(super) num_cached_tokens: usize,
-    pub(super) arrival: Duration,
-    pub(super) place: Place,
-    pub(super) events: mpsc::Sender<TimedEvent>,
-    pub(super) state: Arc<RequestState>,
-}
-
-pub(super) enum Command {
-    Submit(Box<Submission>),
-    AbortAll,
 }
 
 /// The receiving end of one request. Dropping it aborts the request.
@@ -126,35 +95,39 @@ impl EventReceiver {
 /// Submits requests from any thread. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
-    pub(super) commands: Sender<Command>,
-    pub(super) shared: Arc<Shared>,
+    commands: Sender<Command>,
+    published: Arc<Published>,
 }
 
 impl EngineHandle {
+    pub(super) fn new(commands: Sender<Command>, published: Arc<Published>) -> Self {
+        Self { commands, published }
+    }
+
     /// Queues a request; never blocks.
     ///
     /// # Errors
     /// [`SubmitError`] says why nothing was queued.
     pub fn submit(&self, request: Request) -> Result<EventReceiver, SubmitError> {
-        let shared = &self.shared;
+        let published = &self.published;
         self.check(&request)?;
-        let num_cached_tokens = shared.num_cached_tokens(&request);
-        let outlook = shared.outlook(shared.waiting(&request, num_cached_tokens));
-        shared.check_time(&request, &outlook)?;
-        let place = shared.take(&outlook.waiting)?;
+        let num_cached_tokens = published.num_cached_tokens(&request);
+        let outlook = published.outlook(published.waiting(&request, num_cached_tokens));
+        published.check_time(&request, &outlook)?;
+        let permit = published.take(&outlook.waiting)?;
         let first_token_at = outlook.first_token().map(|time| outlook.now.saturating_add(time));
-        self.send(request, num_cached_tokens, place, RequestState::new(outlook.num_ahead, first_token_at))
+        self.send(request, num_cached_tokens, permit, RequestState::new(outlook.num_ahead, first_token_at))
     }
 
-    /// Whether a request would find a place now: a look before the work of making one.
+    /// Whether a request would get a permit now: a look before the work of making one.
     ///
     /// # Errors
     /// What [`Self::submit`] would say.
     pub fn check_room(&self) -> Result<(), SubmitError> {
         self.check_accepting()?;
-        match self.shared.num_requests.load(Ordering::Acquire) {
-            count if count < self.shared.limits.max_num_requests => Ok(()),
-            count => Err(self.shared.queue_full(count)),
+        match self.published.num_requests.load(Ordering::Acquire) {
+            count if count < self.published.limits.max_num_requests => Ok(()),
+            count => Err(self.published.queue_full(count)),
         }
     }
 
@@ -165,19 +138,19 @@ impl EngineHandle {
     /// [`SubmitError`] says why nothing was queued; [`SubmitError::QueueFull`] is another probe.
     pub fn submit_probe(&self, request: Request) -> Result<EventReceiver, SubmitError> {
         self.check(&request)?;
-        if self.shared.has_probe.swap(true, Ordering::AcqRel) {
-            return Err(self.shared.queue_full(self.status().num_requests));
+        if self.published.has_probe.swap(true, Ordering::AcqRel) {
+            return Err(self.published.queue_full(self.status().num_requests));
         }
-        self.send(request, 0, Place::Probe, RequestState::new(0, None))
+        self.send(request, 0, Permit::Probe, RequestState::new(0, None))
     }
 
     fn check(&self, request: &Request) -> Result<(), SubmitError> {
-        check_request(request, &self.shared.limits)?;
+        check_request(request, &self.published.limits)?;
         self.check_accepting()
     }
 
     fn check_accepting(&self) -> Result<(), SubmitError> {
-        if self.shared.accepting.load(Ordering::Acquire) {
+        if self.published.accepting.load(Ordering::Acquire) {
             return Ok(());
         }
         Err(SubmitError::Unavailable("it is shutting down or has failed"))
@@ -187,11 +160,11 @@ impl EngineHandle {
         &self,
         request: Request,
         num_cached_tokens: usize,
-        place: Place,
+        permit: Permit,
         state: RequestState,
     ) -> Result<EventReceiver, SubmitError> {
-        let shared = &self.shared;
-        let arrival = shared.clock.now();
+        let published = &self.published;
+        let arrival = published.clock.now();
         let state = Arc::new(state);
         // Admission, one event a token and the terminal one.
         let (sender, events) = mpsc::channel(request.sampling.max_tokens + 2);
@@ -199,68 +172,68 @@ impl EngineHandle {
             request,
             num_cached_tokens,
             arrival,
-            place,
+            permit,
             events: sender,
             state: Arc::clone(&state),
         };
         if self.commands.try_send(Command::Submit(Box::new(submission))).is_err() {
-            shared.release(place);
+            published.release(permit);
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
-        // The thread may have ended between the check at the door and the sending: then nobody takes
+        // The thread may have ended between the check and the sending: then nobody takes
         // the request out of the channel any more.
-        if !shared.alive.load(Ordering::SeqCst) {
+        if !published.alive.load(Ordering::SeqCst) {
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
-        Ok(EventReceiver { events, state, clock: shared.clock.clone(), has_ended: false })
+        Ok(EventReceiver { events, state, clock: published.clock.clone(), has_ended: false })
     }
 
     /// Predicted time to the first token of the first tenant's request without a deadline, submitted now,
-    /// if nothing of its prompt is cached. `None` until a prompt was computed and, if all places are taken,
+    /// if nothing of its prompt is cached. `None` until a prompt was computed and, if all permits are taken,
     /// until a request has ended.
     pub fn estimate(&self, num_prompt_tokens: usize) -> Option<Duration> {
         let request = Request { prompt_token_ids: vec![0; num_prompt_tokens], ..Request::default() };
-        self.shared.outlook(self.shared.waiting(&request, 0)).first_token()
+        self.published.outlook(self.published.waiting(&request, 0)).first_token()
     }
 
     /// The limits.
     pub fn limits(&self) -> EngineLimits {
-        self.shared.limits
+        self.published.limits
     }
 
     /// The latest state. Never waits for the engine.
     pub fn status(&self) -> EngineStatus {
-        let shared = &self.shared;
-        let stalled_for = shared.is_busy.load(Ordering::Acquire).then(|| {
-            let progress_at = Duration::from_nanos(shared.progress_at.load(Ordering::Acquire));
-            shared.clock.now().saturating_sub(progress_at)
+        let published = &self.published;
+        let stalled_for = published.is_busy.load(Ordering::Acquire).then(|| {
+            let progress_at = Duration::from_nanos(published.progress_at.load(Ordering::Acquire));
+            published.clock.now().saturating_sub(progress_at)
         });
-        let num_probes = usize::from(shared.has_probe.load(Ordering::Acquire));
+        let num_probes = usize::from(published.has_probe.load(Ordering::Acquire));
         EngineStatus {
-            accepting: shared.accepting.load(Ordering::Acquire),
-            alive: shared.alive.load(Ordering::Acquire),
-            num_steps: shared.num_steps.load(Ordering::Relaxed),
-            num_requests: shared.num_requests.load(Ordering::Acquire) + num_probes,
+            accepting: published.accepting.load(Ordering::Acquire),
+            alive: published.alive.load(Ordering::Acquire),
+            num_steps: published.num_steps.load(Ordering::Relaxed),
+            num_requests: published.num_requests.load(Ordering::Acquire) + num_probes,
             stalled_for,
-            stall_limit: Duration::from_nanos(shared.stall_limit_ns.load(Ordering::Relaxed)),
-            fault: shared.fault.get().map(|(fault, _)| fault),
+            stall_limit: Duration::from_nanos(published.stall_limit_ns.load(Ordering::Relaxed)),
+            fault: published.fault.get().map(|(fault, _)| fault),
         }
     }
 
     /// What went wrong last and was not cleared, with what [`Self::clear_fault`] has to be told.
     pub fn fault(&self) -> Option<(Fault, FaultGeneration)> {
-        self.shared.fault.get()
+        self.published.fault.get()
     }
 
     /// Forgets the fault that was `seen` before a known-answer request that was answered as known. False if
     /// there was another one since, which stays.
     pub fn clear_fault(&self, seen: FaultGeneration) -> bool {
-        self.shared.fault.clear(seen)
+        self.published.fault.clear(seen)
     }
 
     /// Takes no more requests; what was accepted goes on.
     pub fn drain(&self) {
-        self.shared.accepting.store(false, Ordering::Release);
+        self.published.accepting.store(false, Ordering::Release);
     }
 
     /// Takes no more requests and ends the accepted ones with [`SequenceError::ShuttingDown`].
@@ -269,30 +242,4 @@ impl EngineHandle {
         // The channel has room for it beside all requests; if the thread is gone, so are they.
         let _ = self.commands.try_send(Command::AbortAll);
     }
-}
-
-fn check_request(request: &Request, limits: &EngineLimits) -> Result<(), SubmitError> {
-    let invalid = |message: String| SubmitError::InvalidParameter { field: "prompt", message };
-    request.sampling.validate(limits.vocab_size)?;
-    if !PRIORITIES.contains(&request.priority) {
-        let message = format!("must be from {} to {}", PRIORITIES.start(), PRIORITIES.end());
-        return Err(SubmitError::InvalidParameter { field: "priority", message });
-    }
-    if request.tenant.0 as usize >= limits.num_tenants {
-        let message = format!("must be below {}", limits.num_tenants);
-        return Err(SubmitError::InvalidParameter { field: "tenant", message });
-    }
-    let prompt = &request.prompt_token_ids;
-    if prompt.is_empty() {
-        return Err(invalid("has no tokens".into()));
-    }
-    // Before the tokens are looked at: the limit bounds that, too.
-    let num_tokens = prompt.len().saturating_add(request.sampling.max_tokens);
-    if num_tokens > limits.max_model_len {
-        return Err(SubmitError::TooLong { num_tokens, limit: limits.max_model_len });
-    }
-    if let Some(id) = prompt.iter().find(|&&id| id as usize >= limits.vocab_size) {
-        return Err(invalid(format!("token id {id} is not below {}", limits.vocab_size)));
-    }
-    Ok(())
 }

@@ -4,6 +4,7 @@
 //! request that comes and the publication of the queue do.
 
 mod ends;
+mod publication;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -13,9 +14,9 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use tokio::sync::mpsc;
 
-use super::handle::{Command, Submission};
-use super::progress::RequestState;
-use super::shared::{Place, Shared};
+use super::command::{Command, Submission};
+use super::published::progress::RequestState;
+use super::published::{Permit, Published};
 use crate::config::EngineConfig;
 use crate::cost_model::{LengthCurve, ReplyLengths, RequestWork};
 use crate::engine::Engine;
@@ -33,8 +34,8 @@ const MAX_STEPS_UNASKED: usize = 16;
 pub(super) struct Client {
     events: mpsc::Sender<TimedEvent>,
     pub(super) state: Arc<RequestState>,
-    pub(super) place: Place,
-    /// A guess of what its prompt finds.
+    pub(super) permit: Permit,
+    /// Estimated number of tokens of its prompt that the prefix cache holds.
     pub(super) num_cached_tokens: usize,
     is_detached: bool,
     /// Tokens that it got.
@@ -56,7 +57,7 @@ pub(super) struct Worker<R> {
     to_ask: VecDeque<RequestId>,
     /// Those that answered.
     with_news: Vec<RequestId>,
-    pub(super) shared: Arc<Shared>,
+    pub(super) published: Arc<Published>,
     observer: Arc<dyn EngineObserver>,
     pub(super) config: EngineConfig,
     pub(super) lengths: ReplyLengths,
@@ -78,16 +79,16 @@ impl<R: ModelRunner> Worker<R> {
         engine: Engine<R>,
         config: EngineConfig,
         commands: Receiver<Command>,
-        shared: Arc<Shared>,
+        published: Arc<Published>,
         observer: Arc<dyn EngineObserver>,
     ) -> Self {
         let worker = Self {
             engine,
             commands,
-            clients: HashMap::with_capacity(shared.limits.max_num_requests + 1),
+            clients: HashMap::with_capacity(published.limits.max_num_requests + 1),
             to_ask: VecDeque::new(),
             with_news: Vec::new(),
-            shared,
+            published,
             observer,
             config,
             lengths: ReplyLengths::default(),
@@ -104,16 +105,16 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Runs until every handle is dropped, or no step can succeed any more.
     pub(super) fn run(&mut self) {
-        let clock = self.shared.clock.clone();
+        let clock = self.published.clock.clone();
         while self.lost_device.is_none() {
             if self.engine.is_idle() {
                 self.observer.gauges(&self.engine.scheduler().gauges());
                 self.publish(clock.now());
-                self.shared.is_busy.store(false, Ordering::Release);
+                self.published.is_busy.store(false, Ordering::Release);
                 match self.commands.recv() {
                     Ok(command) => {
                         self.note_progress(clock.now());
-                        self.shared.is_busy.store(true, Ordering::Release);
+                        self.published.is_busy.store(true, Ordering::Release);
                         self.handle(command);
                     }
                     Err(_) => return,
@@ -130,7 +131,7 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn step(&mut self) {
-        let clock = self.shared.clock.clone();
+        let clock = self.published.clock.clone();
         let start = clock.now();
         self.engine.plan(start);
         let admitted = self.engine.admitted().iter().filter(|(_, report)| !report.is_probe);
@@ -144,16 +145,16 @@ impl<R: ModelRunner> Worker<R> {
         let end = clock.now();
         let report = self.engine.finish(end - start);
         self.note_progress(end);
-        self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
-        self.shared.num_idle_refusals.store(0, Ordering::Relaxed);
+        self.published.num_steps.fetch_add(1, Ordering::Relaxed);
+        self.published.num_idle_refusals.store(0, Ordering::Relaxed);
         // Before the events: whoever sees a failure finds the fault set.
         if let Some(fault) = report.fault {
-            self.shared.fault.set(fault);
+            self.published.fault.set(fault);
         }
         if report.lost_device {
             self.note_lost_device();
         }
-        self.shared.costs.publish(self.engine.costs());
+        self.published.costs.publish(self.engine.costs());
         if self.engine.events()[num_delivered..].iter().any(|(_, event)| event.is_terminal()) {
             // Whoever sees an end finds it in what is published.
             self.publish_running();
@@ -176,12 +177,12 @@ impl<R: ModelRunner> Worker<R> {
                 self.refuse(*submission, SequenceError::ShuttingDown);
             }
             Command::Submit(submission) => {
-                let Submission { request, num_cached_tokens, arrival, place, events, state } = *submission;
+                let Submission { request, num_cached_tokens, arrival, permit, events, state } = *submission;
                 let is_detached = false;
-                let client = Client { events, state, place, num_cached_tokens, is_detached, num_tokens: 0 };
-                let id = match place {
-                    Place::Probe => self.engine.submit_probe(request, arrival),
-                    Place::Tenant(..) => self.engine.submit(request, arrival),
+                let client = Client { events, state, permit, num_cached_tokens, is_detached, num_tokens: 0 };
+                let id = match permit {
+                    Permit::Probe => self.engine.submit_probe(request, arrival),
+                    Permit::Tenant(..) => self.engine.submit(request, arrival),
                 };
                 self.clients.insert(id, client);
                 self.to_ask.push_back(id);
@@ -199,7 +200,7 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Aborts the requests whose receiver was dropped and passes on who is detached.
     fn poll_clients(&mut self) {
-        let Self { clients, engine, shared, to_ask, with_news, lengths, .. } = self;
+        let Self { clients, engine, published, to_ask, with_news, lengths, .. } = self;
         let has_news = |id: &RequestId| clients.get(id).is_some_and(Client::has_news);
         with_news
             .extend(engine.scheduler().running().iter().map(|running| running.sequence.id).filter(has_news));
@@ -214,12 +215,12 @@ impl<R: ModelRunner> Worker<R> {
             let Some(client) = clients.get_mut(&id) else { continue };
             if client.events.is_closed() {
                 engine.abort(id);
-                if client.num_tokens > 0 && client.place != Place::Probe {
+                if client.num_tokens > 0 && client.permit != Permit::Probe {
                     // Who left without it could have had more.
                     lengths.observe_end(client.num_tokens, client.state.is_complete());
                     has_ended = true;
                 }
-                shared.release(client.place);
+                published.release(client.permit);
                 clients.remove(&id);
             } else if client.has_news() {
                 client.is_detached = !client.is_detached;
@@ -238,7 +239,7 @@ impl<R: ModelRunner> Worker<R> {
             let Some(client) = self.clients.get_mut(id) else {
                 continue;
             };
-            let is_measure = client.place != Place::Probe;
+            let is_measure = client.permit != Permit::Probe;
             if is_measure && matches!(event, TokenEvent::Token { .. }) {
                 self.lengths.observe_tokens(client.num_tokens, 1);
                 client.num_tokens += 1;
@@ -256,8 +257,8 @@ impl<R: ModelRunner> Worker<R> {
                 self.lengths.observe_end(client.num_tokens, is_early);
                 has_ended = true;
             }
-            // Whoever sees the end finds the place free.
-            self.shared.release(client.place);
+            // Whoever sees the end finds the permit given back.
+            self.published.release(client.permit);
             let _ = client.events.try_send(TimedEvent { at: now, event: event.clone() });
             self.clients.remove(id);
         }
@@ -268,6 +269,6 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn note_progress(&self, now: Duration) {
-        self.shared.progress_at.store(now.as_nanos() as u64, Ordering::Release);
+        self.published.progress_at.store(now.as_nanos() as u64, Ordering::Release);
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use glm_engine::manifest::Provider;
+use glm_engine::model::manifest::Provider;
 use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 
 use super::up_to;

@@ -10,7 +10,7 @@ mod roles;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use glm_engine::manifest::Chat;
+use glm_engine::model::manifest::Chat;
 
 use self::chatglm2::ChatGlm2;
 use self::chatml::ChatMl;

@@ -66,7 +66,7 @@ fn take_characters(bytes: &mut Vec<u8>, text: &mut String) {
 mod tests {
     use std::collections::HashMap;
 
-    use glm_engine::manifest::PieceKind;
+    use glm_engine::model::manifest::PieceKind;
 
     use super::*;
 

@@ -76,7 +76,7 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use glm_engine::manifest::PieceKind;
+    use glm_engine::model::manifest::PieceKind;
 
     use super::*;
     use crate::text::vocabulary::Vocabulary;

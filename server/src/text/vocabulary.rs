@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use glm_engine::manifest::PieceKind;
+use glm_engine::model::manifest::PieceKind;
 
 /// Pieces of a sentencepiece model that mark something and spell nothing.
 const CONTROL_PIECES: [&str; 3] = ["<unk>", "<s>", "</s>"];

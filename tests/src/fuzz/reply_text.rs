@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
-use glm_engine::manifest::PieceKind;
+use glm_engine::model::manifest::PieceKind;
 use glmserve::text::detokenizer::Detokenizer;
 use glmserve::text::reply::ReplyText;
 use glmserve::text::stop::StopMatcher;

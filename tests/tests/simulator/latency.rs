@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use glm_engine::cost_model::StepWork;
+use glm_engine::StepWork;
 use glm_engine::{Engine, EngineConfig, PrefixCaching, Request, TokenEvent};
 use glmserve_tests::machine::{Machine, Speed, VOCAB_SIZE};
 

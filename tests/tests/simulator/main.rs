@@ -14,11 +14,11 @@ mod starvation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use glm_engine::cost_model::{StepBudget, StepWork};
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{
     Engine, EngineConfig, PrefixCaching, Request, RequestId, RunError, SamplingParams, TenantId, TokenEvent,
 };
+use glm_engine::{StepBudget, StepWork};
 use glmserve_tests::cache::CacheCheck;
 use glmserve_tests::order::OrderCheck;
 use glmserve_tests::rng::Rng;

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use glm_engine::cost_model::StepWork;
+use glm_engine::StepWork;
 use glm_engine::{
     AdmissionReport, Engine, EngineConfig, Request, RequestId, SamplingParams, TenantId, TokenEvent,
 };

@@ -15,7 +15,7 @@ use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::buffer::{Buffer, align};
 use super::outputs::{OutputMemory, Outputs, Widths};
-use crate::manifest::TensorNames;
+use crate::model::manifest::TensorNames;
 use crate::step::StepPlan;
 
 /// Buckets of 1, 2, 4 … rows.

@@ -4,6 +4,8 @@
 //! GPU=0 ; …`, and hands the code on in no other way. Kernels from elsewhere that it contains use CUDA's
 //! name or words for the error alone.
 
+use crate::error::LoadError;
+
 /// What stands before the number in the library's own reports.
 const REPORT: &str = "CUDA failure ";
 
@@ -42,6 +44,11 @@ pub(super) fn is_permanent(text: &str) -> bool {
             || text.match_indices(name).any(|(at, _)| is_word(at))
             || words.is_some_and(|words| text.contains(words))
     })
+}
+
+/// What ONNX Runtime says against a folder.
+pub(super) fn runtime(error: impl std::fmt::Display) -> LoadError {
+    LoadError::Runtime(error.to_string())
 }
 
 #[cfg(test)]

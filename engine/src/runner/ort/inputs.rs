@@ -5,7 +5,7 @@
 use ort::session::IoBinding;
 use ort::value::Tensor;
 
-use crate::manifest::TensorNames;
+use crate::model::manifest::TensorNames;
 use crate::step::StepPlan;
 
 /// The small inputs of steps of any shape, in host memory. Tensors are owned: borrowed ones deadlock in a binding.

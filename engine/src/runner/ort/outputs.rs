@@ -11,7 +11,7 @@ use ort::value::{DynTensor, TensorElementType};
 use super::buffer::{Buffer, align};
 use super::device_error::is_permanent;
 use crate::error::RunError;
-use crate::manifest::TensorNames;
+use crate::model::manifest::TensorNames;
 use crate::step::{Candidates, FetchLogits, Logits, StepOutput};
 
 /// Columns of the graph's outputs.

@@ -15,10 +15,11 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
-use super::device_error::is_permanent;
-use super::{KvCacheLayout, OrtOptions};
+use super::device_error::{is_permanent, runtime};
+use super::options::OrtOptions;
 use crate::error::LoadError;
-use crate::manifest::{Dtype, Geometry, Graph, Kernel, Provider};
+use crate::model::manifest::{Dtype, Geometry, Graph, Kernel, Provider};
+use crate::runner::KvCacheLayout;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -63,7 +64,7 @@ impl Device {
     /// codes come of a driver or a device that was wrong from the start, which [`explain`] has better words for.
     pub(super) fn explain(self, error: &ort::Error) -> LoadError {
         match self.provider {
-            Provider::Cpu => super::runtime(error),
+            Provider::Cpu => runtime(error),
             Provider::Cuda => match error.to_string() {
                 text if is_permanent(&text) => LoadError::DeviceLost(text),
                 _ => explain(error),
@@ -117,9 +118,9 @@ pub(super) fn open(
     provider: Provider,
     options: &OrtOptions,
 ) -> Result<Session, LoadError> {
-    let builder = Session::builder(environment).map_err(super::runtime)?;
+    let builder = Session::builder(environment).map_err(runtime)?;
     match provider {
-        Provider::Cpu => on_cpu(builder, path, options).map_err(super::runtime),
+        Provider::Cpu => on_cpu(builder, path, options).map_err(runtime),
         Provider::Cuda => on_cuda(builder, path, options).map_err(|error| explain(&error)),
     }
 }

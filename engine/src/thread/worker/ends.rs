@@ -1,6 +1,6 @@
 //! Owns how requests end when the engine can't end them: the server goes away, or the thread ends.
 //!
-//! Invariant: each of them gets one terminal event, and its place is free before it hears of it.
+//! Invariant: each of them gets one terminal event, and its permit is given back before it hears of it.
 
 use std::sync::atomic::Ordering;
 
@@ -9,7 +9,7 @@ use crate::error::SequenceError;
 use crate::observer::EngineGauges;
 use crate::request::{RequestId, TimedEvent, TokenEvent};
 use crate::runner::ModelRunner;
-use crate::thread::handle::{Command, Submission};
+use crate::thread::command::{Command, Submission};
 
 impl<R: ModelRunner> Worker<R> {
     /// Keeps the first words about the device for all whom its loss ends.
@@ -30,23 +30,23 @@ impl<R: ModelRunner> Worker<R> {
 
     pub(super) fn end(&mut self, id: RequestId, error: SequenceError) {
         if let Some(client) = self.clients.remove(&id) {
-            self.shared.release(client.place);
-            let _ = client.events.try_send(TimedEvent::failed(self.shared.clock.now(), error));
+            self.published.release(client.permit);
+            let _ = client.events.try_send(TimedEvent::failed(self.published.clock.now(), error));
         }
     }
 
     /// Ends a request that the engine never saw.
     pub(super) fn refuse(&mut self, submission: Submission, error: SequenceError) {
-        let _ = submission.events.try_send(TimedEvent::failed(self.shared.clock.now(), error));
-        self.shared.release(submission.place);
+        let _ = submission.events.try_send(TimedEvent::failed(self.published.clock.now(), error));
+        self.published.release(submission.permit);
     }
 
     /// Ends whatever is left when the thread ends, for whichever reason.
     pub(in crate::thread) fn close(&mut self) {
-        self.shared.accepting.store(false, Ordering::Release);
+        self.published.accepting.store(false, Ordering::Release);
         // Before the channel is emptied: a handle that sends later sees it and takes its request back.
-        self.shared.alive.store(false, Ordering::SeqCst);
-        self.shared.is_busy.store(false, Ordering::Release);
+        self.published.alive.store(false, Ordering::SeqCst);
+        self.published.is_busy.store(false, Ordering::Release);
         let ids: Vec<RequestId> = self.clients.keys().copied().collect();
         let error = self.lost_device.clone().unwrap_or(SequenceError::EngineDied);
         ids.into_iter().for_each(|id| self.end(id, error.clone()));

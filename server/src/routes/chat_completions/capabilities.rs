@@ -6,7 +6,7 @@ use super::request::message::{MAX_MESSAGES, MAX_PARTS, MessageFields, PartFields
 use super::request::values::{MAX_STOP_BYTES, MAX_STOP_TOKEN_IDS, MAX_STOPS};
 use super::request::{ChatCompletionRequest, StreamOptions};
 use crate::fields::{Class, Field};
-use glm_engine::sampling_params::MAX_LOGIT_BIAS;
+use glm_engine::MAX_LOGIT_BIAS;
 
 /// The objects of a request: where each stands in it, and its fields.
 const OBJECTS: [(&str, &[Field]); 4] = [

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use glm_engine::sampling_params::MAX_LOGIT_BIAS;
+use glm_engine::MAX_LOGIT_BIAS;
 use serde::de::{Error, MapAccess, SeqAccess};
 use sha2::Sha256;
 

@@ -1,25 +1,30 @@
-//! Owns the state that HTTP workers and the engine thread share.
+//! Owns all state that the engine thread and other threads share.
 //!
-//! Invariant: atomics only, so it can be read while the engine hangs in a step.
+//! Invariant: atomics only, so it can be read while the engine hangs in a step. A reader may mix two moments: what is
+//! read serves estimates and counts, and nothing that is computed.
+
+pub(super) mod fault;
+pub(super) mod load;
+pub(super) mod progress;
+pub(super) mod waiting_table;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::Clock;
-use super::fault::PublishedFault;
-use super::handle::EngineLimits;
-use super::load::{PublishedCosts, PublishedRunning};
-use super::waiting_table::{EntryIndex, Waiting, WaitingTable};
+use super::clock::Clock;
+use super::limits::EngineLimits;
 use crate::config::{EngineConfig, PrefixCaching};
 use crate::cost_model::StepBounds;
-use crate::error::SubmitError;
 use crate::kv_cache::CachedPrefixes;
 use crate::request::{Request, TenantId};
+use fault::PublishedFault;
+use load::{PublishedCosts, PublishedRunning};
+use waiting_table::{EntryIndex, WaitingTable};
 
 /// State that HTTP workers read while the engine writes it.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct Published {
     pub(super) clock: Clock,
     pub(super) limits: EngineLimits,
     pub(super) bounds: StepBounds,
@@ -30,7 +35,7 @@ pub(super) struct Shared {
     pub(super) accepting: AtomicBool,
     pub(super) alive: AtomicBool,
     pub(super) num_requests: AtomicUsize,
-    num_requests_of: Box<[AtomicUsize]>,
+    pub(super) num_requests_of: Box<[AtomicUsize]>,
     pub(super) has_probe: AtomicBool,
     pub(super) num_steps: AtomicU64,
     /// Whether there is work; `progress_at` is valid then.
@@ -48,7 +53,7 @@ pub(super) struct Shared {
     pub(super) costs: PublishedCosts,
 }
 
-impl Shared {
+impl Published {
     pub(super) fn new(
         clock: Clock,
         limits: EngineLimits,
@@ -84,28 +89,12 @@ impl Shared {
         }
     }
 
-    /// Takes a place for a request that is to wait.
-    pub(super) fn take(&self, waiting: &Waiting) -> Result<Place, SubmitError> {
-        let tenant = waiting.tenant;
-        let take = |count: &AtomicUsize, max: usize| {
-            let more = |count: usize| (count < max).then_some(count + 1);
-            count.fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
-        };
-        let own = &self.num_requests_of[tenant.0 as usize];
-        take(own, self.limits.max_num_requests_per_tenant).map_err(|count| self.queue_full(count))?;
-        take(&self.num_requests, self.limits.max_num_requests).map_err(|count| {
-            own.fetch_sub(1, Ordering::AcqRel);
-            self.queue_full(count)
-        })?;
-        Ok(Place::Tenant(tenant, self.table.enter(waiting)))
-    }
-
-    /// Gives a request's place back.
-    pub(super) fn release(&self, place: Place) {
-        match place {
-            Place::Probe => self.has_probe.store(false, Ordering::Release),
-            Place::Tenant(tenant, entry) => {
-                // Whoever takes the place finds an entry free.
+    /// Gives a permit back.
+    pub(super) fn release(&self, permit: Permit) {
+        match permit {
+            Permit::Probe => self.has_probe.store(false, Ordering::Release),
+            Permit::Tenant(tenant, entry) => {
+                // Whoever takes the permit next finds an entry free.
                 entry.into_iter().for_each(|entry| self.table.strike(entry));
                 self.num_requests_of[tenant.0 as usize].fetch_sub(1, Ordering::AcqRel);
                 self.num_requests.fetch_sub(1, Ordering::AcqRel);
@@ -120,16 +109,16 @@ impl Shared {
     }
 }
 
-/// What a request occupies.
+/// Leave to have a request in the engine: a place among those that a limit counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Permit {
     /// The only one for probes.
     Probe,
     /// One of this tenant's, and an entry in the table of those that wait.
     Tenant(TenantId, Option<EntryIndex>),
 }
 
-impl Place {
+impl Permit {
     /// Its entry.
     pub(super) fn entry(self) -> Option<EntryIndex> {
         match self {

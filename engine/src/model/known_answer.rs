@@ -10,7 +10,7 @@ use ndarray::ArrayView2;
 use serde::Deserialize;
 
 use crate::error::LoadError;
-use crate::manifest::Manifest;
+use crate::model::manifest::Manifest;
 
 /// The file's name in a model folder.
 pub const KNOWN_ANSWER_FILE: &str = "known_answer.json";

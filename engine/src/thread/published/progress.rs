@@ -44,7 +44,7 @@ const UNKNOWN: u64 = u64::MAX;
 
 /// Shared between one request's receiver and the engine thread.
 #[derive(Debug)]
-pub(super) struct RequestState {
+pub(in crate::thread) struct RequestState {
     /// Tag in the lowest bits, then two counts.
     stage: AtomicU64,
     /// Engine time in nanoseconds at which the next token is expected.
@@ -55,7 +55,7 @@ pub(super) struct RequestState {
 
 impl RequestState {
     /// A request in the queue.
-    pub(super) fn new(position: usize, next_token_at: Option<Duration>) -> Self {
+    pub(in crate::thread) fn new(position: usize, next_token_at: Option<Duration>) -> Self {
         let state = Self {
             stage: AtomicU64::new(0),
             next_token_at: AtomicU64::new(0),
@@ -67,14 +67,14 @@ impl RequestState {
     }
 
     /// Called by the engine thread.
-    pub(super) fn publish(&self, stage: Stage, next_token_at: Option<Duration>) {
+    pub(in crate::thread) fn publish(&self, stage: Stage, next_token_at: Option<Duration>) {
         self.stage.store(pack(stage), Ordering::Relaxed);
         let nanos = next_token_at.and_then(|time| u64::try_from(time.as_nanos()).ok());
         self.next_token_at.store(nanos.unwrap_or(UNKNOWN), Ordering::Relaxed);
     }
 
     /// The latest state, as seen at `now`.
-    pub(super) fn progress(&self, now: Duration) -> Progress {
+    pub(in crate::thread) fn progress(&self, now: Duration) -> Progress {
         let next_token_at = self.next_token_at.load(Ordering::Relaxed);
         let estimate =
             (next_token_at != UNKNOWN).then(|| Duration::from_nanos(next_token_at).saturating_sub(now));
@@ -82,22 +82,22 @@ impl RequestState {
     }
 
     /// Called by the reader.
-    pub(super) fn set_detached(&self, is_detached: bool) {
+    pub(in crate::thread) fn set_detached(&self, is_detached: bool) {
         self.is_detached.store(is_detached, Ordering::Relaxed);
     }
 
     /// Called by the reader.
-    pub(super) fn set_complete(&self) {
+    pub(in crate::thread) fn set_complete(&self) {
         self.is_complete.store(true, Ordering::Relaxed);
     }
 
     /// Whether its reader has all that it wants.
-    pub(super) fn is_complete(&self) -> bool {
+    pub(in crate::thread) fn is_complete(&self) -> bool {
         self.is_complete.load(Ordering::Relaxed)
     }
 
     /// Whether nobody reads the request.
-    pub(super) fn is_detached(&self) -> bool {
+    pub(in crate::thread) fn is_detached(&self) -> bool {
         self.is_detached.load(Ordering::Relaxed)
     }
 }

@@ -1,4 +1,4 @@
-//! Owns what the engine thread publishes about its work, from which the door estimates.
+//! Owns what the engine thread publishes about its work, from which admission control estimates.
 //!
 //! Invariant: relaxed atomics only. A reader may mix two moments; the estimate is one anyway.
 
@@ -18,7 +18,7 @@ struct Running {
 
 /// What runs, as of the last time it was published.
 #[derive(Debug)]
-pub(super) struct PublishedRunning {
+pub(in crate::thread) struct PublishedRunning {
     requests: Box<[Running]>,
     num_running: AtomicUsize,
     num_free_blocks: AtomicUsize,
@@ -27,7 +27,7 @@ pub(super) struct PublishedRunning {
 
 impl PublishedRunning {
     /// Nothing, where `max_num_seqs` may run, and a probe.
-    pub(super) fn new(max_num_seqs: usize, num_blocks: usize) -> Self {
+    pub(in crate::thread) fn new(max_num_seqs: usize, num_blocks: usize) -> Self {
         Self {
             requests: (0..=max_num_seqs).map(|_| Running::default()).collect(),
             num_running: AtomicUsize::new(0),
@@ -36,7 +36,11 @@ impl PublishedRunning {
         }
     }
 
-    pub(super) fn publish(&self, running: impl Iterator<Item = RequestWork>, num_free_blocks: usize) {
+    pub(in crate::thread) fn publish(
+        &self,
+        running: impl Iterator<Item = RequestWork>,
+        num_free_blocks: usize,
+    ) {
         let mut num_running = 0;
         for (slot, work) in self.requests.iter().zip(running) {
             slot.num_computed_tokens.store(work.num_held_tokens, RELAXED);
@@ -49,12 +53,12 @@ impl PublishedRunning {
     }
 
     /// How many requests run.
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::thread) fn len(&self) -> usize {
         self.num_running.load(RELAXED)
     }
 
     /// What runs.
-    pub(super) fn running(&self) -> impl Iterator<Item = RequestWork> {
+    pub(in crate::thread) fn running(&self) -> impl Iterator<Item = RequestWork> {
         self.requests.iter().take(self.num_running.load(RELAXED)).map(|slot| {
             let num_computed_tokens = slot.num_computed_tokens.load(RELAXED);
             RequestWork {
@@ -67,7 +71,7 @@ impl PublishedRunning {
     }
 
     /// What may run beside it.
-    pub(super) fn capacity(&self) -> Capacity {
+    pub(in crate::thread) fn capacity(&self) -> Capacity {
         Capacity { max_num_seqs: self.max_num_seqs, num_free_blocks: self.num_free_blocks.load(RELAXED) }
     }
 }
@@ -77,7 +81,7 @@ const NUM_COSTS: usize = 6;
 
 /// The cost model and how long replies are, as of the last step.
 #[derive(Debug)]
-pub(super) struct PublishedCosts {
+pub(in crate::thread) struct PublishedCosts {
     costs: [AtomicU64; NUM_COSTS],
     counts: [AtomicU32; 2],
     /// Times that a reply had ended.
@@ -98,7 +102,7 @@ impl Default for PublishedCosts {
 }
 
 impl PublishedCosts {
-    pub(super) fn publish(&self, model: &CostModel) {
+    pub(in crate::thread) fn publish(&self, model: &CostModel) {
         let costs = [
             model.base_s,
             model.decode_s,
@@ -113,12 +117,12 @@ impl PublishedCosts {
     }
 
     /// A reply has ended.
-    pub(super) fn publish_lengths(&self, hazards: &Hazards) {
+    pub(in crate::thread) fn publish_lengths(&self, hazards: &Hazards) {
         self.num_ends.fetch_add(1, RELAXED);
         self.hazards.iter().zip(hazards).for_each(|(slot, hazard)| slot.store(hazard.to_bits(), RELAXED));
     }
 
-    pub(super) fn model(&self) -> CostModel {
+    pub(in crate::thread) fn model(&self) -> CostModel {
         let [base_s, decode_s, prefill_s, pair_s, drafts_per_decode, accepted_per_decode] =
             self.costs.each_ref().map(|slot| f64::from_bits(slot.load(RELAXED)));
         let [num_prefill_steps, num_decode_steps] = self.counts.each_ref().map(|slot| slot.load(RELAXED));
@@ -130,16 +134,16 @@ impl PublishedCosts {
     }
 
     /// Whether a reply has ended yet.
-    pub(super) fn has_lengths(&self) -> bool {
+    pub(in crate::thread) fn has_lengths(&self) -> bool {
         self.num_ends() > 0
     }
 
     /// How many ends of replies were published.
-    pub(super) fn num_ends(&self) -> u32 {
+    pub(in crate::thread) fn num_ends(&self) -> u32 {
         self.num_ends.load(RELAXED)
     }
 
-    pub(super) fn lengths(&self) -> LengthCurve {
+    pub(in crate::thread) fn lengths(&self) -> LengthCurve {
         let mut hazards = Hazards::default();
         for (hazard, slot) in hazards.iter_mut().zip(&self.hazards) {
             *hazard = f64::from_bits(slot.load(RELAXED));

@@ -5,14 +5,14 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::admission::waiting_work;
-use super::progress::Stage;
-use super::waiting_table::Waiting;
-use super::worker::Worker;
+use super::Worker;
 use crate::config::EngineConfig;
 use crate::cost_model::{Capacity, LengthCurve, QueueForecast, RequestWork, StepWork};
 use crate::runner::ModelRunner;
 use crate::sequence::{RunningSequence, Sequence};
+use crate::thread::published::progress::Stage;
+use crate::thread::published::waiting_table::Waiting;
+use crate::thread::submission::waiting_work;
 
 /// How long the published queue may stand although nothing moved in it: estimates change.
 const QUEUE_PERIOD: Duration = Duration::from_millis(100);
@@ -29,14 +29,14 @@ impl<R: ModelRunner> Worker<R> {
             None => stall_min.saturating_mul(stall_factor),
         };
         let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        self.shared.stall_limit_ns.store(nanos, Ordering::Relaxed);
+        self.published.stall_limit_ns.store(nanos, Ordering::Relaxed);
     }
 
     /// A reply has ended.
     pub(super) fn publish_lengths(&mut self) {
         let hazards = self.lengths.hazards();
         self.curve = LengthCurve::new(&hazards);
-        self.shared.costs.publish_lengths(&hazards);
+        self.published.costs.publish_lengths(&hazards);
     }
 
     /// Publishes what runs and, if anything moved or some time has passed, the queue.
@@ -63,7 +63,7 @@ impl<R: ModelRunner> Worker<R> {
         let mut queue = None;
         for running in self.engine.scheduler().running() {
             let Some(client) = self.clients.get(&running.sequence.id) else { continue };
-            client.place.entry().into_iter().for_each(|entry| self.shared.table.set_running(entry));
+            client.permit.entry().into_iter().for_each(|entry| self.published.table.set_running(entry));
             if is_decoding(running) {
                 client.state.publish(Stage::Decode, None);
                 continue;
@@ -117,7 +117,7 @@ impl<R: ModelRunner> Worker<R> {
         }
         self.running_work = works;
         let Capacity { num_free_blocks, .. } = self.capacity();
-        self.shared.running.publish(self.running_work.iter().copied(), num_free_blocks);
+        self.published.running.publish(self.running_work.iter().copied(), num_free_blocks);
     }
 
     fn capacity(&self) -> Capacity {
@@ -128,27 +128,27 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn queue_forecast(&self, running: impl IntoIterator<Item = RequestWork>) -> Option<QueueForecast<'_>> {
-        QueueForecast::new(self.engine.costs(), &self.shared.bounds, self.capacity(), running)
+        QueueForecast::new(self.engine.costs(), &self.published.bounds, self.capacity(), running)
     }
 
     fn publish_waiting(&self, now: Duration) {
-        self.shared.table.publish_services(|tenant| self.engine.scheduler().service(tenant));
+        self.published.table.publish_services(|tenant| self.engine.scheduler().service(tenant));
         let mut queue = self.queue_forecast(self.running_work.iter().copied());
         for (position, sequence) in self.engine.scheduler().waiting().into_iter().enumerate() {
             let Some(client) = self.clients.get(&sequence.id) else { continue };
             let waiting = self.waiting(sequence, client.num_cached_tokens);
             let forecast = queue.as_mut().map(|queue| queue.admit(&waiting_work(&waiting, &self.curve)));
             // Until a reply has ended, their lengths are bounds.
-            let has_lengths = self.shared.costs.has_lengths();
+            let has_lengths = self.published.costs.has_lengths();
             let forecast = forecast.filter(|forecast| has_lengths || !forecast.needs_end);
             let first_token_at = forecast.map(|forecast| now.saturating_add(forecast.first_token));
             client.state.publish(Stage::Waiting { position }, first_token_at);
             // One that yields to those that are read is ahead of none of them.
-            if let Some(entry) = client.place.entry()
+            if let Some(entry) = client.permit.entry()
                 && sequence.admission.is_some()
                 && !sequence.is_yielding
             {
-                self.shared.table.set_preempted(entry, &waiting);
+                self.published.table.set_preempted(entry, &waiting);
             }
         }
     }

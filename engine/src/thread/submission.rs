@@ -1,17 +1,18 @@
-//! Owns the decision at the door: what a request will find, and whether it is refused for that.
+//! Owns admission control: whether a request is valid, what it will find, and whether it gets a permit.
 //!
 //! Invariant: nothing is refused by an estimate that nothing was learnt for; what is refused is told when it
 //! would be accepted, and of a crowd each is told another time.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::shared::Shared;
-use super::waiting_table::Waiting;
+use super::limits::EngineLimits;
+use super::published::waiting_table::Waiting;
+use super::published::{Permit, Published};
 use crate::cost_model::{CostModel, Forecast, LengthCurve, NUM_REMEMBERED_ENDS, QueueForecast, RequestWork};
 use crate::error::SubmitError;
 use crate::queue::{INPUT_COST, OUTPUT_COST};
-use crate::request::Request;
+use crate::request::{PRIORITIES, Request};
 
 /// Least time after which a refused request is asked to come again.
 const MIN_RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -57,7 +58,7 @@ impl Outlook {
     }
 }
 
-impl Shared {
+impl Published {
     /// A request as it will wait, of whose prompt so many tokens are cached.
     pub(super) fn waiting(&self, request: &Request, num_cached_tokens: usize) -> Waiting {
         let deadline = request.deadline.unwrap_or(Duration::MAX).min(self.default_deadline);
@@ -142,6 +143,22 @@ impl Shared {
         Err(SubmitError::DeadlineUnmeetable { estimate, retry_after })
     }
 
+    /// Takes a permit for a request that is to wait.
+    pub(super) fn take(&self, waiting: &Waiting) -> Result<Permit, SubmitError> {
+        let tenant = waiting.tenant;
+        let take = |count: &AtomicUsize, max: usize| {
+            let more = |count: usize| (count < max).then_some(count + 1);
+            count.fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+        };
+        let own = &self.num_requests_of[tenant.0 as usize];
+        take(own, self.limits.max_num_requests_per_tenant).map_err(|count| self.queue_full(count))?;
+        take(&self.num_requests, self.limits.max_num_requests).map_err(|count| {
+            own.fetch_sub(1, Ordering::AcqRel);
+            self.queue_full(count)
+        })?;
+        Ok(Permit::Tenant(tenant, self.table.enter(waiting)))
+    }
+
     pub(super) fn queue_full(&self, num_requests: usize) -> SubmitError {
         let costs = self.costs.model();
         let queue = self.queue_forecast(&costs);
@@ -191,4 +208,31 @@ pub(super) fn waiting_work(waiting: &Waiting, lengths: &LengthCurve) -> RequestW
 /// What a tenant is charged for a request, about.
 fn charge(work: &RequestWork) -> f64 {
     INPUT_COST as f64 * work.num_prefill_tokens as f64 + OUTPUT_COST as f64 * work.num_output_tokens
+}
+
+/// Refuses a request that the limits exclude, whatever else is there.
+pub(super) fn check_request(request: &Request, limits: &EngineLimits) -> Result<(), SubmitError> {
+    let invalid = |message: String| SubmitError::InvalidParameter { field: "prompt", message };
+    request.sampling.validate(limits.vocab_size)?;
+    if !PRIORITIES.contains(&request.priority) {
+        let message = format!("must be from {} to {}", PRIORITIES.start(), PRIORITIES.end());
+        return Err(SubmitError::InvalidParameter { field: "priority", message });
+    }
+    if request.tenant.0 as usize >= limits.num_tenants {
+        let message = format!("must be below {}", limits.num_tenants);
+        return Err(SubmitError::InvalidParameter { field: "tenant", message });
+    }
+    let prompt = &request.prompt_token_ids;
+    if prompt.is_empty() {
+        return Err(invalid("has no tokens".into()));
+    }
+    // Before the tokens are looked at: the limit bounds that, too.
+    let num_tokens = prompt.len().saturating_add(request.sampling.max_tokens);
+    if num_tokens > limits.max_model_len {
+        return Err(SubmitError::TooLong { num_tokens, limit: limits.max_model_len });
+    }
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= limits.vocab_size) {
+        return Err(invalid(format!("token id {id} is not below {}", limits.vocab_size)));
+    }
+    Ok(())
 }

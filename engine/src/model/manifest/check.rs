@@ -250,7 +250,7 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
     /// The exporter's tests compare what they write with this same file.
-    const GOLDEN: &str = include_str!("../../../export/tests/golden/manifest.json");
+    const GOLDEN: &str = include_str!("../../../../export/tests/golden/manifest.json");
 
     fn parse(text: &str) -> Result<Manifest, LoadError> {
         Manifest::parse(text, PathBuf::from("manifest.json"))

@@ -19,11 +19,11 @@ const REPEATED: u32 = 3;
 
 /// The last fault, for all threads: its generation in the upper half, and what it was in the lower one.
 #[derive(Debug, Default)]
-pub(super) struct PublishedFault(AtomicU64);
+pub(in crate::thread) struct PublishedFault(AtomicU64);
 
 impl PublishedFault {
     /// Called by the engine thread.
-    pub(super) fn set(&self, fault: Fault) {
+    pub(in crate::thread) fn set(&self, fault: Fault) {
         let code = match fault {
             Fault::NonFiniteLogits => NON_FINITE,
             Fault::DeviceLost => DEVICE_LOST,
@@ -35,7 +35,7 @@ impl PublishedFault {
     }
 
     /// The last fault and its generation, unless it was cleared.
-    pub(super) fn get(&self) -> Option<(Fault, FaultGeneration)> {
+    pub(in crate::thread) fn get(&self) -> Option<(Fault, FaultGeneration)> {
         let (code, generation) = unpack(self.0.load(Ordering::Acquire));
         let fault = match code {
             NONE => return None,
@@ -47,7 +47,7 @@ impl PublishedFault {
     }
 
     /// Clears the fault of this generation. False if there has been another one since: it stays.
-    pub(super) fn clear(&self, seen: FaultGeneration) -> bool {
+    pub(in crate::thread) fn clear(&self, seen: FaultGeneration) -> bool {
         let cleared = |packed| {
             let (_, generation) = unpack(packed);
             (generation == seen).then(|| pack(NONE, generation.0))

@@ -22,22 +22,22 @@ const PREEMPTED: u64 = 3;
 
 /// Where a request stands in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct EntryIndex(usize);
+pub(in crate::thread) struct EntryIndex(usize);
 
 /// A request that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Waiting {
-    pub(super) tenant: TenantId,
+pub(in crate::thread) struct Waiting {
+    pub(in crate::thread) tenant: TenantId,
     /// 0 where priorities don't count.
-    pub(super) priority: i32,
+    pub(in crate::thread) priority: i32,
     /// Engine time.
-    pub(super) deadline: Duration,
-    pub(super) num_cached_tokens: usize,
-    pub(super) num_prefill_tokens: usize,
+    pub(in crate::thread) deadline: Duration,
+    pub(in crate::thread) num_cached_tokens: usize,
+    pub(in crate::thread) num_prefill_tokens: usize,
     /// Tokens that it must and may generate, and that it has.
-    pub(super) min_tokens: usize,
-    pub(super) max_tokens: usize,
-    pub(super) num_output_tokens: usize,
+    pub(in crate::thread) min_tokens: usize,
+    pub(in crate::thread) max_tokens: usize,
+    pub(in crate::thread) num_output_tokens: usize,
 }
 
 #[derive(Debug, Default)]
@@ -84,7 +84,7 @@ impl Entry {
 
 /// The requests that wait.
 #[derive(Debug)]
-pub(super) struct WaitingTable {
+pub(in crate::thread) struct WaitingTable {
     entries: Box<[Entry]>,
     /// Where the next one may find room.
     next: AtomicUsize,
@@ -95,7 +95,7 @@ pub(super) struct WaitingTable {
 
 impl WaitingTable {
     /// An empty table for so many requests of tenants with these weights.
-    pub(super) fn new(max_num_requests: usize, weights: &[u32]) -> Self {
+    pub(in crate::thread) fn new(max_num_requests: usize, weights: &[u32]) -> Self {
         Self {
             entries: (0..max_num_requests).map(|_| Entry::default()).collect(),
             next: AtomicUsize::new(0),
@@ -105,7 +105,7 @@ impl WaitingTable {
     }
 
     /// Enters a request; `None` if the table is full.
-    pub(super) fn enter(&self, waiting: &Waiting) -> Option<EntryIndex> {
+    pub(in crate::thread) fn enter(&self, waiting: &Waiting) -> Option<EntryIndex> {
         let len = self.entries.len();
         let start = self.next.fetch_add(1, RELAXED);
         let index = (0..len).map(|offset| start.wrapping_add(offset) % len).find(|&index| {
@@ -118,22 +118,22 @@ impl WaitingTable {
     }
 
     /// A request runs.
-    pub(super) fn set_running(&self, EntryIndex(index): EntryIndex) {
+    pub(in crate::thread) fn set_running(&self, EntryIndex(index): EntryIndex) {
         self.entries[index].state.store(TAKEN, RELAXED);
     }
 
     /// A request was preempted.
-    pub(super) fn set_preempted(&self, EntryIndex(index): EntryIndex, waiting: &Waiting) {
+    pub(in crate::thread) fn set_preempted(&self, EntryIndex(index): EntryIndex, waiting: &Waiting) {
         self.entries[index].write(waiting, PREEMPTED);
     }
 
     /// A request ended.
-    pub(super) fn strike(&self, EntryIndex(index): EntryIndex) {
+    pub(in crate::thread) fn strike(&self, EntryIndex(index): EntryIndex) {
         self.entries[index].state.store(FREE, Ordering::Release);
     }
 
     /// What the tenants were served so far.
-    pub(super) fn publish_services(&self, service: impl Fn(TenantId) -> u64) {
+    pub(in crate::thread) fn publish_services(&self, service: impl Fn(TenantId) -> u64) {
         for (index, slot) in self.services.iter().enumerate() {
             slot.store(service(TenantId(index as u32)), RELAXED);
         }
@@ -141,7 +141,7 @@ impl WaitingTable {
 
     /// The requests that are admitted before `own`, about in that order. `cost` is what one is charged for
     /// in the shares of tenants, in thousandths of an input token.
-    pub(super) fn ahead(&self, own: &Waiting, cost: impl Fn(&Waiting) -> f64) -> Vec<Waiting> {
+    pub(in crate::thread) fn ahead(&self, own: &Waiting, cost: impl Fn(&Waiting) -> f64) -> Vec<Waiting> {
         let (mut ahead, mut alike) = (Vec::new(), Vec::new());
         // Those that a turn without priority takes before this one.
         let mut num_due = 0;
