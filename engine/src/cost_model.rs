@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use step_fit::StepFit;
 
-pub use forecast::{Capacity, Forecast, QueueForecast, RequestWork};
+pub(crate) use forecast::{Capacity, Forecast, QueueForecast, RequestWork};
 pub use prefill_budget::PrefillBudget;
-pub use reply_lengths::{Hazards, LengthCurve, NUM_REMEMBERED_ENDS, ReplyLengths};
+pub(crate) use reply_lengths::{Hazards, LengthCurve, NUM_REMEMBERED_ENDS, ReplyLengths};
 pub use step_budget::StepBudget;
 pub use step_work::StepWork;
 

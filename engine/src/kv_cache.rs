@@ -7,8 +7,8 @@ mod cached_prefixes;
 mod lru_list;
 mod prefix_index;
 
-pub use block::BlockId;
-pub use block_pool::BlockPool;
-pub use block_table::{BlockTable, num_shared_blocks};
-pub use cached_prefixes::CachedPrefixes;
-pub use prefix_index::Prefix;
+pub(crate) use block::BlockId;
+pub(crate) use block_pool::BlockPool;
+pub(crate) use block_table::{BlockTable, num_shared_blocks};
+pub(crate) use cached_prefixes::CachedPrefixes;
+pub(crate) use prefix_index::Prefix;

@@ -25,7 +25,7 @@ use crate::request::{RequestId, TenantId};
 use crate::sequence::{Sequence, WaitingSequence};
 
 /// One admission in so many takes no notice of priority.
-pub const FAIR_TURN: u64 = 8;
+pub(crate) const FAIR_TURN: u64 = 8;
 /// Service of a tenant with weight 1 for an input token.
 pub(crate) const INPUT_COST: u64 = 1_000;
 /// Service of a tenant with weight 1 for an output token. A step computes one of them where it computes
@@ -70,7 +70,7 @@ impl Tenant {
 
 /// The waiting sequences.
 #[derive(Debug)]
-pub struct WaitingQueue {
+pub(crate) struct WaitingQueue {
     head: BTreeMap<HeadKey, WaitingSequence>,
     tenants: Vec<Tenant>,
     detached: BTreeMap<DetachedKey, WaitingSequence>,
@@ -82,7 +82,7 @@ pub struct WaitingQueue {
 
 impl WaitingQueue {
     /// An empty queue.
-    pub fn new(config: &EngineConfig) -> Self {
+    pub(crate) fn new(config: &EngineConfig) -> Self {
         let tenant =
             |&weight: &u32| Tenant { weight: u64::from(weight.max(1)), service: 0, waiting: BTreeMap::new() };
         Self {
@@ -97,22 +97,22 @@ impl WaitingQueue {
     }
 
     /// Sequences in the queue.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.places.len()
     }
 
     /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.places.is_empty()
     }
 
     /// A tenant's service, in thousandths of an input token and divided by its weight.
-    pub fn service(&self, tenant: TenantId) -> u64 {
+    pub(crate) fn service(&self, tenant: TenantId) -> u64 {
         self.tenants[tenant.0 as usize].service
     }
 
     /// Adds a sequence; a detached one yields until [`Self::promote`] says otherwise.
-    pub fn push(&mut self, mut waiting: WaitingSequence) {
+    pub(crate) fn push(&mut self, mut waiting: WaitingSequence) {
         let sequence = &mut waiting.0;
         sequence.is_yielding = sequence.is_detached && !sequence.is_probe;
         if sequence.is_yielding {
@@ -126,7 +126,7 @@ impl WaitingQueue {
 
     /// Gives detached sequences whose time to yield is over at `now` the place that they would have with a
     /// reader. Returns whether there were any.
-    pub fn promote(&mut self, now: Duration) -> bool {
+    pub(crate) fn promote(&mut self, now: Duration) -> bool {
         let mut any = false;
         while let Some(first) = self.detached.first_entry()
             && first.key().0 <= now
@@ -197,12 +197,12 @@ impl WaitingQueue {
     }
 
     /// The next sequence.
-    pub fn peek(&self) -> Option<&Sequence> {
+    pub(crate) fn peek(&self) -> Option<&Sequence> {
         self.get(self.next()?)
     }
 
     /// Takes the next sequence, which is to be admitted.
-    pub fn pop(&mut self) -> Option<WaitingSequence> {
+    pub(crate) fn pop(&mut self) -> Option<WaitingSequence> {
         let place = self.next()?;
         self.num_admitted += u64::from(matches!(place, Place::Tenant(..)));
         self.take(place)
@@ -225,13 +225,13 @@ impl WaitingQueue {
     }
 
     /// Takes a sequence that is not to be admitted.
-    pub fn remove(&mut self, id: RequestId) -> Option<WaitingSequence> {
+    pub(crate) fn remove(&mut self, id: RequestId) -> Option<WaitingSequence> {
         let place = *self.places.get(&id)?;
         self.take(place)
     }
 
     /// Says whether anybody reads a sequence, which may change its place. False if it is not there.
-    pub fn set_detached(&mut self, id: RequestId, is_detached: bool) -> bool {
+    pub(crate) fn set_detached(&mut self, id: RequestId, is_detached: bool) -> bool {
         let Some(mut waiting) = self.remove(id) else { return false };
         waiting.0.is_detached = is_detached;
         self.push(waiting);
@@ -239,7 +239,7 @@ impl WaitingQueue {
     }
 
     /// A tenant's tokens are computed for the first time.
-    pub fn charge(&mut self, tenant: TenantId, num_input_tokens: usize, num_output_tokens: usize) {
+    pub(crate) fn charge(&mut self, tenant: TenantId, num_input_tokens: usize, num_output_tokens: usize) {
         let cost = INPUT_COST * num_input_tokens as u64 + OUTPUT_COST * num_output_tokens as u64;
         let tenant = &mut self.tenants[tenant.0 as usize];
         tenant.service += cost.div_ceil(tenant.weight);
@@ -247,7 +247,7 @@ impl WaitingQueue {
 
     /// The sequences in the order in which they would be admitted if all were of one size: tenants take
     /// turns. With one tenant and one priority that is the real order.
-    pub fn in_order(&self) -> Vec<&Sequence> {
+    pub(crate) fn in_order(&self) -> Vec<&Sequence> {
         let mut ranked = Vec::with_capacity(self.len());
         for tenant in &self.tenants {
             let mut turn = (i32::MIN, 0);
@@ -266,7 +266,7 @@ impl WaitingQueue {
     ///
     /// # Errors
     /// Says which one is not.
-    pub fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let num_waiting: usize = self.tenants.iter().map(|tenant| tenant.waiting.len()).sum();
         if self.head.len() + self.detached.len() + num_waiting != self.places.len() {
             let (head, detached) = (&self.head, &self.detached);

@@ -5,7 +5,7 @@ use crate::error::SubmitError;
 /// Most tokens that a request may bias: they are applied for every token it generates.
 pub const MAX_LOGIT_BIAS: usize = 1024;
 /// Most stop ids of a request, the model's own included: each token is compared with all of them.
-pub const MAX_STOP_TOKEN_IDS: usize = 1024;
+pub(crate) const MAX_STOP_TOKEN_IDS: usize = 1024;
 
 /// How the tokens of one request are chosen. Field names are the OpenAI or vLLM ones.
 #[derive(Debug, Clone, PartialEq)]

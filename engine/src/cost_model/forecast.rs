@@ -12,7 +12,7 @@ use super::{CostModel, StepBounds, StepWork, to_duration};
 
 /// A request, as far as others must wait for it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct RequestWork {
+pub(crate) struct RequestWork {
     /// Tokens before those to compute.
     pub num_cached_tokens: usize,
     /// Of those, tokens in blocks that it holds already; a waiting request holds none.
@@ -25,7 +25,7 @@ pub struct RequestWork {
 
 /// What bounds the requests that run together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Capacity {
+pub(crate) struct Capacity {
     /// Most requests.
     pub max_num_seqs: usize,
     /// Blocks of the KV cache that nothing holds.
@@ -34,7 +34,7 @@ pub struct Capacity {
 
 /// When something happens to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Forecast {
+pub(crate) struct Forecast {
     /// Time until it leaves the queue.
     pub admission: Duration,
     /// Time until its first token.
@@ -68,7 +68,7 @@ impl PartialOrd for End {
 
 /// The queue as it is expected to move.
 #[derive(Debug)]
-pub struct QueueForecast<'a> {
+pub(crate) struct QueueForecast<'a> {
     costs: &'a CostModel,
     bounds: &'a StepBounds,
     max_num_seqs: usize,
@@ -88,7 +88,7 @@ pub struct QueueForecast<'a> {
 
 impl<'a> QueueForecast<'a> {
     /// A forecast from what runs, in its order; `None` until a prompt was computed.
-    pub fn new(
+    pub(crate) fn new(
         costs: &'a CostModel,
         bounds: &'a StepBounds,
         capacity: Capacity,
@@ -117,7 +117,7 @@ impl<'a> QueueForecast<'a> {
     }
 
     /// Adds one to what runs from the start; returns the time until its prompt is computed.
-    pub fn run(&mut self, work: &RequestWork) -> Duration {
+    pub(crate) fn run(&mut self, work: &RequestWork) -> Duration {
         self.num_free_blocks += self.blocks_for(work.num_held_tokens as f64);
         self.start(work);
         let num_steps = (self.prefilled_at - self.step).ceil().max(1.0);
@@ -125,7 +125,7 @@ impl<'a> QueueForecast<'a> {
     }
 
     /// Admits the next of the queue.
-    pub fn admit(&mut self, work: &RequestWork) -> Forecast {
+    pub(crate) fn admit(&mut self, work: &RequestWork) -> Forecast {
         // Prompts are computed one after the other.
         self.advance(self.prefilled_at);
         let num_blocks = self.num_blocks(work);
@@ -148,13 +148,13 @@ impl<'a> QueueForecast<'a> {
     }
 
     /// Time until one of those that run has ended, if any does.
-    pub fn first_end(&self) -> Option<Duration> {
+    pub(crate) fn first_end(&self) -> Option<Duration> {
         let step = self.ends.peek()?.0.step;
         Some(to_duration(step * self.step_seconds() + self.prefill_s))
     }
 
     /// Time that a request takes from all others: its prompt's, and its part of the steps of a full engine.
-    pub fn share(&self, work: &RequestWork) -> Duration {
+    pub(crate) fn share(&self, work: &RequestWork) -> Duration {
         let [num_prefill_tokens, num_pairs] =
             [work.num_prefill_tokens, StepWork::pairs(work.num_cached_tokens, work.num_prefill_tokens)]
                 .map(|count| count as f64);

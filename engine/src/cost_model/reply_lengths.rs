@@ -7,36 +7,36 @@
 /// Lengths are told apart by powers of the root of two: class `k` starts at `2^(k/2) - 1`.
 const NUM_CLASSES: usize = 32;
 /// How many ended replies are remembered, about.
-pub const NUM_REMEMBERED_ENDS: f64 = 128.0;
+pub(crate) const NUM_REMEMBERED_ENDS: f64 = 128.0;
 /// A class without ends of its own is taken to be like all others; so many tokens weigh as much as that.
 const PRIOR_TOKENS: f64 = 16.0;
 
 /// For each class the chance to end at a token in it.
-pub type Hazards = [f64; NUM_CLASSES];
+pub(crate) type Hazards = [f64; NUM_CLASSES];
 
 /// Tokens generated and replies ended in each class of positions.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct ReplyLengths {
+pub(crate) struct ReplyLengths {
     num_tokens: [f64; NUM_CLASSES],
     num_ends: [f64; NUM_CLASSES],
 }
 
 impl ReplyLengths {
     /// A reply that had `num_before` tokens has `num_new` more.
-    pub fn observe_tokens(&mut self, num_before: usize, num_new: usize) {
+    pub(crate) fn observe_tokens(&mut self, num_before: usize, num_new: usize) {
         self.num_tokens[class_of(num_before)] += num_new as f64;
     }
 
     /// A reply ended with `num_tokens`: `is_early` if nothing but its own end kept it from going on. A reply
     /// whose reader left, or that reached its `max_tokens`, could have gone on.
-    pub fn observe_end(&mut self, num_tokens: usize, is_early: bool) {
+    pub(crate) fn observe_end(&mut self, num_tokens: usize, is_early: bool) {
         self.num_ends[class_of(num_tokens)] += f64::from(u8::from(is_early));
         let forget = |count: &mut f64| *count *= 1.0 - 1.0 / NUM_REMEMBERED_ENDS;
         self.num_tokens.iter_mut().chain(&mut self.num_ends).for_each(forget);
     }
 
     /// The chance of each class to end at a token in it; all 0 until a reply has ended early.
-    pub fn hazards(&self) -> Hazards {
+    pub(crate) fn hazards(&self) -> Hazards {
         let num_ends: f64 = self.num_ends.iter().sum();
         let num_tokens: f64 = self.num_tokens.iter().sum();
         let mean = (num_ends / num_tokens.max(num_ends).max(1.0)).min(1.0);
@@ -49,7 +49,7 @@ impl ReplyLengths {
 
 /// How many replies are still going on at each length, and how many tokens that makes.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LengthCurve {
+pub(crate) struct LengthCurve {
     /// Ends a token, as a rate.
     rates: [f64; NUM_CLASSES],
     /// At the start of each class: the part of replies that reach it, and their mean length up to there.
@@ -59,7 +59,7 @@ pub struct LengthCurve {
 
 impl LengthCurve {
     /// The curve of these chances.
-    pub fn new(hazards: &Hazards) -> Self {
+    pub(crate) fn new(hazards: &Hazards) -> Self {
         // A chance of 1 would be an infinite rate.
         let rates = hazards.map(|hazard| -(1.0 - hazard.clamp(0.0, 0.999)).ln());
         let mut curve = Self { rates, reached: [1.0; NUM_CLASSES], lengths: [0.0; NUM_CLASSES] };
@@ -80,7 +80,7 @@ impl LengthCurve {
 
     /// Tokens that a reply is expected to have yet, on average, if it has `age`, and must have `least` and may
     /// have `most` more.
-    pub fn expected(&self, age: usize, least: usize, most: usize) -> f64 {
+    pub(crate) fn expected(&self, age: usize, least: usize, most: usize) -> f64 {
         let least = least.min(most);
         least as f64 + self.expected_by_itself(age + least, most - least)
     }
@@ -94,7 +94,7 @@ impl LengthCurve {
     }
 
     /// After how many tokens more the part `left` of such replies still goes on.
-    pub fn quantile(&self, age: usize, least: usize, most: usize, left: f64) -> f64 {
+    pub(crate) fn quantile(&self, age: usize, least: usize, most: usize, left: f64) -> f64 {
         let least = least.min(most);
         least as f64 + self.quantile_by_itself(age + least, most - least, left)
     }

@@ -1,7 +1,7 @@
 //! Owns what a block is called, and which tokens fill blocks that others may use.
 
 /// Index of a block in the pool.
-pub type BlockId = u32;
+pub(crate) type BlockId = u32;
 
 /// The full blocks of `tokens` without the last token, whose logits are wanted.
 pub(super) fn reusable(tokens: &[u32], block_size: usize) -> std::slice::ChunksExact<'_, u32> {

@@ -89,7 +89,7 @@ impl BlockTable {
 }
 
 /// Of the blocks that a sequence of `tokens` would adopt, those that are referenced already.
-pub fn num_shared_blocks(tokens: &[u32], prefix: Option<Prefix>, pool: &BlockPool) -> usize {
+pub(crate) fn num_shared_blocks(tokens: &[u32], prefix: Option<Prefix>, pool: &BlockPool) -> usize {
     let Some(mut prefix) = prefix else { return 0 };
     let found = reusable(tokens, pool.block_size()).map_while(|chunk| {
         let (block, through) = pool.find(prefix, chunk)?;
