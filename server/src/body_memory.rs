@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::client::Client;
+use crate::principal::Client;
 
 /// What any body may take without asking: most conversations fit.
 pub(crate) const FREE_BYTES: usize = 16 * 1024;
@@ -240,7 +240,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::stream::store::Owner;
+    use crate::principal::Owner;
 
     const KIB: usize = 1024;
 

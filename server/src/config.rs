@@ -15,7 +15,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use glm_engine::model::manifest::Provider;
 use glm_engine::runner::ort::OrtOptions;
 use glm_engine::{LoadError, Manifest};
-use glmserve_client::bench::BenchArgs;
+use glmserve_bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
 pub use self::http::{ConnectionArgs, StreamArgs};

@@ -10,36 +10,14 @@ use std::time::Duration;
 use glm_engine::{EngineStatus, Fault};
 use tokio::time::Instant;
 
+use crate::engine_failure::EngineFailure;
 use crate::known_answer;
 use crate::state::AppState;
-
-/// The exit code of a process whose engine failed for good: `EX_SOFTWARE` of sysexits.h. Any other error
-/// ends with 1, and a command line that is not understood with 2.
-pub const ENGINE_FAILED_EXIT_CODE: u8 = 70;
 
 /// Between two looks at the engine and the store of streams.
 const PERIOD: Duration = Duration::from_secs(1);
 /// The least time that the engine has for an answer, however short the configured time is.
 const MIN_ANSWER_TIME: Duration = Duration::from_secs(5);
-
-/// Why the engine of this process can't be used any more.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum EngineFailure {
-    /// The device reported an error after which every call fails.
-    #[error("the device failed, and this process can't use it again: the log has the device's own words")]
-    DeviceLost,
-    /// The engine's thread ended otherwise.
-    #[error("the engine thread ended unexpectedly: the log says where it panicked")]
-    Died,
-    /// The known answer did not come.
-    #[error("since a fault ({fault:?}) the engine has not given its known answer for {waited:?}")]
-    NotHealed {
-        /// The last fault.
-        fault: Fault,
-        /// How long it was asked.
-        waited: Duration,
-    },
-}
 
 /// Looks after the engine and the store of streams until the engine has failed for good.
 pub(crate) async fn look_after(state: &AppState) -> EngineFailure {
@@ -103,7 +81,7 @@ fn failure(status: &EngineStatus) -> Option<EngineFailure> {
 
 /// Asks for the known answer, until `deadline` if it is not too near.
 async fn ask(state: &AppState, deadline: Option<Instant>) -> Result<(), String> {
-    let answer = known_answer::ask(state);
+    let answer = known_answer::ask(&state.engine, &state.known_answer);
     let Some(deadline) = deadline else { return answer.await };
     let deadline = deadline.max(Instant::now() + MIN_ANSWER_TIME);
     match tokio::time::timeout_at(deadline, answer).await {

@@ -4,44 +4,20 @@
 //! fingerprint are derived from it, so a field is never honoured in one place and unknown in another.
 
 mod canonical;
+mod field;
+mod object;
+mod parse;
 mod read;
 mod reader;
+mod refused;
 pub(crate) mod shape;
 
 pub(crate) use self::canonical::Canonical;
-pub(crate) use self::read::{Ignored, Number, Read, Refused, Text, read_list};
-pub(crate) use self::reader::{Reader, Step, parse};
-use self::shape::Shape;
-
-/// What a field means to this server.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Class {
-    /// Its value changes the reply.
-    Honoured,
-    /// Its value changes how or when the reply is delivered, and never the reply itself.
-    Delivery,
-    /// It is accepted with any value and changes nothing.
-    NoEffect,
-    /// It is refused by name, unless its value asks for nothing.
-    Refused {
-        /// Whether a value asks for nothing.
-        unless: fn(&Shape) -> bool,
-        /// What is supported, for the error and the documentation.
-        supported: &'static str,
-    },
-}
-
-/// A field of a JSON object.
-#[derive(Debug)]
-pub(crate) struct Field {
-    /// Its name in JSON.
-    pub(crate) name: &'static str,
-    /// What it means here.
-    pub(crate) class: Class,
-    /// What the documentation says of it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "a test keeps the documentation current"))]
-    pub(crate) doc: &'static str,
-}
+pub(crate) use self::field::{Class, Field};
+pub(crate) use self::parse::parse;
+pub(crate) use self::read::{Ignored, Number, Read, Text, read_list};
+pub(crate) use self::reader::{Reader, Step};
+pub(crate) use self::refused::Refused;
 
 /// Defines a struct that is read from a JSON object. Each field begins with its class:
 ///
@@ -126,19 +102,13 @@ macro_rules! fields {
 }
 pub(crate) use fields;
 
-impl Field {
-    /// Whether it changes the reply.
-    pub(crate) fn is_honoured(&self) -> bool {
-        matches!(self.class, Class::Honoured)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::borrow::Cow;
 
     use sha2::{Digest, Sha256};
 
+    use super::shape::Shape;
     use super::*;
 
     fields! {

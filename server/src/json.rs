@@ -8,10 +8,8 @@ use std::io::{self, Write};
 use actix_web::web::{BufMut, BytesMut};
 use actix_web::{HttpResponse, HttpResponseBuilder};
 use serde::Serialize;
-use serde_json::Serializer;
 use serde_json::ser::Formatter;
-
-use crate::error::ApiError;
+use serde_json::{Serializer, json};
 
 const LINE_BREAKS: [char; 3] = ['\u{85}', '\u{2028}', '\u{2029}'];
 
@@ -21,7 +19,9 @@ pub(crate) fn append(bytes: &mut BytesMut, value: &impl Serialize) {
     if let Err(error) = write(bytes, value) {
         // A half-written document must not go out. The error itself is plain JSON, which has a form.
         bytes.truncate(start);
-        let _ = write(bytes, &ApiError::internal(error.to_string()).body());
+        let error =
+            json!({"message": error.to_string(), "type": "server_error", "param": null, "code": "internal"});
+        let _ = write(bytes, &json!({"error": error}));
     }
 }
 

@@ -1,21 +1,13 @@
-//! Owns what the server does with answers that are known. The one recorded at export is compared before
-//! the engine takes a request; a generation that the warm-up records is asked again after a fault, and
-//! until the engine gives it the server is unready.
+//! Owns the known answer: a generation that the warm-up records is asked again after a fault, and until the engine
+//! gives it the server is unready.
 //!
 //! Invariant: overload can't fail it, as it asks for tokens, not for speed, and never queues behind
 //! users. It is greedy, so a healthy engine has one answer.
 
-use std::path::Path;
+use glm_engine::{EngineHandle, EventReceiver, Request, SamplingParams, SequenceError, TokenEvent};
 
-use glm_engine::model::known_answer::{self, Agreement, Mismatch};
-use glm_engine::runner::{self, ModelRunner};
-use glm_engine::{
-    EngineHandle, EventReceiver, LoadError, Manifest, Request, RunError, SamplingParams, SequenceError,
-    TokenEvent,
-};
-
-use crate::ServeError;
-use crate::state::{AppState, ServedModel};
+use crate::serve_error::ServeError;
+use crate::served_model::ServedModel;
 use crate::text::chat_format::{Message, Role};
 
 /// Enough to go through prefill and several decodes, and short beside any request.
@@ -27,38 +19,9 @@ const NUM_LONG_PROMPTS: usize = 2;
 
 /// A prompt and what follows it.
 #[derive(Debug)]
-pub struct KnownAnswer {
+pub(crate) struct KnownAnswer {
     request: Request,
     token_ids: Vec<u32>,
-}
-
-/// Why a runner is not to be trusted.
-#[derive(Debug, thiserror::Error)]
-pub enum VerifyError {
-    /// The file can't be used.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// The runner failed on the prompt.
-    #[error("the model fails on the prompt of its known answer: {0}")]
-    Run(#[from] RunError),
-    /// The runner computes something else.
-    #[error("this machine computes something else than what was exported: {0}")]
-    Mismatch(#[from] Mismatch),
-}
-
-/// Compares what `runner` computes with what was recorded when the folder `dir` was exported; `None`
-/// where nothing was. Overwrites the cache.
-///
-/// # Errors
-/// [`VerifyError`]: it differs, or can't be compared.
-pub fn verify(
-    runner: &mut impl ModelRunner,
-    dir: &Path,
-    manifest: &Manifest,
-) -> Result<Option<Agreement>, VerifyError> {
-    let Some(known) = known_answer::KnownAnswer::load(dir, manifest)? else { return Ok(None) };
-    let logits = runner::logits(runner, &known.token_ids, known.token_ids.len())?;
-    Ok(Some(known.compare(logits.view(), manifest.geometry.vocab_size)?))
 }
 
 /// Generates twice, so that no client pays for first-time work, and returns the answer. A long prompt and a
@@ -83,9 +46,8 @@ pub(crate) async fn warm_up(model: &ServedModel, engine: &EngineHandle) -> Resul
 ///
 /// # Errors
 /// Says what came instead.
-pub(crate) async fn ask(state: &AppState) -> Result<(), String> {
-    let known = &state.known_answer;
-    let events = state.engine.submit_probe(known.request.clone()).map_err(|error| error.to_string())?;
+pub(crate) async fn ask(engine: &EngineHandle, known: &KnownAnswer) -> Result<(), String> {
+    let events = engine.submit_probe(known.request.clone()).map_err(|error| error.to_string())?;
     let found = generate(events).await.map_err(|error| error.to_string())?;
     match found == known.token_ids {
         true => Ok(()),

@@ -9,15 +9,16 @@ use std::sync::{Arc, OnceLock};
 use actix_web::web;
 use glm_engine::EngineHandle;
 
-use crate::auth::ApiKeys;
+use crate::api_keys::ApiKeys;
 use crate::error::ApiError;
 use crate::http::Watch;
 use crate::known_answer;
 use crate::metrics::Metrics;
-use crate::state::{AppState, HttpOptions, ServedModel};
+use crate::serve_error::{LoadFailure, ServeError};
+use crate::served_model::ServedModel;
+use crate::state::{AppState, HttpOptions};
 use crate::stream::connection::Connection;
 use crate::stream::connections::Connections;
-use crate::{LoadFailure, ServeError};
 
 /// A model that is loaded, and the engine that runs it.
 #[derive(Debug)]
@@ -63,7 +64,7 @@ impl Lifecycle {
     ) -> Result<web::Data<AppState>, ServeError> {
         let Loaded { model, engine } = loading.await.map_err(|error| ServeError::Load(error.into()))?;
         let known_answer = known_answer::warm_up(&model, &engine).await?;
-        let state = web::Data::new(AppState::new(self, model, engine, known_answer));
+        let state = web::Data::new(AppState::new(&self.options, &self.metrics, model, engine, known_answer));
         // Only the first is kept; there is one start.
         let _ = self.state.set(state.clone());
         tracing::info!("ready");

@@ -2,6 +2,10 @@
 //!
 //! Invariant: what is added to answers is added to all of them: errors, streams and preflights too.
 
+pub(crate) mod auth;
 pub(crate) mod cors;
+pub(crate) mod loading;
+pub(crate) mod observe;
 pub(crate) mod paths;
 pub(crate) mod request_id;
+pub(crate) mod version;

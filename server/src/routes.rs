@@ -2,29 +2,24 @@
 
 mod answer;
 mod body;
-mod chat_completions;
-mod handshake;
+mod capabilities;
 mod health;
-pub(crate) mod loading;
 mod metrics;
-mod models;
+mod openai;
 mod request_headers;
 mod streams;
 
 use std::future::ready;
 
-use actix_web::body::MessageBody;
-use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::guard::{Any, Get, Head};
 use actix_web::http::{Method, header};
-use actix_web::middleware::{Next, from_fn};
+use actix_web::middleware::from_fn;
 use actix_web::{HttpRequest, HttpResponse, Resource, Route, web};
 
-pub use self::chat_completions::request_fingerprint;
-use crate::auth;
+pub use self::openai::chat_completions::request_fingerprint;
+use self::openai::{chat_completions, models};
 use crate::error::ApiError;
-use crate::lifecycle::Lifecycle;
-use crate::middleware::paths;
+use crate::middleware::{auth, paths, version};
 
 /// Adds every route.
 pub(crate) fn configure(app: &mut web::ServiceConfig) {
@@ -35,14 +30,14 @@ pub(crate) fn configure(app: &mut web::ServiceConfig) {
         .service(resource("/metrics", READ).route(get().to(metrics::scrape)))
         .service(
             web::scope("/v1")
-                .wrap(from_fn(handshake::greet))
+                .wrap(from_fn(version::greet))
                 // The last one is the first to see a request.
                 .wrap(from_fn(auth::guard))
                 .service(
                     resource("/chat/completions", "POST, OPTIONS")
                         .route(web::post().to(chat_completions::create)),
                 )
-                .service(resource("/capabilities", READ).route(get().to(handshake::capabilities)))
+                .service(resource("/capabilities", READ).route(get().to(capabilities::get)))
                 .service(
                     resource("/streams", "DELETE, OPTIONS").route(web::delete().to(streams::delete_by_key)),
                 )
@@ -78,30 +73,4 @@ fn resource(path: &str, allowed: &'static str) -> Resource {
         ready(Err(ApiError::method_not_allowed(request.method().as_str(), &path, allowed)))
     };
     web::resource(path).default_service(web::to(refuse))
-}
-
-/// Counts the requests that are answered with an error.
-///
-/// # Errors
-/// Those of the inner service.
-pub(crate) async fn observe<B: MessageBody>(
-    request: ServiceRequest,
-    next: Next<B>,
-) -> Result<ServiceResponse<B>, actix_web::Error> {
-    let lifecycle = request.app_data::<web::Data<Lifecycle>>().cloned();
-    let count = |error: Option<&actix_web::Error>| {
-        if let (Some(lifecycle), Some(error)) = (&lifecycle, error.and_then(|e| e.as_error::<ApiError>())) {
-            lifecycle.metrics.refused(error.code());
-        }
-    };
-    match next.call(request).await {
-        Ok(response) => {
-            count(response.response().error());
-            Ok(response)
-        }
-        Err(error) => {
-            count(Some(&error));
-            Err(error)
-        }
-    }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::engine_watch::{ENGINE_FAILED_EXIT_CODE, EngineFailure};
+use crate::engine_failure::{ENGINE_FAILED_EXIT_CODE, EngineFailure};
 use crate::lifecycle::Lifecycle;
 use crate::state::AppState;
 

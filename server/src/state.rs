@@ -1,77 +1,27 @@
 //! Owns what all HTTP workers share.
 //!
-//! Invariant: what changes is atomic; only the store of streams has a lock, for a few look-ups.
+//! Invariant: what changes is atomic; only the store of streams has a lock, for a few look-ups. It is data: what is done
+//! with it is in [`crate::replies`] and in the routes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use glm_engine::{EngineHandle, Fault, Manifest, Request, SubmitError};
+use glm_engine::{EngineHandle, Fault};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
-use tracing::Instrument;
 
 use crate::body_memory::BodyMemory;
-use crate::client::Client;
-use crate::error::ApiError;
 use crate::http::ConnectionLimits;
 use crate::known_answer::KnownAnswer;
-use crate::lifecycle::Lifecycle;
-use crate::metrics::{Arrival, Metrics, StreamRecord};
+use crate::metrics::Metrics;
 use crate::origin::AllowedOrigins;
-use crate::stream::cursor::{Cursor, EventId};
-use crate::stream::event::Event;
-use crate::stream::event_log::{LogLimits, LogReader, event_log};
+use crate::served_model::ServedModel;
+use crate::stream::event_log::LogLimits;
 use crate::stream::memory_store::{MemoryStore, StoreLimits};
-use crate::stream::pump::Pump;
 use crate::stream::readers::Readers;
-use crate::stream::reply_stream::{Form, ReplyHead, ReplyStream};
-use crate::stream::store::{Owner, Registered, RequestKey, StreamId, StreamStore};
+use crate::stream::store::StreamStore;
 use crate::stream::time_limits::TimeLimits;
-use crate::text::TextError;
-use crate::text::chat_format::ChatFormat;
-use crate::text::detokenizer::Detokenizer;
-use crate::text::reply::ReplyText;
-use crate::text::stop::StopMatcher;
-use crate::text::tokenizer::Tokenizer;
-
-/// The model's side of the server.
-#[derive(Debug)]
-pub struct ServedModel {
-    /// What the exporter said.
-    pub manifest: Manifest,
-    /// Its tokenizer.
-    pub tokenizer: Tokenizer,
-    /// Its chat format.
-    pub chat: ChatFormat,
-    /// Names that requests may use; the first is the manifest's.
-    pub names: Vec<String>,
-    /// Names the exact model in every answer.
-    pub fingerprint: String,
-}
-
-impl ServedModel {
-    /// Reads the tokenizer of the folder `dir`; `aliases` are names besides the manifest's.
-    ///
-    /// # Errors
-    /// [`TextError`]: the tokenizer or the chat format can't be used.
-    pub fn load(dir: &std::path::Path, manifest: Manifest, aliases: &[String]) -> Result<Self, TextError> {
-        let mut names = vec![manifest.model.name.clone()];
-        for alias in aliases.iter().map(|alias| alias.trim()).filter(|alias| !alias.is_empty()) {
-            if !names.iter().any(|name| name == alias) {
-                names.push(alias.to_owned());
-            }
-        }
-        let digest = manifest.digest.rsplit(':').next().unwrap_or_default();
-        Ok(Self {
-            tokenizer: Tokenizer::load(dir, &manifest)?,
-            chat: ChatFormat::new(&manifest.chat)?,
-            fingerprint: format!("fp_{}", digest.chars().take(12).collect::<String>()),
-            names,
-            manifest,
-        })
-    }
-}
 
 /// Limits and periods of the HTTP side.
 #[derive(Debug, Clone)]
@@ -145,49 +95,15 @@ pub enum Readiness {
     Faulty(Fault),
 }
 
-/// A request that passed every check of its own.
-#[derive(Debug)]
-pub struct NewReply {
-    /// For the engine.
-    pub request: Request,
-    /// Stop strings.
-    pub stop: Vec<String>,
-    /// What every answer repeats.
-    pub head: ReplyHead,
-    /// The form asked for.
-    pub form: Form,
-    /// The client's name for it.
-    pub key: Option<RequestKey>,
-    /// Whose it is.
-    pub owner: Owner,
-    /// In whose share it is kept.
-    pub client: Client,
-    /// When to give up.
-    pub limits: TimeLimits,
-    /// When to give up waiting if its key names a reply already, whose limits are not this request's.
-    pub patience: TimeLimits,
-}
-
-/// A reply and a reader of it.
-#[derive(Debug)]
-pub struct OpenReply {
-    /// The reply.
-    pub stream: Arc<ReplyStream>,
-    /// Reads it; dropping the last reader of a reply that can't be resumed aborts it.
-    pub reader: LogReader,
-    /// When the request arrived that started it, if this is that request.
-    pub arrival: Option<Arrival>,
-}
-
 impl AppState {
     /// A server whose model was warmed up.
     pub(crate) fn new(
-        lifecycle: &Lifecycle,
+        options: &HttpOptions,
+        metrics: &Arc<Metrics>,
         model: ServedModel,
         engine: EngineHandle,
         known_answer: KnownAnswer,
     ) -> Self {
-        let Lifecycle { options, metrics, .. } = lifecycle;
         Self {
             body_memory: Arc::new(BodyMemory::new(options.body_memory_bytes, Instant::now())),
             streams: Arc::new(MemoryStore::new(options.store_limits, Arc::clone(metrics))),
@@ -202,103 +118,6 @@ impl AppState {
             draining: AtomicBool::new(false),
             engine_failed: AtomicBool::new(false),
         }
-    }
-
-    /// Hands a request to the engine and starts its pump, unless its key names a reply already.
-    ///
-    /// # Errors
-    /// What the engine refuses; a key that names another request.
-    pub fn start_reply(&self, new: NewReply, arrival: Arrival) -> Result<OpenReply, ApiError> {
-        let NewReply { request, stop, head, form, key, owner, client, limits, patience } = new;
-        let (writer, log) = event_log(self.options.log_limits);
-        let id = StreamId::random().map_err(|error| ApiError::internal(error.to_string()))?;
-        // Before anybody can find the stream: its pump must never see it without a reader.
-        let reader = log.reader(0);
-        let (stream, wishes) = ReplyStream::new(id, owner, client, key.clone(), head, form, log);
-        let stream = match self.streams.register(stream) {
-            Registered::New(stream) => stream,
-            Registered::Existing(stream) => {
-                check_fingerprint(&stream, key.as_ref())?;
-                return self.attach(stream, None, patience);
-            }
-        };
-        let request = Request { deadline: limits.first_token, max_queue_time: limits.queue, ..request };
-        let min_tokens = request.sampling.min_tokens;
-        let events = match self.engine.submit(request) {
-            Ok(events) => events,
-            Err(error) => {
-                // Another request with this key may read it already, and hears the same. Whoever comes from now
-                // on starts anew.
-                self.streams.withdraw(&stream);
-                writer.close(Event::Error(error.clone().into()));
-                return Err(self.refusal(error));
-            }
-        };
-        let detokenizer = Detokenizer::new(Arc::clone(self.model.tokenizer.vocabulary()));
-        let pump = Pump {
-            events,
-            text: ReplyText::new(
-                detokenizer,
-                self.model.chat.reply_prefix(),
-                StopMatcher::new(stop),
-                min_tokens,
-            ),
-            log: writer,
-            stream: Arc::clone(&stream),
-            wishes,
-            store: Arc::clone(&self.streams),
-            record: StreamRecord::new(Arc::clone(&self.metrics), arrival),
-            limits,
-            grace: self.options.resume_grace,
-        };
-        // What it logs is about the request that started it, whoever reads the reply.
-        self.pumps.spawn(pump.run().in_current_span());
-        Ok(OpenReply { stream, reader, arrival: Some(arrival) })
-    }
-
-    /// Whether the engine would take a request: a look, not a promise.
-    ///
-    /// # Errors
-    /// What the engine would say.
-    pub fn check_room(&self) -> Result<(), ApiError> {
-        self.engine.check_room().map_err(|error| self.refusal(error))
-    }
-
-    fn refusal(&self, error: SubmitError) -> ApiError {
-        if self.is_draining() { ApiError::draining() } else { error.into() }
-    }
-
-    /// The reply that a key names, after the event `last`. Nothing is generated again.
-    ///
-    /// # Errors
-    /// The key names nothing, or another request; the event is not of that reply.
-    pub fn resume(
-        &self,
-        owner: Owner,
-        key: &RequestKey,
-        last: Option<EventId>,
-        patience: TimeLimits,
-    ) -> Result<OpenReply, ApiError> {
-        let stream = self.streams.find_key(owner, &key.key).ok_or_else(ApiError::stream_gone)?;
-        check_fingerprint(&stream, Some(key))?;
-        self.attach(stream, last, patience)
-    }
-
-    /// One more reader, after the event `last`, that waits as long as its own limits say: the others and
-    /// the reply are not ended by them.
-    ///
-    /// # Errors
-    /// The event is not of that reply.
-    pub fn attach(
-        &self,
-        stream: Arc<ReplyStream>,
-        last: Option<EventId>,
-        patience: TimeLimits,
-    ) -> Result<OpenReply, ApiError> {
-        let cursor = place(&stream, last)?;
-        self.metrics.stream_resumed();
-        let reader = stream.log.reader(cursor.map_or(0, |cursor| cursor.event)).within(patience);
-        Ok(OpenReply { stream, reader, arrival: None })
     }
 
     /// Takes no more requests.
@@ -334,25 +153,6 @@ impl AppState {
         } else {
             Readiness::Ready
         }
-    }
-}
-
-/// Where the event `last` is in a reply.
-///
-/// # Errors
-/// It is not of that reply.
-pub(crate) fn place(stream: &ReplyStream, last: Option<EventId>) -> Result<Option<Cursor>, ApiError> {
-    match last {
-        Some(last) if last.stream != stream.tag => Err(ApiError::cursor_of_another_stream(&last.to_string())),
-        Some(last) if !stream.has(last.cursor) => Err(ApiError::cursor_out_of_range(&last.to_string())),
-        last => Ok(last.map(|last| last.cursor)),
-    }
-}
-
-fn check_fingerprint(stream: &ReplyStream, key: Option<&RequestKey>) -> Result<(), ApiError> {
-    match stream.key.as_ref() == key {
-        true => Ok(()),
-        false => Err(ApiError::idempotency_key_reused()),
     }
 }
 

@@ -6,6 +6,7 @@ pub mod cursor;
 pub mod event;
 pub mod event_log;
 pub mod memory_store;
+pub mod names;
 pub mod pump;
 pub mod readers;
 pub mod reply_stream;

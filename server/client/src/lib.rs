@@ -1,11 +1,11 @@
-//! The streaming client shared by the terminal chat, the bench and the tests.
+//! The streaming client shared by the terminal chat, the load generator and the tests.
 //!
 //! It speaks HTTP to any OpenAI-compatible server and knows nothing of the server's inside.
 
-pub mod bench;
 pub mod chat;
 pub mod client;
-mod clock;
+pub mod clock;
+mod config;
 pub mod error;
 mod random;
 pub mod resume;
@@ -14,11 +14,12 @@ pub mod seal;
 pub mod sse;
 pub mod stream;
 pub mod terminal;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "test-doubles"))]
+pub mod testing;
 
 pub use chat::{ApiError, ChatRequest, Message, Seal, StreamEvent, Usage};
-pub use client::{Client, ClientConfig};
+pub use client::Client;
+pub use config::ClientConfig;
 pub use error::ClientError;
 pub use resume::ResumingStream;
 pub use retry::RetryPolicy;

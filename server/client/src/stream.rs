@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::chat::{StreamEvent, read_event};
-use crate::client::{ClientConfig, within};
+use crate::config::{ClientConfig, within};
 use crate::error::ClientError;
 use crate::sse::{Frame, Parser};
 

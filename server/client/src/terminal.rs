@@ -8,7 +8,8 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use tokio::sync::mpsc;
 
 use crate::chat::{ChatRequest, Message, StreamEvent};
-use crate::client::{Client, ClientConfig};
+use crate::client::Client;
+use crate::config::ClientConfig;
 use crate::error::ClientError;
 use crate::resume::ResumingStream;
 use crate::retry::RetryPolicy;

@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 /// A canned answer: a head, then parts with pauses between them.
 #[derive(Clone)]
-pub(crate) struct Reply {
+pub struct Reply {
     parts: Vec<(Duration, Vec<u8>)>,
 }
 
@@ -21,49 +21,52 @@ impl Reply {
     }
 
     /// Nothing at all for so long.
-    pub(crate) fn silence_ms(pause_ms: u64) -> Self {
+    pub fn silence_ms(pause_ms: u64) -> Self {
         Self { parts: Vec::new() }.pause_ms(pause_ms)
     }
 
     /// An event stream that ends when the connection closes.
-    pub(crate) fn sse() -> Self {
+    pub fn sse() -> Self {
         Self::head("200 OK", "Content-Type: text/event-stream")
     }
 
     /// The same, from a server that can resume it by the name `stream_id`.
-    pub(crate) fn sse_of(stream_id: &str) -> Self {
+    pub fn sse_of(stream_id: &str) -> Self {
         Self::head("200 OK", &format!("Content-Type: text/event-stream\r\nGLM-Stream-Id: {stream_id}"))
     }
 
     /// An event stream in chunks, which the parts spell out.
-    pub(crate) fn chunked_sse() -> Self {
+    pub fn chunked_sse() -> Self {
         Self::head("200 OK", "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked")
     }
 
     /// A JSON answer; `status` may carry header lines after it.
-    pub(crate) fn status(status: &str) -> Self {
+    pub fn status(status: &str) -> Self {
         Self::head(status, "Content-Type: application/json")
     }
 
-    pub(crate) fn part(mut self, bytes: &[u8]) -> Self {
+    /// Goes on with these bytes.
+    pub fn part(mut self, bytes: &[u8]) -> Self {
         self.parts.push((Duration::ZERO, bytes.to_vec()));
         self
     }
 
-    pub(crate) fn pause_ms(mut self, pause_ms: u64) -> Self {
+    /// Goes on after so long.
+    pub fn pause_ms(mut self, pause_ms: u64) -> Self {
         self.parts.push((Duration::from_millis(pause_ms), Vec::new()));
         self
     }
 }
 
 /// A server on a free port of the loopback address; it ends with the test's runtime.
-pub(crate) struct CannedServer {
-    pub(crate) base_url: String,
+pub struct CannedServer {
+    /// Its address.
+    pub base_url: String,
 }
 
 impl CannedServer {
     /// Answers each request with what `reply` makes of its head and body.
-    pub(crate) async fn start(reply: impl Fn(&str, &str) -> Reply + Send + Sync + 'static) -> Self {
+    pub async fn start(reply: impl Fn(&str, &str) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let base_url = format!("http://{}", listener.local_addr().expect("it is bound"));
         let reply = Arc::new(reply);

@@ -7,7 +7,7 @@ use glm_engine::model::manifest::Provider;
 use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 
 use super::up_to;
-use crate::auth::ApiKeys;
+use crate::api_keys::ApiKeys;
 
 /// Who is computed when.
 #[derive(Debug, Args)]

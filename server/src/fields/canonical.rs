@@ -7,7 +7,8 @@ use std::borrow::Cow;
 
 use sha2::{Digest, Sha256};
 
-use super::read::{Ignored, Refused};
+use super::read::Ignored;
+use super::refused::Refused;
 
 /// Something whose value can be hashed.
 pub(crate) trait Canonical {

@@ -9,7 +9,6 @@ use std::marker::PhantomData;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::reader::{Reader, Step};
-use super::shape::Shape;
 
 /// A number as it was written.
 #[derive(Debug, Clone, Copy)]
@@ -101,8 +100,15 @@ pub(crate) trait Read<'de>: Sized {
 /// Reads a `T`, or nothing where null is.
 #[derive(Debug)]
 pub(crate) struct Seed<'r, T> {
-    pub(super) reader: &'r Reader,
-    pub(super) kind: PhantomData<T>,
+    reader: &'r Reader,
+    kind: PhantomData<T>,
+}
+
+impl Reader {
+    /// Reads a `T`, or nothing where null is.
+    pub(crate) fn seed<T>(&self) -> Seed<'_, T> {
+        Seed { reader: self, kind: PhantomData }
+    }
 }
 
 impl<'de, T: Read<'de>> DeserializeSeed<'de> for Seed<'_, T> {
@@ -279,42 +285,5 @@ impl<'de> Read<'de> for Ignored {
     fn object<A: MapAccess<'de>>(mut map: A, _: &Reader) -> Result<Self, A::Error> {
         while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
         Ok(Self)
-    }
-}
-
-/// The value of a field that is refused, which asks for nothing if it was read.
-#[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Refused;
-
-impl Refused {
-    fn unless_neutral<E: Error>(shape: Shape, reader: &Reader) -> Result<Self, E> {
-        match reader.rule() {
-            Some((is_neutral, _)) if is_neutral(&shape) => Ok(Self),
-            rule => Err(reader.unsupported(rule.map_or("it is not supported", |(_, supported)| supported))),
-        }
-    }
-}
-
-impl<'de> Read<'de> for Refused {
-    const EXPECTED: &'static str = "a value that asks for nothing";
-
-    fn boolean<E: Error>(value: bool, reader: &Reader) -> Result<Self, E> {
-        Self::unless_neutral(Shape::Boolean(value), reader)
-    }
-
-    fn number<E: Error>(value: Number, reader: &Reader) -> Result<Self, E> {
-        Self::unless_neutral(Shape::Number(value.as_f64()), reader)
-    }
-
-    fn text<E: Error>(value: Text<'de, '_>, reader: &Reader) -> Result<Self, E> {
-        Self::unless_neutral(Shape::text(value, reader)?, reader)
-    }
-
-    fn list<A: SeqAccess<'de>>(list: A, reader: &Reader) -> Result<Self, A::Error> {
-        Self::unless_neutral(Shape::list(list, reader)?, reader)
-    }
-
-    fn object<A: MapAccess<'de>>(map: A, reader: &Reader) -> Result<Self, A::Error> {
-        Self::unless_neutral(Shape::object(map, reader)?, reader)
     }
 }

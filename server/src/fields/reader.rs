@@ -3,41 +3,17 @@
 //! Invariant: an error names its place by a path in JSON's terms, and holds at most a part of what a client sent.
 
 use std::cell::RefCell;
-use std::fmt::{self, Write};
-use std::marker::PhantomData;
+use std::fmt::Write;
 
-use serde::de::{DeserializeSeed, Error, MapAccess, Visitor};
-use serde_json::Deserializer;
+use serde::de::Error;
 use serde_json::error::Category;
 
-use super::read::{Ignored, Read, Seed};
-use super::{Class, Field};
+use super::field::{Class, Field};
+use super::shape::Shape;
 use crate::error::ApiError;
 
-/// What some editors and Windows programs put before a text.
-const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
-/// Of a name that nobody knows.
-const MAX_NAME_CHARS: usize = 200;
-
-/// Reads a whole body, in one pass and without a tree of it.
-///
-/// # Errors
-/// 400: it is no JSON, or a field is unknown, refused or has a value that it can't have.
-pub(crate) fn parse<'de, T: Read<'de>>(body: &'de [u8]) -> Result<T, ApiError> {
-    let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
-    let reader = Reader::default();
-    let mut deserializer = Deserializer::from_slice(body);
-    let read = || {
-        let value = reader.seed::<T>().deserialize(&mut deserializer)?;
-        deserializer.end()?;
-        value.ok_or_else(|| reader.unexpected(T::EXPECTED))
-    };
-    let result: Result<T, serde_json::Error> = { read }();
-    result.map_err(|error| reader.explain(&error))
-}
-
 /// Whether a value of a refused field asks for nothing, and what is supported.
-type Rule = (fn(&super::Shape) -> bool, &'static str);
+type Rule = (fn(&Shape) -> bool, &'static str);
 
 /// A step on the way to a value.
 #[derive(Debug)]
@@ -59,11 +35,6 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// Reads a `T`, or nothing where null is.
-    pub(crate) fn seed<T>(&self) -> Seed<'_, T> {
-        Seed { reader: self, kind: PhantomData }
-    }
-
     /// Goes one step deeper.
     pub(crate) fn enter(&self, step: Step) {
         self.path.borrow_mut().push(step);
@@ -72,37 +43,6 @@ impl Reader {
     /// Goes back by one step.
     pub(crate) fn leave(&self) {
         self.path.borrow_mut().pop();
-    }
-
-    /// The next declared field of an object, which is then entered.
-    ///
-    /// # Errors
-    /// A field comes twice, or is not declared and has a value.
-    pub(crate) fn next_field<'de, A: MapAccess<'de>>(
-        &self,
-        map: &mut A,
-        fields: &'static [Field],
-        seen: &mut [bool],
-    ) -> Result<Option<&'static Field>, A::Error> {
-        while let Some(name) = map.next_key_seed(Name(fields))? {
-            match name {
-                Found::Known(index) => {
-                    self.enter(Step::Field(&fields[index]));
-                    if std::mem::replace(&mut seen[index], true) {
-                        return Err(self.invalid("is given twice"));
-                    }
-                    return Ok(Some(&fields[index]));
-                }
-                Found::Unknown(name) => {
-                    self.enter(Step::Key(name));
-                    if map.next_value_seed(self.seed::<Ignored>())?.is_some() {
-                        return Err(self.fail(ApiError::unknown_parameter(self.path())));
-                    }
-                    self.leave();
-                }
-            }
-        }
-        Ok(None)
     }
 
     /// The rule of the field that is being read, if it is refused.
@@ -140,12 +80,12 @@ impl Reader {
         self.fail(ApiError::unsupported_parameter(path, message))
     }
 
-    fn fail<E: Error>(&self, error: ApiError) -> E {
+    pub(super) fn fail<E: Error>(&self, error: ApiError) -> E {
         self.refusal.replace(Some(error));
         E::custom("refused")
     }
 
-    fn path(&self) -> String {
+    pub(super) fn path(&self) -> String {
         let mut text = String::new();
         for step in self.path.borrow().iter() {
             if !text.is_empty() && !matches!(step, Step::Index(_)) {
@@ -163,7 +103,7 @@ impl Reader {
         if text.is_empty() { "body".to_owned() } else { text }
     }
 
-    fn explain(&self, error: &serde_json::Error) -> ApiError {
+    pub(super) fn explain(&self, error: &serde_json::Error) -> ApiError {
         if let Some(refusal) = self.refusal.take() {
             return refusal;
         }
@@ -172,37 +112,5 @@ impl Reader {
             return ApiError::invalid_value(path.clone(), format!("{path} is too large a number"));
         }
         ApiError::invalid_json(error)
-    }
-}
-
-/// The name of a field.
-enum Found {
-    /// Its place among those that are declared.
-    Known(usize),
-    Unknown(String),
-}
-
-struct Name(&'static [Field]);
-
-impl<'de> DeserializeSeed<'de> for Name {
-    type Value = Found;
-
-    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Found, D::Error> {
-        deserializer.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for Name {
-    type Value = Found;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the name of a field")
-    }
-
-    fn visit_str<E: Error>(self, name: &str) -> Result<Found, E> {
-        Ok(match self.0.iter().position(|field| field.name == name) {
-            Some(index) => Found::Known(index),
-            None => Found::Unknown(name.chars().take(MAX_NAME_CHARS).collect()),
-        })
     }
 }

@@ -2,15 +2,6 @@
 //!
 //! Invariant: it is small, whatever the value. What does not fit is [`Shape::Large`], which never asks for nothing.
 
-use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess};
-
-use super::read::{Ignored, Number, Read, Text};
-use super::reader::Reader;
-
-/// Values that ask for nothing are short.
-const MAX_TEXT_BYTES: usize = 32;
-const MAX_ENTRIES: usize = 8;
-
 /// The outline of a value.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Shape {
@@ -92,96 +83,5 @@ impl Shape {
             Self::Object(fields) => fields,
             _ => &[],
         }
-    }
-}
-
-impl<'de> Read<'de> for Shape {
-    const EXPECTED: &'static str = "any value";
-
-    fn boolean<E: Error>(value: bool, _: &Reader) -> Result<Self, E> {
-        Ok(Self::Boolean(value))
-    }
-
-    fn number<E: Error>(value: Number, _: &Reader) -> Result<Self, E> {
-        Ok(Self::Number(value.as_f64()))
-    }
-
-    fn text<E: Error>(value: Text<'de, '_>, _: &Reader) -> Result<Self, E> {
-        Ok(short(value.as_str()).map_or(Self::Large, Self::Text))
-    }
-
-    fn list<A: SeqAccess<'de>>(mut list: A, reader: &Reader) -> Result<Self, A::Error> {
-        let mut entries = Vec::new();
-        while let Some(entry) = list.next_element_seed(reader.seed::<Flat>())? {
-            match entry {
-                Some(Flat(entry)) if entries.len() < MAX_ENTRIES => entries.push(entry),
-                _ => {
-                    Ignored::list(list, reader)?;
-                    return Ok(Self::Large);
-                }
-            }
-        }
-        Ok(Self::List(entries))
-    }
-
-    fn object<A: MapAccess<'de>>(mut map: A, reader: &Reader) -> Result<Self, A::Error> {
-        let mut fields = Vec::new();
-        while let Some(name) = map.next_key_seed(reader.seed::<Self>())? {
-            let value = map.next_value_seed(reader.seed::<Flat>())?;
-            match (name, value) {
-                (Some(Self::Text(name)), Some(Flat(value))) if fields.len() < MAX_ENTRIES => {
-                    fields.push((name, value));
-                }
-                (Some(Self::Text(_)), None) => {}
-                _ => {
-                    Ignored::object(map, reader)?;
-                    return Ok(Self::Large);
-                }
-            }
-        }
-        Ok(Self::Object(fields))
-    }
-}
-
-fn short(text: &str) -> Option<String> {
-    (text.len() <= MAX_TEXT_BYTES).then(|| text.to_owned())
-}
-
-/// A value inside another one: lists and objects with entries are [`Shape::Large`].
-struct Flat(Shape);
-
-impl<'de> Read<'de> for Flat {
-    const EXPECTED: &'static str = "any value";
-
-    fn boolean<E: Error>(value: bool, reader: &Reader) -> Result<Self, E> {
-        Shape::boolean(value, reader).map(Self)
-    }
-
-    fn number<E: Error>(value: Number, reader: &Reader) -> Result<Self, E> {
-        Shape::number(value, reader).map(Self)
-    }
-
-    fn text<E: Error>(value: Text<'de, '_>, reader: &Reader) -> Result<Self, E> {
-        Shape::text(value, reader).map(Self)
-    }
-
-    fn list<A: SeqAccess<'de>>(mut list: A, reader: &Reader) -> Result<Self, A::Error> {
-        Ok(Self(match list.next_element::<IgnoredAny>()? {
-            None => Shape::List(Vec::new()),
-            Some(_) => {
-                Ignored::list(list, reader)?;
-                Shape::Large
-            }
-        }))
-    }
-
-    fn object<A: MapAccess<'de>>(mut map: A, reader: &Reader) -> Result<Self, A::Error> {
-        Ok(Self(match map.next_entry::<IgnoredAny, IgnoredAny>()? {
-            None => Shape::Object(Vec::new()),
-            Some(_) => {
-                Ignored::object(map, reader)?;
-                Shape::Large
-            }
-        }))
     }
 }

@@ -18,9 +18,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::client::Peer;
 use crate::error::ApiError;
 use crate::middleware::request_id;
+use crate::principal::Peer;
 use crate::stream::connection::Connection;
 
 /// A connection and the second handle that may cut it.

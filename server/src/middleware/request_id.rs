@@ -33,7 +33,9 @@ pub(crate) async fn assign<B: MessageBody + 'static>(
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let id = given(request.headers()).unwrap_or_else(random);
     // As high as any line in it, or a filter that keeps warnings would drop their request's id.
-    let span = tracing::error_span!("request", id = id.to_str().unwrap_or_default());
+    let id_text = id.to_str().unwrap_or_default();
+    // The principal is known once the guard of `/v1` has seen the key.
+    let span = tracing::error_span!("request", id = id_text, principal = tracing::field::Empty);
     match next.call(request).instrument(span.clone()).await {
         Ok(mut response) => {
             span.in_scope(|| log(&response));

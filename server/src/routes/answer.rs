@@ -17,12 +17,13 @@ use actix_web::{HttpRequest, HttpResponse, body, web};
 use futures_util::stream::empty;
 use serde_json::json;
 
-use super::chat_completions::render;
+use super::openai::chat_completions::render;
 use super::request_headers::Prefer;
 use crate::error::ApiError;
 use crate::json;
 use crate::metrics::Delivery;
-use crate::state::{AppState, OpenReply};
+use crate::replies::OpenReply;
+use crate::state::AppState;
 use crate::stream::connection::Connection;
 use crate::stream::cursor::Cursor;
 use crate::stream::reply_stream::{Form, ReplyStream};

@@ -15,8 +15,8 @@ use tokio::time::Instant;
 
 use self::coding::{Coding, Decoder};
 use crate::body_memory::{BodyRefused, BodyShare, FREE_BYTES};
-use crate::client::Client;
 use crate::error::ApiError;
+use crate::principal::Client;
 use crate::state::AppState;
 
 /// A body that trickles in slower than this keeps a connection for nothing.

@@ -10,20 +10,22 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use super::answer::{self, Wanted, answer};
 use super::request_headers::{KEY, RequestHeaders};
 use crate::error::ApiError;
-use crate::state::{AppState, place};
+use crate::principal::{Owner, Principal};
+use crate::replies::{self, place};
+use crate::state::AppState;
 use crate::stream::event::AbortReason;
+use crate::stream::names::StreamId;
 use crate::stream::reply_stream::{Form, ReplyStream, StreamOptions};
-use crate::stream::store::{Owner, StreamId};
 
 /// Goes on after `Last-Event-ID`, or starts from the start.
 pub(super) async fn get(
     request: HttpRequest,
     id: web::Path<String>,
-    owner: web::ReqData<Owner>,
+    principal: web::ReqData<Principal>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
-    let (headers, stream, wanted) = asked(&request, &id, *owner, &state)?;
-    let reply = state.attach(stream, headers.last, headers.patience)?;
+    let (headers, stream, wanted) = asked(&request, &id, principal.owner, &state)?;
+    let reply = replies::join(&state, stream, headers.last, headers.patience)?;
     answer(reply, wanted, &request, &state).await
 }
 
@@ -31,10 +33,10 @@ pub(super) async fn get(
 pub(super) async fn head(
     request: HttpRequest,
     id: web::Path<String>,
-    owner: web::ReqData<Owner>,
+    principal: web::ReqData<Principal>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
-    let (_, stream, wanted) = asked(&request, &id, *owner, &state)?;
+    let (_, stream, wanted) = asked(&request, &id, principal.owner, &state)?;
     answer::head(&stream, wanted)
 }
 
@@ -58,13 +60,13 @@ fn asked(
 /// Ends the reply that the key names, for a client that has no answer yet which would name the stream.
 pub(super) async fn delete_by_key(
     request: HttpRequest,
-    owner: web::ReqData<Owner>,
+    principal: web::ReqData<Principal>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
     let key = RequestHeaders::read(&request, state.options.time_limits)?.key;
     let key =
         key.ok_or_else(|| ApiError::invalid_header(KEY, "it is needed here: it says which reply to end"))?;
-    let stream = state.streams.find_key(*owner, &key).ok_or_else(ApiError::stream_not_found)?;
+    let stream = state.streams.find_key(principal.owner, &key).ok_or_else(ApiError::stream_not_found)?;
     stream.abort(AbortReason::Deleted);
     Ok(HttpResponse::NoContent().finish())
 }
@@ -72,10 +74,10 @@ pub(super) async fn delete_by_key(
 /// Ends the reply; an ended one stays ended.
 pub(super) async fn delete(
     id: web::Path<String>,
-    owner: web::ReqData<Owner>,
+    principal: web::ReqData<Principal>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
-    find(&id, *owner, &state)?.abort(AbortReason::Deleted);
+    find(&id, principal.owner, &state)?.abort(AbortReason::Deleted);
     Ok(HttpResponse::NoContent().finish())
 }
 

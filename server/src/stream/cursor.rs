@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
 
-use super::store::StreamId;
+use super::names::StreamId;
 
 /// The place of one document: the log's event, and which of its documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

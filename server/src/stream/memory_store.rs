@@ -15,10 +15,12 @@ use tokio::time::Instant;
 
 use self::kept::{Kept, KeptReplies};
 use super::event::AbortReason;
+use super::names::StreamId;
 use super::reply_stream::ReplyStream;
-use super::store::{Owner, Registered, StreamId, StreamStore};
-use crate::client::Client;
+use super::store::{Registered, StreamStore};
 use crate::metrics::Metrics;
+use crate::principal::Client;
+use crate::principal::Owner;
 
 /// What a reply takes besides its events: names, channels, entries of the maps. Generous.
 const FIXED_BYTES: usize = 2048;
@@ -227,8 +229,8 @@ mod tests {
     use crate::fixtures;
     use crate::stream::event::{Event, StreamError};
     use crate::stream::event_log::{LogLimits, LogWriter, event_log};
+    use crate::stream::names::RequestKey;
     use crate::stream::reply_stream::{Form, ReplyHead, Wishes};
-    use crate::stream::store::RequestKey;
 
     fn store() -> MemoryStore {
         let metrics = Arc::new(Metrics::new(&fixtures::chatglm3().manifest()).unwrap());

@@ -15,8 +15,9 @@ use tokio::time::Instant;
 
 use super::event::{AbortReason, EndReason, Event, StreamError, Usage};
 use super::event_log::LogWriter;
+use super::names::hex;
 use super::reply_stream::{ReplyStream, Wishes};
-use super::store::{StreamStore, hex};
+use super::store::StreamStore;
 use super::time_limits::{Milestones, TimeLimits};
 use crate::metrics::{Outcome, StreamRecord};
 use crate::text::reply::{ReplyStep, ReplyText};

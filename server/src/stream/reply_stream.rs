@@ -10,8 +10,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::cursor::{Cursor, StreamTag};
 use super::event::{AbortReason, Event};
 use super::event_log::EventLog;
-use super::store::{Owner, RequestKey, StreamId};
-use crate::client::Client;
+use super::names::{RequestKey, StreamId};
+use crate::principal::Client;
+use crate::principal::Owner;
 use glm_engine::Progress;
 
 /// Questions that may wait for one pump; heartbeats are seconds apart.

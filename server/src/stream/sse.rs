@@ -33,9 +33,9 @@ use super::connection::{self, Connection};
 use super::cursor::Cursor;
 use super::event::Event;
 use super::event_log::LogReader;
+use super::names::StreamId;
 use super::readers::ReaderPermit;
 use super::reply_stream::ReplyStream;
-use super::store::StreamId;
 use crate::json;
 use crate::metrics::{Delivery, Metrics};
 
@@ -198,13 +198,14 @@ mod tests {
     use glm_engine::{Progress, Stage};
 
     use super::*;
-    use crate::client::Client;
     use crate::fixtures;
+    use crate::principal::Client;
+    use crate::principal::Owner;
     use crate::stream::event::{StreamError, Usage};
     use crate::stream::event_log::{LogLimits, LogWriter, event_log};
+    use crate::stream::names::{RequestKey, StreamId};
     use crate::stream::readers::Readers;
     use crate::stream::reply_stream::{Form, ReplyHead, Wishes};
-    use crate::stream::store::{Owner, RequestKey, StreamId};
 
     struct Debug;
 

@@ -6,67 +6,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
-
+use super::names::StreamId;
 use super::reply_stream::ReplyStream;
-
-/// Random bytes in a stream's name: more than can be guessed.
-const ID_BYTES: usize = 20;
-
-/// A stream's name: 160 random bits in hexadecimal.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct StreamId(String);
-
-impl StreamId {
-    /// A new one.
-    ///
-    /// # Errors
-    /// The operating system has no random numbers.
-    pub fn random() -> Result<Self, getrandom::Error> {
-        let mut bytes = [0; ID_BYTES];
-        getrandom::fill(&mut bytes)?;
-        Ok(Self(hex(&bytes)))
-    }
-
-    /// One that a client brings; it may name nothing.
-    pub fn given(text: &str) -> Self {
-        Self(text.to_owned())
-    }
-}
-
-impl fmt::Display for StreamId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Whose a reply is: a hash of the API key, so that logs and replicas never see the key itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Owner([u8; 32]);
-
-impl Owner {
-    /// Everybody, where no key is asked for.
-    pub const ANYBODY: Self = Self([0; 32]);
-
-    /// Who holds this key.
-    pub fn of(api_key: &str) -> Self {
-        Self(Sha256::digest(api_key).into())
-    }
-
-    /// The hash.
-    pub(crate) fn as_bytes(&self) -> &[u8; 32] {
-        &self.0
-    }
-}
-
-/// What the client names a request by, and which request it was.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RequestKey {
-    /// The `Idempotency-Key`.
-    pub key: String,
-    /// Hash of the request, without how it is delivered.
-    pub fingerprint: [u8; 32],
-}
+use crate::principal::Owner;
 
 /// What became of a reply that was to be registered.
 #[derive(Debug)]
@@ -105,22 +47,4 @@ pub trait StreamStore: fmt::Debug + Send + Sync {
 
     /// Forgets what nobody may ask for any more.
     fn sweep(&self);
-}
-
-/// Bytes as lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_long_and_differ() {
-        let [a, b] = [StreamId::random().unwrap(), StreamId::random().unwrap()];
-        assert_ne!(a, b);
-        assert_eq!(a.to_string().len(), 40);
-        assert_eq!(StreamId::given(&a.to_string()), a);
-    }
 }

@@ -5,38 +5,21 @@
 
 mod chatglm2;
 mod chatml;
+mod format;
+mod message;
 mod roles;
 
-use std::fmt::Debug;
 use std::sync::Arc;
 
 use glm_engine::model::manifest::Chat;
 
 use self::chatglm2::ChatGlm2;
 use self::chatml::ChatMl;
+use self::format::{Format, Specials};
+pub use self::message::{Message, Role};
 use self::roles::Roles;
 use super::TextError;
 use super::tokenizer::Tokenizer;
-
-/// Who speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Instructions.
-    System,
-    /// The person.
-    User,
-    /// The model.
-    Assistant,
-}
-
-/// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
-    /// Who speaks.
-    pub role: Role,
-    /// What is said.
-    pub content: String,
-}
 
 /// A chat format with its special ids.
 #[derive(Debug, Clone)]
@@ -46,38 +29,6 @@ pub struct ChatFormat {
     prefix: Vec<u32>,
     /// `None` for a base model.
     format: Option<Arc<dyn Format>>,
-}
-
-/// One way in which turns become ids.
-trait Format: Debug + Send + Sync {
-    /// Appends the turns, up to where the assistant's reply begins.
-    fn encode(
-        &self,
-        turns: &[(Role, &str)],
-        tokenizer: &Tokenizer,
-        ids: &mut Vec<u32>,
-    ) -> Result<(), TextError>;
-
-    /// What the model writes before each reply and no client wants to see.
-    fn reply_prefix(&self) -> &'static str {
-        ""
-    }
-}
-
-/// The ids of the special tokens that a manifest lists.
-struct Specials<'a>(&'a Chat);
-
-impl Specials<'_> {
-    fn id(&self, token: &str) -> Result<u32, TextError> {
-        self.0.special_tokens.get(token).copied().ok_or_else(|| TextError::ChatFormat {
-            format: self.0.format.clone(),
-            message: format!("chat.special_tokens of the manifest lacks {token}"),
-        })
-    }
-
-    fn ids(&self, tokens: &[&str]) -> Result<Vec<u32>, TextError> {
-        tokens.iter().map(|token| self.id(token)).collect()
-    }
 }
 
 impl ChatFormat {

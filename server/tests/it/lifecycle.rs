@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::support::{Options, Server, Starting, read_all, request, run, streaming};
-use glmserve::auth::ApiKeys;
+use glmserve::api_keys::ApiKeys;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 

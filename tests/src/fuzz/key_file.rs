@@ -2,7 +2,7 @@
 //!
 //! Claim: any file gives at least one key, or an error that does not repeat a key.
 
-use glmserve::auth::ApiKeys;
+use glmserve::api_keys::ApiKeys;
 
 use super::folder::Folder;
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::*;
-use crate::client::ClientConfig;
+use crate::config::ClientConfig;
 use crate::testing::{CannedServer, Reply};
 
 const SHA256_OF_HELLO: &str = "49f245684c29ec8fa855351c71aab757a52a39833e6834d6b85e0667783a61a3";

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use tokio::time::Instant;
 
-use crate::client::Client;
-use crate::stream::store::StreamId;
+use crate::principal::Client;
+use crate::stream::names::StreamId;
 
 /// An ended reply.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::stream::store::Owner;
+    use crate::principal::Owner;
 
     fn kept(client: &str, name: &str, num_bytes: usize, is_promised: bool, expires: Instant) -> Kept {
         let client = Client::Key(Owner::of(client));

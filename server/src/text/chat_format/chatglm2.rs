@@ -3,7 +3,8 @@
 //! Invariant: a conversation is questions and answers in turn. What rounds cannot say is refused, as the
 //! authors' own server drops it in silence.
 
-use super::{Format, Role};
+use super::format::Format;
+use super::message::Role;
 use crate::text::TextError;
 use crate::text::tokenizer::Tokenizer;
 

@@ -1,6 +1,7 @@
 //! ChatML: `<|im_start|>role\ncontent<|im_end|>\n` for each turn.
 
-use super::{Format, Role, Specials};
+use super::format::{Format, Specials};
+use super::message::Role;
 use crate::text::TextError;
 use crate::text::tokenizer::Tokenizer;
 

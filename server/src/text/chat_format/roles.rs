@@ -1,6 +1,7 @@
 //! Formats in which a token names who speaks, and nothing ends a turn: ChatGLM3, GLM-4 and GLM-Edge.
 
-use super::{Format, Role, Specials};
+use super::format::{Format, Specials};
+use super::message::Role;
 use crate::text::TextError;
 use crate::text::tokenizer::Tokenizer;
 

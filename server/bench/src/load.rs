@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::BenchArgs;
+use crate::args::BenchArgs;
 
 /// One in so many arrivals, beside those that count, warms up.
 pub(super) const WARM_UP_SHARE: u32 = 8;
@@ -34,13 +34,5 @@ impl fmt::Display for Load {
             Self::Closed { streams, .. } => write!(f, "{streams} streams"),
             Self::Open { rate, .. } => write!(f, "{rate} requests/s"),
         }
-    }
-}
-
-/// Reads a rate: a run at a lower one would never end.
-pub(super) fn parse_rate(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(rate) if (0.001..=10_000.0).contains(&rate) => Ok(rate),
-        _ => Err("not between 0.001 and 10000".to_owned()),
     }
 }

@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use super::load;
-
 /// Measures a server with streams that each send their next request when the last one ended, or with requests
 /// that arrive at random.
 #[derive(Clone, Debug, clap::Args)]
@@ -23,7 +21,7 @@ pub struct BenchArgs {
     pub streams: Vec<u32>,
     /// In place of streams: requests a second that arrive by a Poisson process, one run for each
     #[arg(long, value_name = "R,..", value_delimiter = ',', conflicts_with_all = ["streams", "requests_per_stream"],
-          value_parser = load::parse_rate)]
+          value_parser = parse_rate)]
     pub rates: Vec<f64>,
     /// Measured arrivals of each rate, after an eighth as many to warm up
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -57,4 +55,12 @@ pub struct BenchArgs {
     /// Also write the report as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+/// Reads a rate: a run at a lower one would never end.
+fn parse_rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if (0.001..=10_000.0).contains(&rate) => Ok(rate),
+        _ => Err("not between 0.001 and 10000".to_owned()),
+    }
 }

@@ -4,48 +4,47 @@
 
 mod capabilities;
 mod convert;
-pub(super) mod render;
+pub(in crate::routes) mod render;
 mod request;
 mod types;
 
 use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use glm_engine::TenantId;
 
-pub(super) use self::capabilities::capabilities;
+pub(in crate::routes) use self::capabilities::capabilities;
 use self::convert::Completion;
 use self::request::ChatCompletionRequest;
-use super::answer::{Wanted, answer};
-use super::body::Body;
-use super::request_headers::RequestHeaders;
-use crate::client::Client;
 use crate::error::ApiError;
 use crate::metrics::Arrival;
-use crate::state::{AppState, NewReply};
+use crate::principal::{Client, Principal};
+use crate::replies::{self, NewReply};
+use crate::routes::answer::{Wanted, answer};
+use crate::routes::body::Body;
+use crate::routes::request_headers::RequestHeaders;
+use crate::state::AppState;
+use crate::stream::names::RequestKey;
 use crate::stream::reply_stream::Form;
-use crate::stream::store::{Owner, RequestKey};
 
 /// Up to here a body is parsed and tokenised on the HTTP worker: less than handing it over costs.
 const INLINE_BODY_BYTES: usize = 8 * 1024;
 
 /// Answers one request.
-pub(super) async fn create(
+pub(in crate::routes) async fn create(
     request: HttpRequest,
     body: web::Payload,
-    owner: web::ReqData<Owner>,
-    tenant: web::ReqData<TenantId>,
+    principal: web::ReqData<Principal>,
     state: web::Data<AppState>,
 ) -> Result<HttpResponse, ApiError> {
     let RequestHeaders { key, last, prefer, limits, patience } =
         RequestHeaders::read(&request, state.options.time_limits)?;
-    let client = Client::of(*owner, request.peer_addr());
+    let client = Client::of(principal.owner, request.peer_addr());
     let body = Body::read(&request, body, client, &state).await?;
     // From here on: how long a client takes to send its body says nothing about this server.
     let arrival = Arrival::now();
     if key.is_none() {
-        // Before the work of reading and tokenising. A known key may need no place.
-        state.check_room()?;
+        // Before the work of reading and tokenising. A known key may need no permit.
+        replies::check_room(&state)?;
     }
     let (completion, key) = if body.len() <= INLINE_BODY_BYTES {
         convert(body, key, &state)?
@@ -62,7 +61,7 @@ pub(super) async fn create(
         .map_err(|error| ApiError::internal(error.to_string()))??
     };
     let Completion { request: mut engine_request, stop, head, form } = completion;
-    engine_request.tenant = *tenant;
+    engine_request.tenant = principal.tenant;
     let reply = match last {
         None => {
             let new = NewReply {
@@ -71,12 +70,12 @@ pub(super) async fn create(
                 head,
                 form,
                 key,
-                owner: *owner,
+                owner: principal.owner,
                 client,
                 limits,
                 patience,
             };
-            state.start_reply(new, arrival)?
+            replies::start(&state, new, arrival)?
         }
         Some(_) => {
             let error = |what| Err(ApiError::invalid_header("last-event-id", what));
@@ -84,7 +83,7 @@ pub(super) async fn create(
             if form == Form::Plain {
                 return error("it needs `stream: true`");
             }
-            state.resume(*owner, &key, last, patience)?
+            replies::resume(&state, principal.owner, &key, last, patience)?
         }
     };
     let cursor = last.map(|last| last.cursor);

@@ -5,13 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::chat::{ChatRequest, StreamEvent, Usage};
-use crate::client::Client;
-use crate::clock;
-use crate::error::ClientError;
-use crate::resume::ResumingStream;
-use crate::retry::RetryPolicy;
-use crate::stream::ChatStream;
+use glmserve_client::{
+    ChatRequest, ChatStream, Client, ClientError, ResumingStream, RetryPolicy, StreamEvent, Usage, clock,
+};
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,5 +152,21 @@ impl Sample {
     pub(super) fn tpot(&self) -> Option<Duration> {
         let num_later_tokens = u32::try_from(self.usage?.completion_tokens.checked_sub(1)?).ok()?;
         (self.last_content - self.ttft?).checked_div(num_later_tokens)
+    }
+}
+
+/// The requests of a run.
+#[derive(Debug, Default)]
+pub(super) struct Samples {
+    /// Those that warm up.
+    pub(super) first: Vec<Sample>,
+    /// Those that count.
+    pub(super) rest: Vec<Sample>,
+}
+
+impl Samples {
+    /// How many there are.
+    pub(super) fn num_all(&self) -> u64 {
+        (self.first.len() + self.rest.len()) as u64
     }
 }

@@ -13,10 +13,12 @@ use glm_engine::model::manifest::FileEntry;
 use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::{OrtOptions, OrtRunner};
 
-use crate::known_answer;
+use super::Outcome;
+use crate::config::CheckArgs;
 use crate::text::chat_format::{ChatFormat, Message, Role};
 use crate::text::detokenizer::Detokenizer;
 use crate::text::tokenizer::Tokenizer;
+use crate::verify::verify;
 
 /// A larger file tells how far it is, each time this many bytes were read.
 const PROGRESS_BYTES: u64 = 1 << 30;
@@ -29,12 +31,24 @@ const TEXTS: [&str; 5] = [
     "naïve café \u{1F469}\u{200D}\u{1F680}",
 ];
 
+/// Checks a folder and prints what it finds.
+pub(super) fn run(args: &CheckArgs) -> Outcome {
+    // Not eprintln, which panics when nobody takes what it prints.
+    let mut progress = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
+    let options = |kv_cache_bytes| args.runtime.options(kv_cache_bytes);
+    let num_wrong = check(&args.dir, options, &mut std::io::stdout(), &mut progress)?;
+    match num_wrong {
+        0 => Ok(()),
+        _ => Err(format!("{}: {num_wrong} of the checks above failed", args.dir.display()).into()),
+    }
+}
+
 /// Prints a line for each check of the folder `dir`, with `progress` of what takes long; returns how
 /// many failed. `options` says how to run the graph with so many bytes of cache.
 ///
 /// # Errors
 /// `out` takes no more lines.
-pub fn run(
+fn check(
     dir: &Path,
     options: impl FnOnce(usize) -> OrtOptions,
     out: &mut impl Write,
@@ -55,7 +69,7 @@ pub fn run(
         check_tokenizer(&tokenizer, &manifest)?;
         Ok((
             format!(
-                "{} texts come back, {} specials are nobody's text",
+                "{} texts are the same after encoding and decoding, no text is taken for one of the {} special tokens",
                 TEXTS.len(),
                 manifest.chat.special_tokens.len()
             ),
@@ -165,7 +179,7 @@ fn check_known_answer(
     dir: &Path,
     manifest: &Manifest,
 ) -> Result<(String, ()), String> {
-    match known_answer::verify(runner, dir, manifest).map_err(|error| error.to_string())? {
+    match verify(runner, dir, manifest).map_err(|error| error.to_string())? {
         Some(Agreement { error, tolerance }) => {
             Ok((format!("logits are off by {error:.2e} deviations, {tolerance:.2e} is tolerated"), ()))
         }
@@ -193,7 +207,7 @@ mod tests {
             bit_exact: false,
         };
         let mut out = Vec::new();
-        let num_wrong = run(folder.path(), options, &mut out, &mut |_| ()).unwrap();
+        let num_wrong = check(folder.path(), options, &mut out, &mut |_| ()).unwrap();
         (String::from_utf8(out).unwrap().lines().map(str::to_owned).collect(), num_wrong)
     }
 

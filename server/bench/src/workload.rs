@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::chat::{ChatRequest, Message};
+use glmserve_client::{ChatRequest, Message};
 
 /// Short words that most vocabularies hold as one token each, with the space before them.
 const WORDS: [&str; 64] = [

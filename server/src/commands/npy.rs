@@ -8,7 +8,7 @@ use ndarray::ArrayView2;
 ///
 /// # Errors
 /// What the writer says.
-pub fn write(out: &mut impl Write, matrix: ArrayView2<'_, f32>) -> io::Result<()> {
+pub(super) fn write(out: &mut impl Write, matrix: ArrayView2<'_, f32>) -> io::Result<()> {
     let (rows, columns) = matrix.dim();
     let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}");
     // Magic, version and length take 10 bytes; all of it is a multiple of 64 and ends with a newline.

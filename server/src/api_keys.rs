@@ -11,7 +11,7 @@ use std::path::Path;
 use glm_engine::TenantId;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use crate::stream::store::Owner;
+use crate::principal::{Owner, Principal};
 
 /// Largest share of a key.
 const MAX_WEIGHT: u32 = 1000;
@@ -87,8 +87,8 @@ impl ApiKeys {
         self.0.iter().map(|key| key.weight).collect()
     }
 
-    /// Whose a key is, and as which tenant: its place in the file.
-    pub(super) fn find(&self, given: &str) -> Option<(Owner, TenantId)> {
+    /// Who holds a key. Its tenant is its place in the file.
+    pub(crate) fn find(&self, given: &str) -> Option<Principal> {
         let owner = Owner::of(given);
         // No early end: every key is compared.
         let mut found = (Choice::from(0), 0);
@@ -96,7 +96,7 @@ impl ApiKeys {
             let is_it = key.owner.as_bytes().ct_eq(owner.as_bytes());
             found = (found.0 | is_it, u32::conditional_select(&found.1, &tenant, is_it));
         }
-        bool::from(found.0).then_some((owner, TenantId(found.1)))
+        bool::from(found.0).then_some(Principal { owner, tenant: TenantId(found.1) })
     }
 }
 
@@ -142,7 +142,11 @@ mod tests {
         let keys = ApiKeys::parse(text.as_bytes()).unwrap();
         assert_eq!(keys.weights(), [1, 20, 3, 1]);
         for (tenant, key) in (0..).zip(["alpha", "beta", "gamma", "delta#1"]) {
-            assert_eq!(keys.find(key), Some((Owner::of(key), TenantId(tenant))), "{key}");
+            assert_eq!(
+                keys.find(key),
+                Some(Principal { owner: Owner::of(key), tenant: TenantId(tenant) }),
+                "{key}"
+            );
         }
         for key in ["", "alph", "alphaa", "# team a", "gamma\tweight=3", "#x"] {
             assert!(keys.find(key).is_none(), "{key}");

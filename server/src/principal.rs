@@ -1,14 +1,61 @@
-//! Owns the answer to "whose is it" where room is shared out: bytes of bodies, kept replies, replies without a
-//! reader, connections.
+//! Owns who sends a request: the principal that an API key stands for, and the client whose share of memory,
+//! connections and kept replies the request takes.
 //!
-//! Invariant: it decides shares only, never what somebody may read; that is the [`Owner`]'s alone.
+//! Invariant: what somebody may read is decided by the [`Owner`] alone; a [`Client`] decides shares only.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use crate::stream::store::Owner;
+use glm_engine::TenantId;
+use sha2::{Digest, Sha256};
 
 /// Bytes of an IPv6 address that name a network; its owner has all the addresses in it.
 const NETWORK_BYTES: usize = 8;
+/// Bytes of a hash that tell keys apart in a log.
+const NAME_BYTES: usize = 4;
+
+/// Whose a reply is: a hash of the API key, so that logs and replicas never see the key itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner([u8; 32]);
+
+impl Owner {
+    /// Everybody, where no key is asked for.
+    pub const ANYBODY: Self = Self([0; 32]);
+
+    /// Who holds this key.
+    pub fn of(api_key: &str) -> Self {
+        Self(Sha256::digest(api_key).into())
+    }
+
+    /// The hash.
+    pub(crate) fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+/// Who is behind a request. Made once, by the guard in front of `/v1`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Principal {
+    /// Whose replies they are.
+    pub owner: Owner,
+    /// In whose turn the engine serves it: an index into the configured shares, which another key file may change.
+    pub tenant: TenantId,
+}
+
+impl Principal {
+    /// Everybody, where no key is asked for.
+    pub const ANYBODY: Self = Self { owner: Owner::ANYBODY, tenant: TenantId(0) };
+}
+
+/// Its name in logs: the first digits of the key's hash, which stay when lines of the key file move.
+impl fmt::Display for Principal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.owner {
+            Owner::ANYBODY => f.write_str("anybody"),
+            Owner(hash) => hash[..NAME_BYTES].iter().try_for_each(|byte| write!(f, "{byte:02x}")),
+        }
+    }
+}
 
 /// A client as a network sees it: an IPv4 address, or the /64 network of an IPv6 address. All clients behind
 /// one proxy are one peer.

@@ -1,63 +1,21 @@
-//! Owns the load test: closed loops of streams, or an open loop of arrivals, against any OpenAI-compatible
-//! server.
+//! Owns the run of a bench: what is asked, of whom, and when.
 //!
 //! Invariant: the first request of each stream (of arrivals, the first ninth) warms up and is not counted, and
-//! every request after it is, however it ends. Only `clock.rs` reads the time.
+//! every request after it is, however it ends.
 
-mod args;
-mod load;
-mod report;
-mod sample;
-mod server_side;
-mod workload;
-
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use glmserve_client::{Client, ClientConfig, clock};
 use tokio::task::JoinSet;
 
-pub use self::args::BenchArgs;
-use self::load::Load;
-pub use self::report::{BenchReport, RunReport, Spread};
-use self::sample::{Outcome, Sample};
-use self::server_side::Counters;
-use self::workload::{TokenRate, Workload};
-use crate::client::{Client, ClientConfig};
-use crate::clock;
-use crate::error::ClientError;
-
-/// Why a bench could not measure at all; streams that break are in the report instead.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BenchError {
-    /// The server could not be asked for its models.
-    #[error("cannot list the models (name one with --model): {0}")]
-    Models(#[source] ClientError),
-    /// The server lists no model.
-    #[error("the server lists no model")]
-    NoModel,
-    /// The client could not be made.
-    #[error(transparent)]
-    Client(ClientError),
-    /// The first, smallest request did not work.
-    #[error("the first request failed: {0}")]
-    FirstRequest(String),
-    /// The metrics that were asked for cannot be read.
-    #[error("cannot read the metrics: {0}")]
-    Metrics(#[source] ClientError),
-    /// There is no such process here.
-    #[error("process {0} does not tell its memory")]
-    Pid(u32),
-    /// The JSON report cannot be written.
-    #[error("cannot write {path}: {error}")]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// What was wrong.
-        error: std::io::Error,
-    },
-}
+use crate::args::BenchArgs;
+use crate::error::BenchError;
+use crate::load::{Load, WARM_UP_SHARE};
+use crate::report::{BenchReport, RunReport};
+use crate::sample::{Outcome, Sample, Samples};
+use crate::server_side::{self, Counters};
+use crate::workload::{TokenRate, Workload};
 
 /// Runs the bench; says on standard error how far it is.
 ///
@@ -165,21 +123,6 @@ struct Bench {
     resume: bool,
 }
 
-/// The requests of a run.
-#[derive(Debug, Default)]
-struct Samples {
-    /// Those that warm up.
-    first: Vec<Sample>,
-    /// Those that count.
-    rest: Vec<Sample>,
-}
-
-impl Samples {
-    fn num_all(&self) -> u64 {
-        (self.first.len() + self.rest.len()) as u64
-    }
-}
-
 impl Bench {
     /// Runs one load; its prompts are those from `first_index` on.
     async fn run(self: &Arc<Self>, load: Load, first_index: u64) -> Samples {
@@ -221,7 +164,7 @@ impl Bench {
 
     /// A slow server is not waited for: arrivals come at their times.
     async fn run_arrivals(self: &Arc<Self>, rate: f64, num_arrivals: u32, first_index: u64) -> Samples {
-        let num_first = num_arrivals.div_ceil(load::WARM_UP_SHARE);
+        let num_first = num_arrivals.div_ceil(WARM_UP_SHARE);
         let mut requests = JoinSet::new();
         let mut at = clock::now();
         for number in 0..num_first + num_arrivals {
@@ -251,7 +194,7 @@ impl Bench {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{CannedServer, Reply};
+    use glmserve_client::testing::{CannedServer, Reply};
     use std::sync::atomic::{AtomicU32, Ordering};
 
     const GOOD: &str = concat!(

@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::Samples;
-use super::load::Load;
-use super::sample::{Outcome, Sample};
+use crate::load::Load;
+use crate::sample::{Outcome, Sample, Samples};
 
 /// How many different errors are kept in words.
 const MAX_ERRORS: usize = 5;
@@ -269,8 +268,7 @@ impl BenchReport {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chat::Usage;
-    use crate::clock;
+    use glmserve_client::{Usage, clock};
     use std::time::Instant;
 
     /// A request of three tokens that was sent at `started`.

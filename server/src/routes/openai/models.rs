@@ -8,13 +8,13 @@ use crate::json;
 use crate::state::AppState;
 
 /// All names.
-pub(super) async fn list(state: web::Data<AppState>) -> HttpResponse {
+pub(in crate::routes) async fn list(state: web::Data<AppState>) -> HttpResponse {
     let models: Vec<Value> = state.model.names.iter().map(|name| describe(&state, name)).collect();
     json::answer(HttpResponse::Ok(), &json!({"object": "list", "data": models}))
 }
 
 /// One name.
-pub(super) async fn get(
+pub(in crate::routes) async fn get(
     state: web::Data<AppState>,
     name: web::Path<String>,
 ) -> Result<HttpResponse, ApiError> {

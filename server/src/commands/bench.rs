@@ -1,0 +1,15 @@
+//! Owns `glmserve bench`: load on a server, and what it measures.
+
+use glmserve_bench::BenchArgs;
+
+use super::Outcome;
+
+pub(super) fn run(args: BenchArgs) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let report = runtime.block_on(glmserve_bench::run(args))?;
+    println!("{report}");
+    match report.is_clean() {
+        true => Ok(()),
+        false => Err("not every stream came whole; the figures above are of those that did".into()),
+    }
+}
