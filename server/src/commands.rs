@@ -13,13 +13,11 @@ mod serve;
 use crate::config::Command;
 use crate::serve_error::LoadFailure;
 
-type Outcome<T = ()> = Result<T, LoadFailure>;
-
 /// Does what the command line says.
 ///
 /// # Errors
 /// What went wrong, in words for whoever called the command.
-pub fn run(command: Command) -> Outcome {
+pub fn run(command: Command) -> Result<(), LoadFailure> {
     match command {
         Command::Serve(args) => serve::run(*args),
         Command::Check(args) => check::run(&args),

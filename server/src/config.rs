@@ -6,7 +6,9 @@
 mod documentation;
 mod environment;
 mod http;
+mod http_options;
 mod scheduling;
+mod values;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -20,10 +22,9 @@ use glmserve_client::terminal::ChatArgs;
 
 pub use self::http::{ConnectionArgs, StreamArgs};
 pub use self::scheduling::SchedulingArgs;
+use self::values::{MIB, port, up_to};
 use crate::memory_budget::MemoryNeed;
 use crate::origin::AllowedOrigins;
-
-const MIB: usize = 1 << 20;
 
 /// A streaming, OpenAI-compatible server for ChatGLM3 and its family.
 #[derive(Debug, Parser)]
@@ -242,24 +243,6 @@ impl RuntimeArgs {
             bit_exact: self.bit_exact,
         }
     }
-}
-
-fn up_to<const MAX: usize>(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number) if (1..=MAX).contains(&number) => Ok(number),
-        _ => Err(format!("must be a whole number from 1 to {MAX}")),
-    }
-}
-
-fn port(text: &str) -> Result<u16, String> {
-    if text.starts_with("tcp://") {
-        return Err(
-            "Kubernetes puts this into GLMSERVE_PORT for a Service named glmserve: set `enableServiceLinks: false` \
-             in the pod, give the Service another name, or pass --port"
-                .into(),
-        );
-    }
-    text.parse().map_err(|_| "must be a number from 0 to 65535".into())
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 
 use glmserve_bench::BenchArgs;
 
-use super::Outcome;
+use crate::serve_error::LoadFailure;
 
-pub(super) fn run(args: BenchArgs) -> Outcome {
+pub(super) fn run(args: BenchArgs) -> Result<(), LoadFailure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(glmserve_bench::run(args))?;
     println!("{report}");

@@ -2,9 +2,9 @@
 
 use glmserve_client::terminal::{self, ChatArgs};
 
-use super::Outcome;
+use crate::serve_error::LoadFailure;
 
-pub(super) fn run(args: ChatArgs) -> Outcome {
+pub(super) fn run(args: ChatArgs) -> Result<(), LoadFailure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(terminal::run(args))?)
 }

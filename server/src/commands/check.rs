@@ -13,8 +13,8 @@ use glm_engine::model::manifest::FileEntry;
 use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::{OrtOptions, OrtRunner};
 
-use super::Outcome;
 use crate::config::CheckArgs;
+use crate::serve_error::LoadFailure;
 use crate::text::chat_format::{ChatFormat, Message, Role};
 use crate::text::detokenizer::Detokenizer;
 use crate::text::tokenizer::Tokenizer;
@@ -32,7 +32,7 @@ const TEXTS: [&str; 5] = [
 ];
 
 /// Checks a folder and prints what it finds.
-pub(super) fn run(args: &CheckArgs) -> Outcome {
+pub(super) fn run(args: &CheckArgs) -> Result<(), LoadFailure> {
     // Not eprintln, which panics when nobody takes what it prints.
     let mut progress = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
     let options = |kv_cache_bytes| args.runtime.options(kv_cache_bytes);

@@ -4,14 +4,14 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
-use super::Outcome;
 use crate::config::LogFormat;
+use crate::serve_error::LoadFailure;
 
 /// Starts it.
 ///
 /// # Errors
 /// `RUST_LOG` can not be read.
-pub(super) fn start(format: LogFormat) -> Outcome {
+pub(super) fn start(format: LogFormat) -> Result<(), LoadFailure> {
     let log = tracing_subscriber::fmt()
         .with_env_filter(log_filter()?)
         .with_ansi(std::io::stderr().is_terminal())
@@ -26,7 +26,7 @@ pub(super) fn start(format: LogFormat) -> Outcome {
 }
 
 /// What RUST_LOG says, or the default where it is unset or empty.
-fn log_filter() -> Outcome<EnvFilter> {
+fn log_filter() -> Result<EnvFilter, LoadFailure> {
     let text = std::env::var_os("RUST_LOG").unwrap_or_default();
     let text = text.to_str().ok_or("RUST_LOG is not UTF-8 text")?;
     let text = if text.is_empty() { "info,ort=warn,actix_server=warn" } else { text };

@@ -6,10 +6,11 @@ use std::io::{BufWriter, Write};
 use glm_engine::Manifest;
 use glm_engine::runner::ort::OrtRunner;
 
-use super::{Outcome, npy};
+use super::npy;
 use crate::config::LogitsArgs;
+use crate::serve_error::LoadFailure;
 
-pub(super) fn run(args: &LogitsArgs) -> Outcome {
+pub(super) fn run(args: &LogitsArgs) -> Result<(), LoadFailure> {
     let manifest = Manifest::load(&args.model.model)?;
     let kv_cache_bytes = args.model.kv_cache_bytes(&manifest)?;
     // Before the model, which may take minutes.

@@ -12,7 +12,7 @@ use glm_engine::runner::ModelRunner;
 use glm_engine::runner::ort::OrtRunner;
 use glm_engine::{EngineConfig, EngineThread, Manifest, RunError};
 
-use super::{Outcome, log};
+use super::log;
 use crate::api_keys::ApiKeys;
 use crate::config::ServeArgs;
 use crate::engine_failure::ENGINE_FAILED_EXIT_CODE;
@@ -24,7 +24,7 @@ use crate::served_model::ServedModel;
 use crate::shutdown;
 use crate::verify::{VerifyError, verify};
 
-pub(super) fn run(args: ServeArgs) -> Outcome {
+pub(super) fn run(args: ServeArgs) -> Result<(), LoadFailure> {
     log::start(args.log_format)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut thread = None;
@@ -73,7 +73,7 @@ struct Prepared {
 }
 
 /// Does what is quick, so that a mistake in the configuration is told at once, and binds the port.
-fn prepare(args: &ServeArgs) -> Outcome<Prepared> {
+fn prepare(args: &ServeArgs) -> Result<Prepared, LoadFailure> {
     let keys = args.api_key_file.as_ref().map(|path| {
         ApiKeys::load(path)
             .map_err(|error| format!("cannot use the API key file {}: {error}", path.display()))
@@ -99,7 +99,7 @@ fn load(
     config: EngineConfig,
     kv_cache_bytes: usize,
     metrics: Arc<Metrics>,
-) -> Outcome<(Loaded, EngineThread)> {
+) -> Result<(Loaded, EngineThread), LoadFailure> {
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
     if !model.chat.has_chat() {
         tracing::warn!("this is a base model without a chat format: chat completions are refused");

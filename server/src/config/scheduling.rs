@@ -6,7 +6,7 @@ use clap::Args;
 use glm_engine::model::manifest::Provider;
 use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 
-use super::up_to;
+use super::values::up_to;
 use crate::api_keys::ApiKeys;
 
 /// Who is computed when.

@@ -3,9 +3,10 @@
 //! Invariant: a body holds memory only for what has arrived, until it is dropped after its conversion; what
 //! it announces holds nothing.
 
+mod buffer;
 mod coding;
+mod decoder;
 
-use std::io::{self, Write};
 use std::time::Duration;
 
 use actix_web::http::header;
@@ -13,8 +14,10 @@ use actix_web::{HttpRequest, web};
 use futures_util::StreamExt;
 use tokio::time::Instant;
 
-use self::coding::{Coding, Decoder};
-use crate::body_memory::{BodyRefused, BodyShare, FREE_BYTES};
+use self::buffer::Buffer;
+use self::coding::Coding;
+use self::decoder::Decoder;
+use crate::body_memory::BodyShare;
 use crate::error::ApiError;
 use crate::principal::Client;
 use crate::state::AppState;
@@ -89,7 +92,7 @@ impl Body {
                 }
             }
         }
-        decoder.finish()?.complete()
+        Self::of(decoder.finish()?)
     }
 
     /// Bytes that it takes.
@@ -98,78 +101,23 @@ impl Body {
     }
 }
 
-impl std::ops::Deref for Body {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.bytes[self.num_mark_bytes..]
-    }
-}
-
-/// A body that is arriving.
-#[derive(Debug)]
-struct Buffer {
-    bytes: Vec<u8>,
-    share: BodyShare,
-    coding: Coding,
-    /// Most bytes that it may have.
-    limit: usize,
-    /// Most bytes that it can have by its headers.
-    expected: usize,
-}
-
-impl Buffer {
-    /// Takes the memory for the decoder, before there is one.
-    fn reserve_decoder(&mut self) -> Result<(), ApiError> {
-        self.share.grow(self.coding.decoder_bytes(0), Instant::now()).map_err(refused)
-    }
-
-    fn extend(&mut self, bytes: &[u8]) -> Result<(), ApiError> {
-        let len = self.bytes.len() + bytes.len();
-        if len > self.limit {
-            return Err(ApiError::body_too_large(self.limit));
-        }
-        if len > self.bytes.capacity() {
-            // Little above what is there; a body that stays free is not made larger than that.
-            let capacity = match len {
-                ..=FREE_BYTES => len.next_power_of_two(),
-                _ => len + len / 4,
-            };
-            let capacity = capacity.min(self.expected).max(len);
-            self.share.grow(capacity + self.coding.decoder_bytes(len), Instant::now()).map_err(refused)?;
-            self.bytes.reserve_exact(capacity - self.bytes.len());
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(())
-    }
-
-    fn complete(self) -> Result<Body, ApiError> {
-        self.share.complete().map_err(refused)?;
-        let num_mark_bytes = match self.bytes.as_slice() {
+impl Body {
+    fn of(buffer: Buffer) -> Result<Self, ApiError> {
+        let (bytes, share) = buffer.complete()?;
+        let num_mark_bytes = match bytes.as_slice() {
             [0xEF, 0xBB, 0xBF, ..] => 3,
             // A mark of UTF-16, or JSON's first character, which is ASCII, in two or four bytes.
             [0xFF, 0xFE, ..] | [0xFE, 0xFF, ..] | [0, _, ..] | [_, 0, ..] => return Err(ApiError::not_utf8()),
             _ => 0,
         };
-        Ok(Body { bytes: self.bytes, num_mark_bytes, _share: self.share })
+        Ok(Self { bytes, num_mark_bytes, _share: share })
     }
 }
 
-/// For decoders, which hand an error through as it is.
-impl Write for Buffer {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.extend(bytes).map_err(io::Error::other)?;
-        Ok(bytes.len())
-    }
+impl std::ops::Deref for Body {
+    type Target = [u8];
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn refused(refused: BodyRefused) -> ApiError {
-    match refused {
-        BodyRefused::NoRoom => ApiError::too_many_bodies(),
-        BodyRefused::Cut => ApiError::body_too_slow(),
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.num_mark_bytes..]
     }
 }

@@ -5,6 +5,7 @@
 //! starts, and a role not before what follows it; a reader whose own time limits pass ends alone; the
 //! writer knows at once how many readers there are. Must not know HTTP, JSON or the engine's channel.
 
+mod log;
 mod reader;
 
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::log::{Log, Shared};
 pub use self::reader::{LogReader, LoggedEvent};
 use super::event::{Event, StreamError};
 use super::time_limits::Milestones;
@@ -23,40 +25,6 @@ pub struct LogLimits {
     pub max_events: usize,
     /// Most bytes of text.
     pub max_bytes: usize,
-}
-
-#[derive(Debug, Default)]
-struct Log {
-    events: Vec<(Instant, Event)>,
-    num_bytes: usize,
-    milestones: Milestones,
-}
-
-impl Log {
-    fn push(&mut self, event: Event) {
-        self.events.push((Instant::now(), event));
-    }
-
-    fn terminal(&self) -> Option<&Event> {
-        self.events.last().map(|(_, event)| event).filter(|event| event.is_terminal())
-    }
-
-    /// The first event that a client can't foresee.
-    fn opening(&self) -> Option<&Event> {
-        self.events.iter().map(|(_, event)| event).find(|event| **event != Event::Role)
-    }
-
-    /// What readers may have. A role alone says nothing, and whoever times the first chunk would take it
-    /// for the first token.
-    fn readable(&self) -> &[(Instant, Event)] {
-        if self.opening().is_some() { &self.events } else { &[] }
-    }
-}
-
-#[derive(Debug)]
-struct Shared {
-    log: watch::Sender<Log>,
-    num_readers: watch::Sender<usize>,
 }
 
 /// The writing end; there is one.

@@ -21,6 +21,8 @@ OPAQUE = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+# What may see an item is no use of it.
+VISIBILITY = re.compile(r"\bpub\s*\(\s*in\s[^)]*\)")
 TEST = re.compile(r"#\[cfg\((?:test|all\(test\b[^\]]*)\)\]")
 USE = re.compile(r"(?<![\w$])(pub(?:\s*\([^)]*\))?\s+)?use\s+([\w:{}*,\s]+);")
 MOD = re.compile(r"(?<![\w$])mod\s+(\w+)\s*;")
@@ -55,6 +57,7 @@ def end_of_item(code: str, start: int) -> int:
 def product_code(text: str) -> str:
     """The text without comments, strings and what is compiled for tests only."""
     code = OPAQUE.sub(lambda found: blank(found[0]), text)
+    code = VISIBILITY.sub(lambda found: "pub(crate)" + blank(found[0])[len("pub(crate)") :], code)
     while found := TEST.search(code):
         start = found.end()
         while attribute := re.match(r"\s*#\[", code[start:]):

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{Log, Shared};
+use super::log::{Log, Shared};
 use crate::stream::event::{Event, StreamError};
 use crate::stream::time_limits::TimeLimits;
 
