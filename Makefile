@@ -76,6 +76,7 @@ test: .venv/test.stamp .tools/stamp .tools/node/stamp build model ## set up ever
 # ruff's settings: .ruff.toml, and export/pyproject.toml for the package.
 lint: ## formatting, lints and the build of the documentation, warnings are errors
 	cargo fmt --all --check
+	PYTHONPATH=tests/tools .venv/bin/python -m layers
 	cargo clippy --release --locked --quiet --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" \
 	  cargo doc --release --locked --quiet --workspace --no-deps --document-private-items
