@@ -89,9 +89,9 @@ deny: ## licences and sources of the dependencies (needs `cargo install --locked
 # The real tokenizer is the model's, not ours to ship: tests that need it skip with a word without it.
 CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 
-.models/chatglm3-tokenizer.json: $(CHATGLM3_TOKENIZER) export/glm_export/tokenizer.py
+.models/chatglm3-tokenizer.json: $(CHATGLM3_TOKENIZER) export/glm_export/read/tokenizer.py
 	mkdir -p $(@D)
-	.venv/bin/python -c 'import sys; from glm_export import tokenizer; from pathlib import Path; \
+	.venv/bin/python -c 'import sys; from glm_export.read import tokenizer; from pathlib import Path; \
 	  tokenizer.from_sentencepiece(Path(sys.argv[1])).save(sys.argv[2])' $< $@
 
 # The operators run once more in ONNX Runtime at each lesser instruction set.

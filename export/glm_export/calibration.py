@@ -19,15 +19,16 @@ from onnx import NodeProto, TensorProto, helper
 from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 
-from glm_export import graph, interpreter, weights
-from glm_export.checkpoint import Source
-from glm_export.config import Config
 from glm_export.error import ExportError
-from glm_export.initializers import Weights, place
-from glm_export.packing import Packing
-from glm_export.quality import PREFIX
-from glm_export.rounding import Moments, compensated
-from glm_export.tokenizer import TOKENIZER_FILE
+from glm_export.graph import interpreter, onnx_graph
+from glm_export.graph.initializers import Weights, place
+from glm_export.graph.packing import Packing
+from glm_export.quantise.rounding import Moments, compensated
+from glm_export.read import weights
+from glm_export.read.checkpoint import Source
+from glm_export.read.config import Config
+from glm_export.read.tokenizer import TOKENIZER_FILE
+from glm_export.verify.quality import PREFIX
 
 # Not the text that quality is measured on.
 TEXT = Path(__file__).with_name("calibration.txt")
@@ -71,14 +72,14 @@ def refine(
     config: Config, checkpoint: Mapping[str, Source], sequences: list[list[int]], folder: Path
 ) -> None:
     """Rewrites the 4-bit weights of the engine's products in a folder that holds the graph."""
-    written = onnx.load(folder / graph.GRAPH_FILE, load_external_data=False).graph
+    written = onnx.load(folder / onnx_graph.GRAPH_FILE, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in written.initializer}
     sources = _sources(config)
     steps = interpreter.walk(
         written,
         Weights.of_folder(folder, written.initializer),
         sequences,
-        graph.NAMES,
+        onnx_graph.NAMES,
         [False] * len(sequences),
         "calibration",
     )
@@ -96,7 +97,7 @@ def refine(
                         f"--calibrate: what enters {name} is not finite, or its squares are not"
                     )
                 _round(pool, node, checkpoint[sources[name]], entering, folder, tensors[node.input[1]])
-            if graph.NAMES["logits"] in node.output:
+            if onnx_graph.NAMES["logits"] in node.output:
                 # Nobody reads them, and they are the largest values of all.
                 break
 

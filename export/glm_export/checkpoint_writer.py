@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from glm_export.config import OVERRIDES_FILE
+from glm_export.read.config import OVERRIDES_FILE
 
 # What every member of the family says, beside its sizes.
 FAMILY_CONFIG = {

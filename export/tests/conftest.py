@@ -2,7 +2,7 @@
 
 import pytest
 
-from glm_export import tiny
+from glm_export.dev import tiny
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,10 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from glm_export import config, manifest, target, tiny
 from glm_export.cli import export
+from glm_export.dev import tiny
+from glm_export.graph import manifest, target
+from glm_export.read import config
 
 SCALES = "scales.json"
 GRAPHS = {

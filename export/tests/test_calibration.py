@@ -7,9 +7,11 @@ import shutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from glm_export import calibration, cli, config, quality
+from glm_export import calibration, cli
 from glm_export.error import ExportError
-from glm_export.graph import DATA_FILE, GRAPH_FILE
+from glm_export.graph.onnx_graph import DATA_FILE, GRAPH_FILE
+from glm_export.read import config
+from glm_export.verify import quality
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,10 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from glm_export import check, cli, config
+from glm_export import cli
 from glm_export.error import ExportError
+from glm_export.read import config
+from glm_export.verify import check
 
 STAND_IN = """#!{python}
 import sys

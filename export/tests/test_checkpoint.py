@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from glm_export.checkpoint import Checkpoint, require
 from glm_export.error import ExportError
+from glm_export.read.checkpoint import Checkpoint, require
 
 GENERATOR = np.random.default_rng(0)
 TENSORS = {
@@ -247,7 +247,7 @@ def test_require_is_strict(tmp_path, shapes, message):
 
 
 def test_inv_freq_is_ignored(tmp_path, tiny_checkpoint):
-    from glm_export import config, weights
+    from glm_export.read import config, weights
 
     settings = config.load(tiny_checkpoint)
     tensors = load_file(tiny_checkpoint / "model.safetensors")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from glm_export import config
 from glm_export.error import ExportError
-from glm_export.family import GLM4_SPECIALS
+from glm_export.models.family import GLM4_SPECIALS
+from glm_export.read import config
 
 CHATGLM3_6B = {
     "_name_or_path": "THUDM/chatglm3-6b",

@@ -12,11 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_config import CHATGLM3_6B
 
-from glm_export import cli, config, manifest, tiny
-from glm_export.checkpoint import Checkpoint
+from glm_export import cli
+from glm_export.dev import tiny
 from glm_export.error import ExportError
-from glm_export.external_data import ALIGNMENT
-from glm_export.target import Target
+from glm_export.graph import manifest
+from glm_export.graph.external_data import ALIGNMENT
+from glm_export.graph.target import Target
+from glm_export.read import config
+from glm_export.read.checkpoint import Checkpoint
 
 GEOMETRY = [
     *("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "rotary_dim"),

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from glm_export import full_size, tiny
-from glm_export.checkpoint import Checkpoint
+from glm_export.dev import full_size, tiny
+from glm_export.read.checkpoint import Checkpoint
 
 SMALL = tiny.Shape(seq_length=128, padded_vocab_size=2048)
 # 24 million weights a layer, the largest 8 million: 17 MB as they lie in the file.

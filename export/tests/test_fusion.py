@@ -8,9 +8,10 @@ import onnx
 import pytest
 from onnx import helper
 
-from glm_export import cli, fusion, interpreter
-from glm_export.graph import GRAPH_FILE
-from glm_export.manifest import MANIFEST_FILE
+from glm_export import cli
+from glm_export.graph import fusion, interpreter
+from glm_export.graph.manifest import MANIFEST_FILE
+from glm_export.graph.onnx_graph import GRAPH_FILE
 
 IDS = [5, 17, 3, 99, 42]
 

@@ -10,11 +10,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from glm_export import cli, interpreter, known_answer, tiny
+from glm_export import cli
+from glm_export.dev import tiny
 from glm_export.error import ExportError
-from glm_export.family import CHATGLM3_SPECIALS
-from glm_export.graph import GRAPH_FILE, MICROSOFT, NAMES
-from glm_export.quantize import Scheme
+from glm_export.graph import interpreter
+from glm_export.graph.onnx_graph import GRAPH_FILE, MICROSOFT, NAMES
+from glm_export.models.family import CHATGLM3_SPECIALS
+from glm_export.quantise.quantize import Scheme
+from glm_export.verify import known_answer
 from paged_session import Batch, PagedSession
 
 PRECISIONS = ("fp32", "int8", "int4")

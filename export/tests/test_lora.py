@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from glm_export import cli, config, weights
+from glm_export import cli
 from glm_export.error import ExportError
+from glm_export.read import config, weights
 
 RANK = 4
 LAYER = "transformer.encoder.layers.1."

@@ -11,11 +11,12 @@ import pytest
 from onnx import helper
 from safetensors.numpy import load_file
 
-from glm_export import cli, fusion, interpreter
+from glm_export import cli
 from glm_export.error import ExportError
-from glm_export.fusion import OWN
-from glm_export.graph import GRAPH_FILE
-from glm_export.packing import Packing, pack
+from glm_export.graph import fusion, interpreter
+from glm_export.graph.fusion import OWN
+from glm_export.graph.onnx_graph import GRAPH_FILE
+from glm_export.graph.packing import Packing, pack
 
 GOLDEN = Path(__file__).parent / "golden" / "packing.json"
 CASES = [

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from glm_export import check, config, family, graph, tiny, weights
 from glm_export.cli import DEFAULT_QUANT_BLOCK_SIZE, PRECISIONS, export
+from glm_export.dev import tiny
 from glm_export.error import ExportError
-from glm_export.quantize import Scheme
+from glm_export.graph import onnx_graph
+from glm_export.models import family
+from glm_export.quantise.quantize import Scheme
+from glm_export.read import config, weights
+from glm_export.verify import check
 from paged_session import Batch, PagedSession
 
 BLOCK_SIZE = 16
@@ -154,7 +158,7 @@ def test_transformers_reads_native_folders_alike(tmp_path, name):
 
 def test_positions_of_chatglm2_32k_are_divided(tmp_path):
     tiny.write(tmp_path / "checkpoint", member="chatglm2-6b-32k")
-    cos, sin = graph.rotary_tables(config.load(tmp_path / "checkpoint"))
+    cos, sin = onnx_graph.rotary_tables(config.load(tmp_path / "checkpoint"))
     # The authors' line: seq_idx = arange(seq_len) / rope_ratio, with the base as it was.
     angles = np.outer(np.arange(512) / 16, 1 / 10_000 ** (np.arange(0, 8, 2) / 8))
     np.testing.assert_allclose(cos, np.cos(angles), atol=1e-5)

@@ -9,10 +9,11 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from glm_export import cli, interpreter
+from glm_export import cli
 from glm_export.error import ExportError
-from glm_export.graph import GRAPH_FILE, NAMES
-from glm_export.quantize import Scheme
+from glm_export.graph import interpreter
+from glm_export.graph.onnx_graph import GRAPH_FILE, NAMES
+from glm_export.quantise.quantize import Scheme
 from paged_session import Batch, PagedSession
 
 LAYER = "transformer.encoder.layers.0."

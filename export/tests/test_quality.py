@@ -5,9 +5,11 @@ import onnx
 import pytest
 from test_prequantised import CASES, altered
 
-from glm_export import cli, quality, tiny
+from glm_export import cli
+from glm_export.dev import tiny
 from glm_export.error import ExportError
-from glm_export.graph import GRAPH_FILE
+from glm_export.graph.onnx_graph import GRAPH_FILE
+from glm_export.verify import quality
 from paged_session import Batch, PagedSession
 
 BLOCK_SIZE = 32

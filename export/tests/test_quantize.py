@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from glm_export.error import ExportError
-from glm_export.quantize import Scheme, search
+from glm_export.quantise.quantize import Scheme, search
 
 SCHEMES = [Scheme(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128)]
 

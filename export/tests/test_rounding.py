@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from glm_export import rounding
 from glm_export.error import ExportError
-from glm_export.rounding import Moments, compensated, nearest
+from glm_export.quantise import rounding
+from glm_export.quantise.rounding import Moments, compensated, nearest
 
 BLOCK_SIZES = (32, 64, 128, 256)
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from glm_export import cli, tiny
+from glm_export import cli
+from glm_export.dev import tiny
 from glm_export.error import ExportError
 from paged_session import Batch, PagedSession
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from glm_export import config, tiny, tiny_tokenizer, tokenizer
+from glm_export.dev import tiny, tiny_tokenizer
 from glm_export.error import ExportError
-from glm_export.family import (
+from glm_export.models.family import (
     CHATGLM3,
     CHATGLM3_SPECIALS,
     GLM4_SPECIALS,
@@ -20,6 +20,7 @@ from glm_export.family import (
     TokenizerSource,
     numbered,
 )
+from glm_export.read import config, tokenizer
 
 SHARED = Path(os.environ.get("GLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 IDS = CHATGLM3.special_tokens

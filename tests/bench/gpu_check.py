@@ -19,9 +19,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from glm_export import check, cli, full_size, manifest, tiny
+from glm_export import cli
+from glm_export.dev import full_size, tiny
 from glm_export.error import ExportError
-from glm_export.known_answer import KNOWN_ANSWER_FILE
+from glm_export.graph import manifest
+from glm_export.verify import check
+from glm_export.verify.known_answer import KNOWN_ANSWER_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_SECONDS = 470

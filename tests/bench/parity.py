@@ -11,8 +11,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from glm_export import check, tiny
 from glm_export.cli import export
+from glm_export.dev import tiny
+from glm_export.verify import check
 
 PRECISIONS = ("fp32", "int8", "int4")
 

@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from glm_export import calibration, cli, default_model, quality, tiny
+from glm_export import calibration, cli, default_model
+from glm_export.dev import tiny
+from glm_export.verify import quality
 
 # The engine's product has one zero point for all blocks, ONNX Runtime's one for each of 4 bits. The last word
 # tells `--calibrate`.

@@ -103,7 +103,7 @@ def tiny_model(tmp_path_factory) -> Path:
     """A tiny random ChatGLM3 checkpoint, exported: real code, meaningless text, fast."""
     folder = tmp_path_factory.mktemp("tiny")
     run = [sys.executable, "-m"]
-    subprocess.run([*run, "glm_export.tiny", folder / "checkpoint"], check=True)
+    subprocess.run([*run, "glm_export.dev.tiny", folder / "checkpoint"], check=True)
     export = [
         Path(sys.executable).with_name("glm-export"),
         folder / "checkpoint",

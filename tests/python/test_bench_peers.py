@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import ROOT
-from glm_export import tiny
+from glm_export.dev import tiny
 
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 

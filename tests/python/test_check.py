@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 from conftest import DEFAULT_MODEL, GLMSERVE
-from glm_export import manifest as exported_manifest
+from glm_export.graph import manifest as exported_manifest
 
 
 def check(folder):
@@ -59,7 +59,7 @@ def sign(folder, name):
 def models(tmp_path_factory):
     """The tiny checkpoint at each precision; another module's may be of one only."""
     folder = tmp_path_factory.mktemp("check")
-    subprocess.run([sys.executable, "-m", "glm_export.tiny", folder / "checkpoint"], check=True)
+    subprocess.run([sys.executable, "-m", "glm_export.dev.tiny", folder / "checkpoint"], check=True)
     for precision in ("fp32", "int8", "int4"):
         export = [
             Path(sys.executable).with_name("glm-export"),

@@ -30,7 +30,7 @@ def model(request, tmp_path_factory) -> Path:
     _, head_dim, *scheme = RANDOM[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     sizes = ["--head-dim", head_dim, "--hidden-size", "512", "--ffn-size", "1024", "--num-layers", "3"]
-    subprocess.run([sys.executable, "-m", "glm_export.tiny", folder / "checkpoint", *sizes], check=True)
+    subprocess.run([sys.executable, "-m", "glm_export.dev.tiny", folder / "checkpoint", *sizes], check=True)
     export = [Path(sys.executable).with_name("glm-export"), folder / "checkpoint", folder / "model"]
     subprocess.run([*export, "--precision", request.param, *scheme], check=True)
     return folder / "model"

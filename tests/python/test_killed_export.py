@@ -10,7 +10,8 @@ import time
 
 import pytest
 from conftest import GLMSERVE
-from glm_export import cli, tiny
+from glm_export import cli
+from glm_export.dev import tiny
 
 NUM_KILLS = 20
 # Imports take longer than the export, and a kill among them would prove nothing.

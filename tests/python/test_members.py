@@ -7,8 +7,8 @@ import urllib.request
 
 import pytest
 from conftest import GLMSERVE
-from glm_export import tiny
 from glm_export.cli import export
+from glm_export.dev import tiny
 from tokenizers import Tokenizer
 
 TEXTS = (

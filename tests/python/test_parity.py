@@ -11,7 +11,7 @@ from conftest import GLMSERVE
 # What the engine sees differ: rotation of half a head, of divided positions, of whole heads; no bias.
 @pytest.mark.parametrize("member", ["chatglm3-6b", "chatglm2-6b-32k", "glm-4-9b-chat", "glm-edge-4b-chat"])
 def test_logits_equal_transformers(tmp_path, member):
-    tiny = [sys.executable, "-m", "glm_export.tiny", tmp_path / "checkpoint", "--seed", "1"]
+    tiny = [sys.executable, "-m", "glm_export.dev.tiny", tmp_path / "checkpoint", "--seed", "1"]
     subprocess.run([*tiny, "--member", member], check=True)
     export = [
         Path(sys.executable).with_name("glm-export"),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from glm_export import weights
-from glm_export.checkpoint import Checkpoint
 from glm_export.default_model import PACKAGE
+from glm_export.read import weights
+from glm_export.read.checkpoint import Checkpoint
 
 from . import vocabulary
 from .models import Model

@@ -13,7 +13,7 @@ import glm_export
 import numpy as np
 import onnx
 import onnxruntime
-from glm_export import fusion
+from glm_export.graph import fusion
 
 from .contender import Contender, Grid, Settings
 from .models import Model

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from glm_export import config, tiny, weights
-from glm_export.checkpoint import Checkpoint
-from glm_export.config import OVERRIDES_FILE
-from glm_export.family import CHATGLM3_SPECIALS
+from glm_export.dev import tiny
+from glm_export.models.family import CHATGLM3_SPECIALS
+from glm_export.read import config, weights
+from glm_export.read.checkpoint import Checkpoint
+from glm_export.read.config import OVERRIDES_FILE
 
 from . import vocabulary
 from .paths import BIN, ROOT, WORK
@@ -24,7 +25,7 @@ SEED = 7
 # tiny.py keeps variances: logits of variance 1 make nearly every token as likely as the next. With this the
 # entropy is about that of a language model.
 HEAD_SCALE = 4.0
-TEXT = ROOT / "export" / "glm_export" / "quality.txt"
+TEXT = ROOT / "export" / "glm_export" / "verify" / "quality.txt"
 RANDOM = {
     "m": tiny.Shape(24, 1024, 8, 2, 128, 3072, seq_length=4096, padded_vocab_size=65_024),
     # ChatGLM3-6B's own; making it takes 50 GB of memory.

@@ -9,7 +9,7 @@ import re
 from itertools import product
 from string import ascii_lowercase
 
-from glm_export.tokenizer import from_byte_level
+from glm_export.read.tokenizer import from_byte_level
 from tokenizers import Tokenizer, pre_tokenizers
 
 from .paths import WORDS

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from glm_export import checkpoint_writer, weights
-from glm_export.checkpoint import Checkpoint
+from glm_export import checkpoint_writer
+from glm_export.read import weights
+from glm_export.read.checkpoint import Checkpoint
 
 from .gguf_file import CHAT_TEMPLATE
 from .models import Model

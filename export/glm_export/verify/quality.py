@@ -16,12 +16,13 @@ import onnx
 from onnx import GraphProto, NodeProto
 from tokenizers import Tokenizer
 
-from glm_export import config, fusion, graph, interpreter, weights
 from glm_export.error import ExportError
-from glm_export.initializers import Weights
-from glm_export.manifest import MANIFEST_FILE
-from glm_export.product_weights import ReadRows, weight_rows
-from glm_export.target import Target
+from glm_export.graph import fusion, interpreter, onnx_graph
+from glm_export.graph.initializers import Weights
+from glm_export.graph.manifest import MANIFEST_FILE
+from glm_export.graph.product_weights import ReadRows, weight_rows
+from glm_export.graph.target import Target
+from glm_export.read import config, weights
 
 TEXT = Path(__file__).with_name("quality.txt")
 # Tokens of the text that are read at most.
@@ -66,16 +67,16 @@ class Reference:
         content = _manifest(exported)
         settings = config.load(checkpoint, content["geometry"]["max_model_len"])
         tensors = weights.open_checkpoint(settings, checkpoint, adapter)
-        self.graph, data = graph.build(settings, tensors, None, Target("fp32"))
+        self.graph, data = onnx_graph.build(settings, tensors, None, Target("fp32"))
         self.weights = Weights(self.graph.initializer, data.rows)
         self.ids = token_ids(exported, content)
-        (logits,) = interpreter.run(self.graph, self.weights, self.ids, graph.NAMES, [False], "float32")
+        (logits,) = interpreter.run(self.graph, self.weights, self.ids, onnx_graph.NAMES, [False], "float32")
         self.vocab_size = settings.geometry.vocab_size
         self.expected = _log_softmax(logits[:-1, : self.vocab_size])
 
     def compare(self, exported: Path) -> Quality:
         """What an export of the checkpoint makes of the same text."""
-        written = onnx.load(exported / graph.GRAPH_FILE, load_external_data=False).graph
+        written = onnx.load(exported / onnx_graph.GRAPH_FILE, load_external_data=False).graph
         written_weights = Weights.of_folder(exported, written.initializer)
         names = _manifest(exported)["graph"]["names"]
         (rounded,) = interpreter.run(written, written_weights, self.ids, names, [True], "export")

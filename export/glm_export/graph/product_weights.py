@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, helper
 
-from glm_export.initializers import Weights
+from glm_export.graph.initializers import Weights
 
 # Gives rows of a product's weight in float64: from the first, so many.
 ReadRows = Callable[[int, int], np.ndarray]

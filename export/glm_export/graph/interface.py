@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper
 
-from glm_export.config import Geometry
-from glm_export.target import KV_CACHES, Target
+from glm_export.graph.target import KV_CACHES, Target
+from glm_export.read.config import Geometry
 
 # Candidates a row leaves the graph with. A nucleus is seldom wider; where it is, the engine asks for the row.
 TOP_K = 64

@@ -15,10 +15,11 @@ from statistics import NormalDist
 
 import numpy as np
 
-from glm_export import config, shards, tiny, weights
-from glm_export.config import OVERRIDES_FILE
+from glm_export.dev import shards, tiny
 from glm_export.error import ExportError
 from glm_export.output_folder import output_folder, require_space
+from glm_export.read import config, weights
+from glm_export.read.config import OVERRIDES_FILE
 
 NUM_SHARDS = 7
 NAME = "chatglm3-6b-random"
@@ -78,9 +79,10 @@ def _normal_quantiles() -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `python -m glm_export.full_size`."""
+    """Entry point of `python -m glm_export.dev.full_size`."""
     parser = argparse.ArgumentParser(
-        prog="glm_export.full_size", description="Write a random checkpoint of ChatGLM3-6B's size (12.5 GB)."
+        prog="glm_export.dev.full_size",
+        description="Write a random checkpoint of ChatGLM3-6B's size (12.5 GB).",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--format", choices=shards.FORMATS, default="safetensors", help="(%(default)s)")

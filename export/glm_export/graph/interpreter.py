@@ -19,10 +19,11 @@ import onnx
 from onnx import GraphProto, NodeProto, helper
 from threadpoolctl import threadpool_limits
 
-from glm_export import fusion, product_weights, progress
+from glm_export import progress
 from glm_export.error import ExportError
-from glm_export.initializers import Weights
-from glm_export.product_weights import ReadRows
+from glm_export.graph import fusion, product_weights
+from glm_export.graph.initializers import Weights
+from glm_export.graph.product_weights import ReadRows
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm_export import config, weights
-from glm_export.config import Config
 from glm_export.error import ExportError
+from glm_export.read import config, weights
+from glm_export.read.config import Config
 
 if TYPE_CHECKING:
     from transformers import GlmForCausalLM

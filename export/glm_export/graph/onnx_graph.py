@@ -15,18 +15,20 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from glm_export import __version__, fusion, interface, weights
-from glm_export.checkpoint import Rows, Source
-from glm_export.config import Config
+from glm_export import __version__
 from glm_export.error import ExportError
-from glm_export.external_data import Content, ExternalData
-from glm_export.fusion import MICROSOFT, OWN
-from glm_export.interface import NAMES, TOPK_NAMES
+from glm_export.graph import fusion, interface
+from glm_export.graph.external_data import Content, ExternalData
+from glm_export.graph.fusion import MICROSOFT, OWN
+from glm_export.graph.interface import NAMES, TOPK_NAMES
+from glm_export.graph.packing import BLOCK_SIZES, COLUMNS, Packing
+from glm_export.graph.target import Target
 from glm_export.output_folder import require_space
-from glm_export.packing import BLOCK_SIZES, COLUMNS, Packing
-from glm_export.prequantised import Matrix
-from glm_export.quantize import Scheme
-from glm_export.target import Target
+from glm_export.quantise.quantize import Scheme
+from glm_export.read import weights
+from glm_export.read.checkpoint import Rows, Source
+from glm_export.read.config import Config
+from glm_export.read.prequantised import Matrix
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

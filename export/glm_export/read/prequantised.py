@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from glm_export.checkpoint import Source, Tensor
 from glm_export.error import ExportError
-from glm_export.json_file import read_object
-from glm_export.quantize import Scheme, pack, unpack
+from glm_export.quantise.quantize import Scheme, pack, unpack
+from glm_export.read.checkpoint import Source, Tensor
+from glm_export.read.json_file import read_object
 
 BITS = 4
 # Eight codes share an int32.

@@ -13,9 +13,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from glm_export.config import Geometry
 from glm_export.error import ExportError
-from glm_export.json_file import read_object
+from glm_export.read.config import Geometry
+from glm_export.read.json_file import read_object
 
 # Bits of a quantised weight; None leaves weights in the activations' type.
 PRECISIONS = {"fp32": None, "fp16": None, "bf16": None, "int8": 8, "int4": 4}

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from glm_export.error import ExportError
-from glm_export.family import TokenizerSource
+from glm_export.models.family import TokenizerSource
 
 TOKENIZER_FILE = "tokenizer.json"
 SPACE = "▁"

@@ -17,7 +17,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from glm_export import progress
-from glm_export.checkpoint import Source
+from glm_export.read.checkpoint import Source
 
 # A page: a mapped tensor then shares none with its neighbour. ONNX Runtime maps only aligned tensors.
 ALIGNMENT = 4096

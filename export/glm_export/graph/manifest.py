@@ -11,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from glm_export import __version__, graph, interface, progress, tokenizer
-from glm_export.config import Config
-from glm_export.target import Target
+from glm_export import __version__, progress
+from glm_export.graph import interface, onnx_graph
+from glm_export.graph.target import Target
+from glm_export.read import tokenizer
+from glm_export.read.config import Config
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -48,7 +50,7 @@ def describe(config: Config, target: Target, files: dict[str, dict[str, Any]]) -
         },
         "geometry": asdict(config.geometry),
         "graph": {
-            "file": graph.GRAPH_FILE,
+            "file": onnx_graph.GRAPH_FILE,
             "precision": target.precision,
             "provider": target.provider,
             "activation_dtype": target.activations,

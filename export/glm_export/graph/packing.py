@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm_export.checkpoint import Source
 from glm_export.error import ExportError
-from glm_export.rounding import nearest
+from glm_export.quantise.rounding import nearest
+from glm_export.read.checkpoint import Source
 
 COLUMNS = 32
 HALF = COLUMNS // 2

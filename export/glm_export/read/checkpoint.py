@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from glm_export.error import ExportError
-from glm_export.json_file import read_object
+from glm_export.read.json_file import read_object
 
 # bfloat16 has no numpy type: its 16 bits are the upper half of a float32.
 _ITEM_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}

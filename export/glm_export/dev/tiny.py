@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from glm_export import checkpoint_writer, config, family, tiny_tokenizer, weights
-from glm_export.config import OVERRIDES_FILE
+from glm_export import checkpoint_writer
+from glm_export.dev import tiny_tokenizer
 from glm_export.error import ExportError
+from glm_export.models import family
 from glm_export.output_folder import output_folder
+from glm_export.read import config, weights
+from glm_export.read.config import OVERRIDES_FILE
 
 NAME = "tiny-random"
 NUM_PIECES = tiny_tokenizer.NUM_PIECES
@@ -159,9 +162,9 @@ def _random_weights(settings: config.Config, generator: np.random.Generator) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `python -m glm_export.tiny`."""
+    """Entry point of `python -m glm_export.dev.tiny`."""
     parser = argparse.ArgumentParser(
-        prog="glm_export.tiny", description="Write a tiny random checkpoint folder."
+        prog="glm_export.dev.tiny", description="Write a tiny random checkpoint folder."
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument(

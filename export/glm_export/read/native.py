@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from glm_export.error import ExportError
-from glm_export.family import NEXT_TURN, NO_CHAT, Member, TokenizerSource
-from glm_export.json_file import read_object
+from glm_export.models.family import NEXT_TURN, NO_CHAT, Member, TokenizerSource
+from glm_export.read.json_file import read_object
 
 TOKENIZER = TokenizerSource("tokenizer.json", "byte_level")
 

@@ -1,7 +1,7 @@
 """Owns what config.json, generation_config.json and glm_export.json say.
 
-Invariant: a Config that exists describes a network that graph.py can express exactly; everything else was
-refused by name.
+Invariant: a Config that exists describes a network that graph/onnx_graph.py can express exactly; everything
+else was refused by name.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_export import family, native
 from glm_export.error import ExportError
-from glm_export.family import Member, TokenizerSource
-from glm_export.json_file import read_object
+from glm_export.models import family
+from glm_export.models.family import Member, TokenizerSource
+from glm_export.read import native
+from glm_export.read.json_file import read_object
 
 ROPE_BASE = 10_000.0
 OVERRIDES_FILE = "glm_export.json"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from glm_export import interpreter
-from glm_export.config import Geometry
 from glm_export.error import ExportError
+from glm_export.graph import interpreter
+from glm_export.read.config import Geometry
 
 SCHEMA_VERSION = 1
 KNOWN_ANSWER_FILE = "known_answer.json"

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from glm_export import prequantised
-from glm_export.checkpoint import Source, Tensor, read_file
 from glm_export.error import ExportError
-from glm_export.json_file import read_object
+from glm_export.read import prequantised
+from glm_export.read.checkpoint import Source, Tensor, read_file
+from glm_export.read.json_file import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

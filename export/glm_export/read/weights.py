@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_export import lora, prequantised
-from glm_export.checkpoint import Checkpoint, Source, require
-from glm_export.config import Config
 from glm_export.error import ExportError
+from glm_export.read import lora, prequantised
+from glm_export.read.checkpoint import Checkpoint, Source, require
+from glm_export.read.config import Config
 
 # Recomputed from the config, so that a half-precision copy in the file does no harm.
 IGNORED = frozenset({"transformer.rotary_pos_emb.inv_freq", "model.rotary_emb.inv_freq"})

@@ -12,7 +12,7 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from glm_export import tokenizer
+from glm_export.read import tokenizer
 
 NUM_PIECES = 480
 # Our own text, so that the shipped tokenizer is nobody else's. Repeated words give the trainer its merges.

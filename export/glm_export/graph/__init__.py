@@ -1,0 +1,1 @@
+"""The ONNX graph, its weights and its manifest: written, and read again."""

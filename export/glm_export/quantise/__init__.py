@@ -1,0 +1,1 @@
+"""How a weight becomes a code of few bits."""
