@@ -34,7 +34,9 @@ TREE = {
         "mod part;\npub use self::part::Other;\nuse crate::base::Base;\npub struct Middle(Base);\n"
         "#[cfg(test)]\nmod tests {\n    use crate::top::Top;\n    fn f() -> [u8; 2] { todo!() }\n}\n"
     ),
-    "low/src/middle/part.rs": "// use crate::top::Top;\nuse super::Middle;\npub(in crate::top) struct Other(Box<Middle>);\n",
+    "low/src/middle/part.rs": (
+        "// use crate::top::Top;\nuse super::Middle;\npub(in crate::top) struct Other(Box<Middle>);\n"
+    ),
     "low/src/base.rs": 'pub struct Base;\npub const TEXT: &str = "use crate::top::Top; \\" //";\n',
     "high/Cargo.toml": '[package]\nname = "high"\n',
     "high/src/main.rs": "use json::Value;\nuse the_low::Top;\nfn main() { Top; }\n",

@@ -1,4 +1,5 @@
-"""Owns manifest.json: what the Rust side reads besides the graph, field for field as engine/src/model/manifest.rs.
+"""Owns manifest.json: what the Rust side reads besides the graph, field for field as
+engine/src/model/manifest.rs.
 
 Invariant: it is written last and lists every other file, so a folder with a manifest is complete.
 """

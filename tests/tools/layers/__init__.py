@@ -10,8 +10,8 @@ What counts as "file A uses file B":
   so a re-export is a use of the file behind it and not of the file that re-exports;
 * a `pub use` (also `pub(crate)`) is no use by itself: only if the code of the same file has the name too.
 
-What does not count: `mod b;`, comments and strings, everything under `#[cfg(test)]`, `pub(in path)`, `$crate` in macros, the
-programs in tests/, examples/ and benches/, and items that a macro makes.
+What does not count: `mod b;`, comments and strings, everything under `#[cfg(test)]`, `pub(in path)`,
+`$crate` in macros, the programs in tests/, examples/ and benches/, and items that a macro makes.
 
 The blocks of the document, one statement a line, # for comments:
 
