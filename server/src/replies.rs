@@ -14,6 +14,7 @@ use crate::state::AppState;
 use crate::stream::cursor::{Cursor, EventId};
 use crate::stream::event::Event;
 use crate::stream::event_log::{LogReader, event_log};
+use crate::stream::generation::Generation;
 use crate::stream::names::{RequestKey, StreamId};
 use crate::stream::pump::Pump;
 use crate::stream::reply_stream::{Form, ReplyHead, ReplyStream};
@@ -88,14 +89,11 @@ pub(crate) fn start(state: &AppState, new: NewReply, arrival: Arrival) -> Result
         }
     };
     let detokenizer = Detokenizer::new(Arc::clone(state.model.tokenizer.vocabulary()));
+    let stop = StopMatcher::new(stop);
+    let text = ReplyText::new(detokenizer, state.model.chat.reply_prefix(), stop, min_tokens);
     let pump = Pump {
         events,
-        text: ReplyText::new(
-            detokenizer,
-            state.model.chat.reply_prefix(),
-            StopMatcher::new(stop),
-            min_tokens,
-        ),
+        generation: Generation::new(text, stream.head.num_prompt_tokens),
         log: writer,
         stream: Arc::clone(&stream),
         wishes,

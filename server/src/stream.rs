@@ -5,6 +5,7 @@ pub mod connections;
 pub mod cursor;
 pub mod event;
 pub mod event_log;
+pub mod generation;
 pub mod memory_store;
 pub mod names;
 pub mod pump;

@@ -24,7 +24,10 @@ pub struct Usage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndReason {
     /// A stop id or a stop string.
-    Stop,
+    Stop {
+        /// The stop id; `None` if it was a stop string.
+        token_id: Option<u32>,
+    },
     /// `max_tokens` were generated.
     Length,
 }

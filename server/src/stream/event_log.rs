@@ -163,7 +163,7 @@ mod tests {
     }
 
     fn finish() -> Event {
-        Event::Finish { reason: EndReason::Stop, usage: USAGE, text_sha256: String::new() }
+        Event::Finish { reason: EndReason::Stop { token_id: None }, usage: USAGE, text_sha256: String::new() }
     }
 
     /// What is there, with each place.

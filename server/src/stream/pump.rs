@@ -9,26 +9,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use glm_engine::{EventReceiver, FinishReason, Progress, TimedEvent, TokenEvent};
-use sha2::{Digest, Sha256};
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
-use super::event::{AbortReason, EndReason, Event, StreamError, Usage};
+use super::event::{AbortReason, EndReason, Event, StreamError};
 use super::event_log::LogWriter;
-use super::names::hex;
+use super::generation::{Generated, Generation};
 use super::reply_stream::{ReplyStream, Wishes};
 use super::store::StreamStore;
 use super::time_limits::{Milestones, TimeLimits};
 use crate::metrics::{Outcome, StreamRecord};
-use crate::text::reply::{ReplyStep, ReplyText};
 
 /// What a pump moves.
 #[derive(Debug)]
 pub struct Pump {
     /// The engine's side.
     pub events: EventReceiver,
-    /// How ids become text.
-    pub text: ReplyText,
+    /// What it has generated so far.
+    pub generation: Generation,
     /// The readers' side.
     pub log: LogWriter,
     /// The reply.
@@ -45,11 +43,9 @@ pub struct Pump {
     pub grace: Duration,
 }
 
-/// What a pump has seen so far.
+/// What a pump keeps of the time that has passed.
 #[derive(Debug)]
 struct Seen {
-    usage: Usage,
-    text: Sha256,
     milestones: Milestones,
     /// Since when nobody reads.
     detached: Option<Instant>,
@@ -87,13 +83,7 @@ impl Pump {
     }
 
     async fn pump(&mut self) -> Result<Event, StreamError> {
-        let num_prompt_tokens = self.stream.head.num_prompt_tokens;
-        let mut seen = Seen {
-            usage: Usage { num_prompt_tokens, ..Usage::default() },
-            text: Sha256::new(),
-            milestones: Milestones::default(),
-            detached: None,
-        };
+        let mut seen = Seen { milestones: Milestones::default(), detached: None };
         let mut readers = self.log.readers();
         self.count_readers(&mut seen, &mut readers)?;
         self.log.append(Event::Role)?;
@@ -164,53 +154,28 @@ impl Pump {
     fn take(&mut self, event: TimedEvent, seen: &mut Seen) -> Result<Option<Event>, StreamError> {
         let TimedEvent { at, event } = event;
         let age = self.events.elapsed(at);
-        let reason = match event {
-            TokenEvent::Admitted { num_cached_tokens } => {
-                seen.milestones.is_admitted = true;
-                self.log.set_milestones(seen.milestones);
-                seen.usage.num_cached_tokens = num_cached_tokens;
-                None
-            }
-            TokenEvent::Token { token_id } => {
+        match &event {
+            TokenEvent::Admitted { .. } => seen.milestones.is_admitted = true,
+            TokenEvent::Token { .. } => {
                 seen.milestones = Milestones { is_admitted: true, last_token: Some(Instant::now()) };
-                self.log.set_milestones(seen.milestones);
-                seen.usage.num_generated_tokens += 1;
                 self.record.token(at, age);
-                let step = self.text.push(token_id);
-                let is_stopped = self.append(step, seen)?;
-                if is_stopped {
-                    self.events.set_complete();
-                }
-                is_stopped.then_some(EndReason::Stop)
             }
-            TokenEvent::Finished { reason, num_generated_tokens } => {
-                seen.usage.num_generated_tokens = num_generated_tokens;
-                if matches!(reason, FinishReason::Stop { .. }) {
-                    // The stop id is no text, but was generated all the same.
-                    self.record.token(at, age);
-                }
-                let step = self.text.finish();
-                match (self.append(step, seen)?, reason) {
-                    (false, FinishReason::Length) => Some(EndReason::Length),
-                    _ => Some(EndReason::Stop),
-                }
-            }
-            TokenEvent::Failed(error) => return Err(error.into()),
-        };
-        Ok(reason.map(|reason| Event::Finish {
-            reason,
-            usage: seen.usage,
-            text_sha256: hex(&std::mem::take(&mut seen.text).finalize()),
-        }))
-    }
-
-    fn append(&mut self, step: ReplyStep, seen: &mut Seen) -> Result<bool, StreamError> {
-        if !step.text.is_empty() {
-            self.record.text();
-            seen.text.update(&step.text);
-            self.log.append(Event::Delta { text: step.text, usage: seen.usage })?;
+            // The stop id is no text, but was generated all the same.
+            TokenEvent::Finished { reason: FinishReason::Stop { .. }, .. } => self.record.token(at, age),
+            TokenEvent::Finished { .. } | TokenEvent::Failed(_) => {}
         }
-        Ok(step.stopped)
+        self.log.set_milestones(seen.milestones);
+        let is_last_of_engine = event.is_terminal();
+        let Generated { delta, end } = self.generation.take(event)?;
+        if let Some(delta) = delta {
+            self.record.text();
+            self.log.append(delta)?;
+        }
+        if end.is_some() && !is_last_of_engine {
+            // A stop string ended it, of which the engine knows nothing.
+            self.events.set_complete();
+        }
+        Ok(end)
     }
 }
 

@@ -146,7 +146,11 @@ mod tests {
     }
 
     fn finish() -> Event {
-        Event::Finish { reason: EndReason::Stop, usage: Usage::default(), text_sha256: String::new() }
+        Event::Finish {
+            reason: EndReason::Stop { token_id: None },
+            usage: Usage::default(),
+            text_sha256: String::new(),
+        }
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@ use crate::stream::sse::{Documents, Render};
 
 fn finish_reason(reason: EndReason) -> &'static str {
     match reason {
-        EndReason::Stop => "stop",
+        EndReason::Stop { .. } => "stop",
         EndReason::Length => "length",
     }
 }
