@@ -94,9 +94,11 @@ CHATGLM3_TOKENIZER := $(wildcard ../shared/data/chatglm3-tokenizer.model)
 	.venv/bin/python -c 'import sys; from glm_export.read import tokenizer; from pathlib import Path; \
 	  tokenizer.from_sentencepiece(Path(sys.argv[1])).save(sys.argv[2])' $< $@
 
-# The operators run once more in ONNX Runtime at each lesser instruction set.
+# The engine and what it is made of run once more with overflow checks and debug assertions, and the operators in ONNX
+# Runtime at each lesser instruction set.
 test-rust: $(if $(CHATGLM3_TOKENIZER),.models/chatglm3-tokenizer.json)
 	$(WITH_ORT) cargo test --release --locked --workspace
+	$(WITH_ORT) cargo test --profile checked --locked --quiet -p glm-engine -p glm-kernels -p glm-simulator
 	for simd in portable $$(grep -owE 'avx2|avx_vnni' /proc/cpuinfo | sort -u | tr -d _); do \
 	  GLMSERVE_SIMD=$$simd $(WITH_ORT) cargo test --release --locked --quiet -p glm-kernels --test paged_attention --test quantized_matmul \
 	    --test post_attention; done
@@ -196,8 +198,8 @@ bench: .venv/test.stamp build model ## serve the default model and measure it at
 	$(WITH_ORT) tests/bench/run.sh $(ARGS)
 
 bench-scale: ## a million requests in virtual time, then the price of scheduling (minutes)
-	GLMSERVE_SIM_REQUESTS=1000000 cargo test --release --locked -p glmserve-tests --test simulator scale -- --nocapture
-	cargo run --release --locked -p glmserve-tests --example bench_scheduler $(ARGS)
+	GLMSERVE_SIM_REQUESTS=1000000 cargo test --release --locked -p glm-simulator --test simulator scale -- --nocapture
+	cargo run --release --locked -p glm-simulator --example bench_scheduler $(ARGS)
 
 # Builds llama.cpp and installs vLLM below .tools at the first time (7 GB). ARGS="--quick --rounds 1
 # --streams 1,4,16" is a first look; `ARGS=--help` lists the rest.

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::rng::Rng;
+use glm_simulator::rng::Rng;
 
 /// Of requests few break, and early: they are short.
 const UP_BREAKS_ONE_IN: usize = 6;

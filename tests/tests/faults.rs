@@ -12,12 +12,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use glm_simulator::rng::Rng;
 use glmserve::stream::memory_store::StoreLimits;
 use glmserve_client::{
     ChatRequest, Client, ClientConfig, ClientError, Message, RetryPolicy, StreamEvent, Verified,
 };
 use glmserve_tests::fault_proxy::FaultProxy;
-use glmserve_tests::rng::Rng;
 use tokio::task::JoinSet;
 
 use self::support::{Options, Server};

@@ -10,8 +10,8 @@ mod peak_memory;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use glm_simulator::rng::Rng;
 use glmserve_tests::fuzz::{Target, mutator, target};
-use glmserve_tests::rng::Rng;
 
 use self::peak_memory::peak_bytes;
 

@@ -2,7 +2,7 @@
 //!
 //! Invariant: the same generator and examples give the same inputs.
 
-use crate::rng::Rng;
+use glm_simulator::rng::Rng;
 
 /// Longest input that is made.
 const MAX_BYTES: usize = 4096;

@@ -1,6 +1,6 @@
 //! Owns the price of scheduling: microseconds of a decode step outside the runner.
 //!
-//! `cargo run --release -p glmserve-tests --example bench_scheduler [FILE.svg]` prints a table as running
+//! `cargo run --release -p glm-simulator --example bench_scheduler [FILE.svg]` prints a table as running
 //! sequences, their context and the queue grow, and draws it. Schedule, plan, sampling from eight logits
 //! and bookkeeping are in it, the runner is not there, the best of several rounds counts.
 
@@ -8,7 +8,7 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use glm_engine::{Engine, EngineConfig, Request, SamplingParams, TenantId};
-use glmserve_tests::machine::{Machine, VOCAB_SIZE};
+use glm_simulator::machine::{Machine, VOCAB_SIZE};
 
 const SEQUENCES: [usize; 5] = [1, 4, 16, 64, 256];
 const CONTEXTS: [usize; 3] = [128, 1_024, 8_000];

@@ -1,7 +1,7 @@
 //! Owns the long run: requests of several tenants in virtual time, more of them than the machine can
 //! serve, with bounded memory, nobody starving and every invariant intact.
 //!
-//! `GLMSERVE_SIM_REQUESTS=1000000 cargo test --release -p glmserve-tests --test simulator scale --
+//! `GLMSERVE_SIM_REQUESTS=1000000 cargo test --release -p glm-simulator --test simulator scale --
 //! --nocapture` (`make bench-scale`) runs a million.
 
 use std::time::Duration;
@@ -10,8 +10,8 @@ use glm_engine::StepWork;
 use glm_engine::{
     AdmissionReport, Engine, EngineConfig, Request, RequestId, SamplingParams, TenantId, TokenEvent,
 };
-use glmserve_tests::machine::{Machine, Speed, VOCAB_SIZE};
-use glmserve_tests::rng::Rng;
+use glm_simulator::machine::{Machine, Speed, VOCAB_SIZE};
+use glm_simulator::rng::Rng;
 
 const SPEED: Speed = Speed { step: 0.004, prefill: 1e-4, decode: 2e-4, pair: 1e-8 };
 const TARGET: Duration = Duration::from_millis(100);

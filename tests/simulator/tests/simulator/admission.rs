@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use glm_engine::EngineConfig;
-use glmserve_tests::machine::Speed;
-use glmserve_tests::overload::{Arrival, Fate, Overload, Played};
-use glmserve_tests::rng::Rng;
+use glm_simulator::machine::Speed;
+use glm_simulator::overload::{Arrival, Fate, Overload, Played};
+use glm_simulator::rng::Rng;
 
 const FAST: Speed = Speed { step: 6e-3, prefill: 1.5e-5, decode: 2e-5, pair: 1e-9 };
 const SMALL: Speed = Speed { step: 6.3e-3, prefill: 0.7e-3, decode: 0.95e-3, pair: 2e-8 };

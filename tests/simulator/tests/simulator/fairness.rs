@@ -6,7 +6,7 @@ use std::time::Duration;
 use glm_engine::StepBudget;
 use glm_engine::runner::fake::FakeRunner;
 use glm_engine::{Engine, EngineConfig, RequestId, TenantId, TokenEvent};
-use glmserve_tests::rng::Rng;
+use glm_simulator::rng::Rng;
 
 use crate::VOCAB_SIZE;
 use crate::starvation::request;

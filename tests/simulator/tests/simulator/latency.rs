@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use glm_engine::StepWork;
 use glm_engine::{Engine, EngineConfig, PrefixCaching, Request, TokenEvent};
-use glmserve_tests::machine::{Machine, Speed, VOCAB_SIZE};
+use glm_simulator::machine::{Machine, Speed, VOCAB_SIZE};
 
 use crate::starvation::request;
 

@@ -19,9 +19,9 @@ use glm_engine::{
     Engine, EngineConfig, PrefixCaching, Request, RequestId, RunError, SamplingParams, TenantId, TokenEvent,
 };
 use glm_engine::{StepBudget, StepWork};
-use glmserve_tests::cache::CacheCheck;
-use glmserve_tests::order::OrderCheck;
-use glmserve_tests::rng::Rng;
+use glm_simulator::cache::CacheCheck;
+use glm_simulator::order::OrderCheck;
+use glm_simulator::rng::Rng;
 
 const VOCAB_SIZE: usize = 96;
 
