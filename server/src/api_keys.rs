@@ -183,4 +183,14 @@ mod tests {
         let error = ApiKeys::parse(b"a\nb\xff\n").unwrap_err();
         assert_eq!(error, "line 2: this is not UTF-8 text");
     }
+
+    #[test]
+    fn who_holds_a_key_keeps_its_name_and_its_replies_when_lines_move() {
+        let find = |text: &str| ApiKeys::parse(text.as_bytes()).unwrap().find("second-key-of-16").unwrap();
+        let before = find("first-key-of-16c\nsecond-key-of-16\n");
+        let after = find("new-key-of-16-ch\nfirst-key-of-16c\nsecond-key-of-16 weight=3\n");
+        assert_eq!((before.owner, before.to_string()), (after.owner, after.to_string()));
+        assert_eq!(before.to_string().len(), 8, "{before}");
+        assert_eq!(Principal::ANYBODY.to_string(), "anybody");
+    }
 }

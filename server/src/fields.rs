@@ -24,7 +24,7 @@ pub(crate) use self::refused::Refused;
 /// * `#[honoured]`, `#[delivery]`: any type that is [`Read`] and [`Canonical`];
 /// * `#[no_effect]`: of type [`Ignored`];
 /// * `#[refused(unless NEUTRAL, "what is supported")]`: of type [`Refused`]; `NEUTRAL` is a function
-///   of the value's [`Shape`].
+///   of the value's [`shape::Shape`].
 ///
 /// Absent and null are the same: the type's default. A doc comment after the class goes into the documentation. A
 /// field whose name is a keyword of Rust says its name in JSON at the end: `kind: String = "type"`.
