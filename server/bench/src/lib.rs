@@ -1,6 +1,6 @@
 //! The load generator: closed loops of streams, or an open loop of arrivals, against any OpenAI-compatible server.
 //!
-//! [`run`] measures what [`BenchArgs`] ask for. Only the client's clock reads the time.
+//! [`run()`] measures what [`BenchArgs`] ask for. Only the client's clock reads the time.
 
 mod args;
 mod error;

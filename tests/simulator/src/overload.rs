@@ -1,4 +1,4 @@
-//! Owns a server's engine in virtual time under more requests than it can serve: the real thread and its door,
+//! Owns a server's engine in virtual time under more requests than it can serve: the real thread and its admission control,
 //! on a machine whose steps take what [`Speed`] says.
 //!
 //! While the engine works, requests are submitted by its own thread, inside its steps, at the very times they are
@@ -24,7 +24,7 @@ const BLOCK_SIZE: usize = 16;
 const STOP: u32 = 2;
 const WORD: u32 = 5;
 /// What the server asks for before it is ready: tokens of a prompt, and of its reply.
-const WARM_UP: [(usize, usize); 4] = [(12, 4), (12, 4), (128, 1), (128, 1)];
+pub const WARM_UP: [(usize, usize); 4] = [(12, 4), (12, 4), (128, 1), (128, 1)];
 
 /// A request that comes.
 #[derive(Debug, Clone)]
@@ -48,7 +48,7 @@ pub struct Arrival {
 pub enum Fate {
     /// Not known yet.
     Pending,
-    /// Refused at the door, and asked to come again in so much time.
+    /// Refused by admission control, and asked to come again in so much time.
     Refused(Duration),
     /// Admitted after so much time.
     Admitted(Duration),
@@ -215,14 +215,14 @@ impl ModelRunner for Runner {
     }
 }
 
-fn request(num_prompt_tokens: usize, max_tokens: usize, salt: usize) -> Request {
+/// A request of so many tokens; no two of different salts are alike, so that nothing is cached.
+pub fn request(num_prompt_tokens: usize, max_tokens: usize, salt: usize) -> Request {
     let sampling = SamplingParams {
         temperature: 0.0,
         max_tokens,
         stop_token_ids: vec![STOP],
         ..SamplingParams::default()
     };
-    // No two alike, so that nothing is cached.
     let token = |position: usize| ((position + (salt >> (position % 16))) % 7) as u32;
     Request { prompt_token_ids: (0..num_prompt_tokens).map(token).collect(), sampling, ..Request::default() }
 }
@@ -287,7 +287,7 @@ impl Overload {
 }
 
 /// Waits until the engine has nothing to do, and has published that.
-fn wait_idle(handle: &EngineHandle) {
+pub fn wait_idle(handle: &EngineHandle) {
     while handle.status().num_requests > 0 || handle.status().stalled_for.is_some() {
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -6,6 +6,7 @@
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
 
 mod admission;
+mod estimates;
 mod fairness;
 mod latency;
 mod scale;
