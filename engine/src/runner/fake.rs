@@ -7,7 +7,10 @@ use ndarray::{Array2, s};
 
 use super::{KvCacheLayout, ModelRunner};
 use crate::error::RunError;
-use crate::step::{Logits, StepOutput, StepPlan};
+use crate::step::{Candidates, Logits, StepOutput, StepPlan};
+
+/// A reply of this makes the row of logits one that is not a number.
+pub const NOT_FINITE: u32 = u32::MAX;
 
 /// What follows a history of token ids.
 pub type Reply = Box<dyn FnMut(&[u32]) -> Result<u32, RunError> + Send>;
@@ -19,6 +22,11 @@ pub struct FakeRunner {
     logits: Array2<f32>,
     history: Vec<u32>,
     reply: Reply,
+    /// How many of a row's best tokens are handed out beside it.
+    num_candidates: usize,
+    candidate_ids: Array2<i32>,
+    candidate_values: Array2<f32>,
+    logsumexp: Vec<f32>,
 }
 
 impl std::fmt::Debug for FakeRunner {
@@ -54,7 +62,17 @@ impl FakeRunner {
             logits: Array2::zeros((0, vocab_size)),
             history: Vec::new(),
             reply,
+            num_candidates: 0,
+            candidate_ids: Array2::zeros((0, 0)),
+            candidate_values: Array2::zeros((0, 0)),
+            logsumexp: Vec::new(),
         }
+    }
+
+    /// The same runner, which hands out the best tokens of each row too, as graphs for a GPU do.
+    #[must_use]
+    pub fn with_candidates(self, num_candidates: usize) -> Self {
+        Self { num_candidates, ..self }
     }
 
     /// The next token after `history`, as the runner itself would choose it.
@@ -63,6 +81,23 @@ impl FakeRunner {
     /// Whatever the script answers.
     pub fn reply(&mut self, history: &[u32]) -> Result<u32, RunError> {
         (self.reply)(history)
+    }
+
+    fn find_candidates(&mut self, num_rows: usize) {
+        let num = self.num_candidates.min(self.logits.ncols());
+        self.candidate_ids = Array2::zeros((num_rows, num));
+        self.candidate_values = Array2::zeros((num_rows, num));
+        self.logsumexp.clear();
+        for (row, logits) in self.logits.rows().into_iter().take(num_rows).enumerate() {
+            let mut ids: Vec<usize> = (0..logits.len()).collect();
+            ids.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            for (column, &id) in ids.iter().take(num).enumerate() {
+                self.candidate_ids[(row, column)] = id as i32;
+                self.candidate_values[(row, column)] = logits[id];
+            }
+            let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+            self.logsumexp.push(sum.ln() as f32);
+        }
     }
 
     /// Reads a sequence's first `num_tokens` tokens back through its row of the block table.
@@ -107,10 +142,20 @@ impl ModelRunner for FakeRunner {
                 for (id, logit) in self.logits.row_mut(row).iter_mut().enumerate() {
                     *logit = (hash(&[seed as u32, id as u32]) % 1024) as f32 / 512.0;
                 }
-                self.logits[(row, next as usize)] = 8.0;
+                match next {
+                    NOT_FINITE => self.logits.row_mut(row).fill(f32::NAN),
+                    next => self.logits[(row, next as usize)] = 8.0,
+                }
             }
         }
-        Ok(StepOutput { candidates: None, logits: Logits::Here(self.logits.slice(s![..num_rows, ..])) })
+        let candidates = (self.num_candidates > 0).then(|| self.find_candidates(num_rows));
+        let logits = Logits::Here(self.logits.slice(s![..num_rows, ..]));
+        let candidates = candidates.map(|()| Candidates {
+            ids: self.candidate_ids.view(),
+            values: self.candidate_values.view(),
+            logsumexp: &self.logsumexp,
+        });
+        Ok(StepOutput { candidates, logits })
     }
 }
 

@@ -15,7 +15,7 @@ mod starvation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use glm_engine::runner::fake::FakeRunner;
+use glm_engine::runner::fake::{FakeRunner, NOT_FINITE};
 use glm_engine::{
     Engine, EngineConfig, PrefixCaching, Request, RequestId, RunError, SamplingParams, TenantId, TokenEvent,
 };
@@ -69,8 +69,19 @@ fn random_request(rng: &mut Rng, max_model_len: usize, history: Option<&[u32]>) 
     }
 }
 
-/// Makes a model of so many blocks of this size.
-type Model = fn(usize, usize, usize) -> FakeRunner;
+/// What a runner computes.
+#[derive(Clone, Copy)]
+struct Model {
+    make: fn(usize, usize, usize) -> FakeRunner,
+    num_candidates: usize,
+}
+
+impl Model {
+    /// A runner with so many blocks of this size.
+    fn runner(self, num_blocks: usize, block_size: usize) -> FakeRunner {
+        (self.make)(VOCAB_SIZE, num_blocks, block_size).with_candidates(self.num_candidates)
+    }
+}
 
 /// The same request alone in an engine with room for everything, which guesses nothing.
 fn isolated(request: &Request, model: Model) -> Outcome {
@@ -80,7 +91,7 @@ fn isolated(request: &Request, model: Model) -> Outcome {
         max_num_draft_tokens: 0,
         ..Default::default()
     };
-    let mut engine = Engine::new(model(VOCAB_SIZE, 256, 16), config, VOCAB_SIZE);
+    let mut engine = Engine::new(model.runner(256, 16), config, VOCAB_SIZE);
     engine.submit(Request { tenant: TenantId(0), ..request.clone() }, Duration::ZERO);
     let mut outcome = Outcome { tokens: Vec::new(), end: None };
     while !engine.is_idle() {
@@ -104,6 +115,8 @@ struct Totals {
     num_preemptions: usize,
     num_aborts: usize,
     num_failures: usize,
+    num_non_finite: usize,
+    num_from_candidates: usize,
     num_mixed_steps: usize,
     num_requests: usize,
     num_probes: usize,
@@ -137,14 +150,21 @@ fn simulate(seed: u64, totals: &mut Totals) {
         max_num_draft_tokens: rng.range(0..=9),
         ..Default::default()
     };
-    let model = if rng.one_in(2) { FakeRunner::hashing } else { FakeRunner::repeating };
+    let make = if rng.one_in(2) { FakeRunner::hashing } else { FakeRunner::repeating };
+    // Fewer than some requests need, so that whole rows are looked at, too.
+    let model = Model { make, num_candidates: if rng.one_in(2) { 0 } else { 4 } };
     let fails = rng.one_in(4);
     // As the server plans; else budgets that a machine could hardly lead to.
     let learns = rng.one_in(3);
     let mut failing = Rng::new(seed ^ 1);
-    let runner = model(VOCAB_SIZE, num_blocks, block_size);
+    let runner = model.runner(num_blocks, block_size);
     let runner = if fails {
-        with_failures(runner, num_blocks, block_size, move || failing.one_in(60))
+        let script = move || match failing.range(0..=119) {
+            0 | 1 => Some(Failure::Step),
+            2 => Some(Failure::Row),
+            _ => None,
+        };
+        with_failures(runner, num_blocks, block_size, script).with_candidates(model.num_candidates)
     } else {
         runner
     };
@@ -227,6 +247,8 @@ fn simulate(seed: u64, totals: &mut Totals) {
         totals.num_preemptions += report.num_preemptions;
         totals.num_cached_again += order.num_cached_again(&engine);
         totals.num_failures += usize::from(report.failed);
+        totals.num_non_finite += report.num_non_finite;
+        totals.num_from_candidates += report.num_generated_tokens * usize::from(model.num_candidates > 0);
         totals.num_drafts += report.num_draft_tokens;
         totals.num_accepted_drafts += report.num_accepted_draft_tokens;
         for (id, event) in engine.events() {
@@ -265,18 +287,25 @@ fn simulate(seed: u64, totals: &mut Totals) {
     totals.num_cached_tokens += cache.num_cached_tokens;
 }
 
-/// A runner, failing a step when `fails` says so.
+/// What goes wrong in a step.
+enum Failure {
+    /// All of it.
+    Step,
+    /// One row, which is not a number.
+    Row,
+}
+
+/// A runner that fails when `fails` says so.
 fn with_failures(
     mut model: FakeRunner,
     num_blocks: usize,
     block_size: usize,
-    mut fails: impl FnMut() -> bool + Send + 'static,
+    mut fails: impl FnMut() -> Option<Failure> + Send + 'static,
 ) -> FakeRunner {
-    let reply = move |history: &[u32]| {
-        if fails() {
-            return Err(RunError::new("injected"));
-        }
-        model.reply(history)
+    let reply = move |history: &[u32]| match fails() {
+        Some(Failure::Step) => Err(RunError::new("injected")),
+        Some(Failure::Row) => Ok(NOT_FINITE),
+        None => model.reply(history),
     };
     FakeRunner::scripted(VOCAB_SIZE, num_blocks, block_size, Box::new(reply))
 }
@@ -299,8 +328,9 @@ fn invariants_hold_and_batching_changes_nothing() {
     let met = [num_preemptions, num_aborts, num_failures, num_mixed_steps, num_probes];
     let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps, totals.num_yielded];
     let met_in_cache = [num_cached_tokens, num_cached_again, num_priorities_passed_over];
+    let met_in_rows = [totals.num_non_finite, totals.num_from_candidates];
     let met_in_drafts = [totals.num_accepted_drafts, totals.num_drafts - totals.num_accepted_drafts];
-    let met = met.iter().chain(&met_in_order).chain(&met_in_cache).chain(&met_in_drafts);
+    let met = met.iter().chain(&met_in_order).chain(&met_in_cache).chain(&met_in_drafts).chain(&met_in_rows);
     let all_met = met.into_iter().all(|&count| count > 50);
     assert!(!is_whole || all_met, "the simulation is too tame");
 }
