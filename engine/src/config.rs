@@ -57,7 +57,7 @@ pub struct EngineConfig {
     pub max_step_time: Duration,
     /// The same while a reply goes on: the longest pause that somebody's prompt puts into it.
     pub target_inter_token_latency: Duration,
-    /// Most tokens that are guessed for a running sequence and checked in one step; 0 guesses nothing.
+    /// Most draft tokens of a running sequence that are checked in one step; 0 turns speculation off.
     pub max_num_draft_tokens: usize,
     /// How many times its predicted time a step may take before it counts as stalled.
     pub stall_factor: u32,

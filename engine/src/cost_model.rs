@@ -24,12 +24,12 @@ pub use step_work::StepWork;
 /// Weight of the latest step in how many tokens a step yields to a decode.
 const YIELD_RATE: f64 = 0.05;
 
-/// A guessed token must be worth this many times its cost: right guesses make tokens cheaper, and a
+/// A draft token must be worth this many times its cost: accepted ones make tokens cheaper, and a
 /// crowd should not wait for small gains.
 const DRAFT_MARGIN: f64 = 1.5;
-/// No guess is cheaper: where a row seems to cost nothing, too little is known yet.
+/// No draft token is cheaper: where a row seems to cost nothing, too little is known yet.
 const LEAST_DRAFT_PRICE: f64 = 0.1;
-/// One step in so many, of no more decodes than this, takes good guesses whatever they seem to cost:
+/// One step in so many, of no more decodes than this, takes good draft tokens whatever they seem to cost:
 /// steps that are all of one size don't tell a row's cost from the step's.
 const TRIAL_PERIOD: u32 = 16;
 const MAX_TRIAL_DECODES: usize = 8;
@@ -60,7 +60,7 @@ pub struct CostModel {
     pub prefill_s: f64,
     /// Seconds of a token's attention to another one.
     pub pair_s: f64,
-    /// Rows that a decode has beside its own, on average: guesses.
+    /// Rows that a decode has beside its own, on average: draft tokens.
     pub drafts_per_decode: f64,
     /// Of those, rows that yield a token.
     pub accepted_per_decode: f64,
@@ -84,7 +84,7 @@ impl CostModel {
             self.fit.observe(work, duration.as_secs_f64(), &costs);
     }
 
-    /// A step had so many decodes, and guesses beside them, of which some were right.
+    /// A step had so many decodes, and draft tokens beside them, of which some were accepted.
     pub fn observe_drafts(&mut self, num_decodes: usize, num_drafts: usize, num_accepted: usize) {
         let learn = |mean: &mut f64, count: usize| {
             *mean += YIELD_RATE * (count as f64 / num_decodes.max(1) as f64 - *mean);
@@ -131,8 +131,9 @@ impl CostModel {
         PrefillBudget::new(most, least, left_s, self.prefill_s, self.pair_s)
     }
 
-    /// The least chance to yield a token at which one more row pays beside `decodes`: below it the step yields fewer tokens a second for everybody. It is the part of a row in the step's time,
-    /// times the step's tokens, and half as much again. 1, at which nothing pays, as soon as rows make up
+    /// The least probability of being accepted at which one more draft token pays beside `decodes`: below it the step
+    /// yields fewer tokens a second for everybody. It is the part of a row in the step's time, times the step's
+    /// tokens, and half as much again. 1, at which nothing pays, as soon as rows make up
     /// two thirds of the step, and until a step was seen.
     pub fn draft_price(&self, decodes: &StepWork) -> f64 {
         let step_s = self.step_seconds(decodes);
@@ -309,7 +310,7 @@ mod tests {
         let attentive = CostModel { pair_s: 1e-6, ..known };
         assert!(attentive.draft_price(&work(0, 1, 4000)) > 2.0 * attentive.draft_price(&work(0, 1, 1)));
         // Steps of one row only don't tell a step's cost from a row's: prompts say about what that is, and
-        // steps with guesses say it.
+        // steps with draft tokens say it.
         let machine = machine(6.3, 0.95, 0.7);
         let mut model = warm_up(&machine, 1);
         (0..50).for_each(|_| model.observe_step(&lone, machine(&lone)));

@@ -1,5 +1,5 @@
-//! Owns speculation without a second model: the guess that a sequence goes on as it did where its last
-//! tokens stood before, in prompt or output (prompt lookup), and whether checking that guess pays.
+//! Owns speculation without a second model: draft tokens by prompt lookup (a sequence goes on as it did where its
+//! last tokens stood before, in prompt or output), and whether checking them pays.
 //!
 //! Invariant: a draft changes how many tokens a step yields, never which. Its tokens are computed as
 //! further rows of the step, so row `i` holds the logits after the sequence and its first `i` drafts.
@@ -14,11 +14,11 @@
 
 /// Tokens that must have stood together before: the longest first, which errs less often.
 const NGRAM_LENS: [usize; 2] = [3, 2];
-/// Weight of the newest guess in the rate of right ones: what counts is whether the sequence repeats
+/// Weight of the newest draft token in the rate of accepted ones: what counts is whether the sequence repeats
 /// something now.
 const RATE: f64 = 0.2;
 
-/// Guesses what a sequence says next. Allocates once.
+/// Drafts what a sequence says next. Allocates once.
 #[derive(Debug, Default)]
 pub struct Drafter {
     /// Position of the token after the newest occurrence of an n-gram, by the n-gram's hash; 0 is none.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why a request was refused at the door. Nothing was queued.
+/// Why admission control refused a request. Nothing was queued.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SubmitError {
     /// A parameter is out of its range.

@@ -104,7 +104,7 @@ impl Sequence {
         self.drafter.read(&self.tokens, self.num_prompt_tokens + self.sampling.max_tokens);
     }
 
-    /// How many of its next tokens to guess, at most `most`, at this price of a guess.
+    /// How many draft tokens to check, at most `most`, at this price of one.
     pub fn num_drafts(&mut self, price: f64, most: usize) -> usize {
         // The last token that it may generate has no row after it.
         let left = self.sampling.max_tokens.saturating_sub(self.output().len());
@@ -161,7 +161,7 @@ pub struct RunningSequence {
     pub num_computed_tokens: usize,
     /// Known tokens in the step that is planned.
     pub num_planned_tokens: usize,
-    /// Guesses after them.
+    /// Draft tokens after them.
     pub num_draft_tokens: usize,
     /// Where they are.
     pub block_table: BlockTable,

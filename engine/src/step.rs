@@ -31,7 +31,7 @@ impl ScheduledSequence {
         self.logits_row..self.logits_row + self.num_logits_rows
     }
 
-    /// Tokens at the end of its share that are guesses, not part of the sequence.
+    /// Tokens at the end of its share that are drafts, not part of the sequence.
     pub fn num_draft_tokens(&self) -> usize {
         self.num_logits_rows.saturating_sub(1)
     }

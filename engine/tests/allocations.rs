@@ -49,7 +49,7 @@ fn a_step_of_decodes_allocates_nothing() {
 }
 
 #[test]
-fn a_step_with_guesses_allocates_nothing() {
+fn a_step_with_drafts_allocates_nothing() {
     let config = EngineConfig { max_model_len: 512, ..Default::default() };
     let mut engine = Engine::new(FakeRunner::repeating(96, 64, BLOCK_SIZE), config, 96);
     let budget = StepBudget { prefill: 512.into(), draft_price: 0.1 };
@@ -60,12 +60,12 @@ fn a_step_with_guesses_allocates_nothing() {
         let request = Request { prompt_token_ids: vec![1; 20], sampling, ..Request::default() };
         engine.submit(request, Duration::ZERO);
         engine.step(Duration::ZERO, budget);
-        let (mut num_guessed, mut num_allocated) = (0, 0);
+        let (mut num_drafted, mut num_allocated) = (0, 0);
         while !engine.is_idle() {
             num_allocated +=
-                num_allocations(|| num_guessed += engine.step(Duration::ZERO, budget).num_draft_tokens);
+                num_allocations(|| num_drafted += engine.step(Duration::ZERO, budget).num_draft_tokens);
         }
-        assert!(num_guessed > 50, "{num_guessed} guesses");
+        assert!(num_drafted > 50, "{num_drafted} drafts");
         assert!(id == 0 || num_allocated == 0, "{num_allocated} allocations");
     }
 }

@@ -149,7 +149,7 @@ fn the_thread_lives_and_each_accepted_request_ends_once() {
         Ok(())
     });
     result.unwrap();
-    // Both sides of the door were seen.
+    // Requests were accepted and refused.
     let (num_accepted, num_refused) = (num_accepted.get(), num_refused.get());
     println!("{num_accepted} were accepted, {num_refused} refused");
     assert!(num_accepted > 200 && num_refused > 200, "{num_accepted} were accepted, {num_refused} refused");

@@ -109,11 +109,11 @@ fn decodes_are_captured_and_replayed(mut runner: OrtRunner, graph: &str) {
     let mut prompt = StepPlan::default();
     prompt.clear(1);
     prompt.push(RequestId(0), [1, 2, 3], 0, &[0], BLOCK_SIZE, 1);
-    // A decode with two guesses, beside one without.
-    let mut guesses = StepPlan::default();
-    guesses.clear(1);
-    guesses.push(RequestId(0), [1, 2, 3], 8, &[0], BLOCK_SIZE, 3);
-    guesses.push(RequestId(1), [1], 8, &[1], BLOCK_SIZE, 1);
+    // A decode with two draft tokens, beside one without.
+    let mut drafts = StepPlan::default();
+    drafts.clear(1);
+    drafts.push(RequestId(0), [1, 2, 3], 8, &[0], BLOCK_SIZE, 3);
+    drafts.push(RequestId(1), [1], 8, &[1], BLOCK_SIZE, 1);
     // Other numbers of sequences that the same graph serves, and contexts beyond the first.
     for (first, later, context) in [(1, 1, 0), (3, 4, 140), (4, 3, 600), (40, 64, 140), (256, 129, 500)] {
         let what = format!("{graph}: {first} sequences of {context} tokens");
@@ -125,7 +125,7 @@ fn decodes_are_captured_and_replayed(mut runner: OrtRunner, graph: &str) {
         assert_eq!(run(&plan, "launch"), Ok(first), "{what}");
         assert_eq!(run(&decode(later, context + 1), "launch"), Ok(later), "{what}");
         assert_eq!(run(&prompt, "graph"), Ok(1), "{what}");
-        assert_eq!(run(&guesses, "graph"), Ok(4), "{what}");
+        assert_eq!(run(&drafts, "graph"), Ok(4), "{what}");
         assert_eq!(run(&decode(257, 7), "graph"), Ok(257), "{what}");
         assert!(run(&plan, "graph").is_err(), "{what}");
         assert_eq!(run(&plan, ""), Ok(first), "{what}");

@@ -235,7 +235,7 @@ async fn a_panic_ends_requests_that_the_thread_never_saw() {
     thread.join();
 }
 
-/// A request that passes the door before `abort_all` and arrives after it is told as well.
+/// A request that is accepted before `abort_all` and arrives after it is told as well.
 #[tokio::test]
 async fn abort_all_reaches_requests_that_race_with_it() {
     for _ in 0..200 {

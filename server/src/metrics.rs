@@ -153,12 +153,12 @@ impl Metrics {
             draft_tokens: counter(
                 r,
                 "glmserve_draft_tokens_total",
-                "Tokens guessed from a sequence's own text and computed in advance.",
+                "Draft tokens taken from a sequence's own text and computed in advance.",
             )?,
             accepted_draft_tokens: counter(
                 r,
                 "glmserve_accepted_draft_tokens_total",
-                "Guessed tokens that were sampled then: tokens without a step of their own.",
+                "Draft tokens that were accepted: tokens without a step of their own.",
             )?,
             preemptions: counter(r, "glmserve_preemptions_total", "Sequences preempted.")?,
             prefix_cache_queries: counter(

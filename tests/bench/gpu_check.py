@@ -208,7 +208,7 @@ class Run:
         log = self.work / "server.log"
         command = [self.options.glmserve, "serve", "--model", model, "--port", "0", "--log-format", "json"]
         command += ["--kv-cache-memory", str(kv_cache_memory), "--max-num-seqs", "128", *more]
-        # Random weights fall into loops, which are guessed: that is no speed of the GPU's.
+        # Random weights fall into loops, which are drafted: that is no speed of the GPU's.
         command += ["--speculative-tokens", "0"]
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)

@@ -1,4 +1,4 @@
-"""Greedy replies with guessed tokens and without: tokens a second, guesses, and how many replies differ.
+"""Greedy replies with draft tokens and without: tokens a second, drafts, and how many replies differ.
 
     .venv/bin/python tests/bench/speculation.py [--rounds 5] [--streams 1] [--max-tokens 160] [--serve ...]
 
@@ -44,7 +44,7 @@ PROMPTS = {
 
 
 def counts(url: str) -> list[int]:
-    """Tokens guessed, and tokens of those that were sampled."""
+    """Draft tokens, and those of them that were accepted."""
     names = ["glmserve_draft_tokens_total", "glmserve_accepted_draft_tokens_total"]
     return [counter(url, name) for name in names]
 
@@ -96,16 +96,16 @@ def main() -> None:
     common = ["--model", options.model, *options.serve]
     with serve([*common, "--speculative-tokens", "0"]) as off, serve(common) as on:
         plain, guessing = Bench(off, options), Bench(on, options)
-        print("prompt    tok/s off      on   ratio   guessed  right  same reply")
+        print("prompt    tok/s off      on   ratio   drafted  right  same reply")
         for kind, prompts in PROMPTS.items():
             for prompt in prompts:
                 before = counts(on)
                 rounds = [(plain.speed(prompt), guessing.speed(prompt)) for _ in range(options.rounds)]
                 slow, fast = (max(speeds) for speeds in zip(*rounds, strict=True))
-                guessed, right = (b - a for a, b in zip(before, counts(on), strict=True))
+                drafted, right = (b - a for a, b in zip(before, counts(on), strict=True))
                 same = plain.text == guessing.text
                 print(
-                    f"{kind:9} {slow:9.1f} {fast:7.1f} {fast / slow:7.2f} {guessed:9} {right:6}  {same}",
+                    f"{kind:9} {slow:9.1f} {fast:7.1f} {fast / slow:7.2f} {drafted:9} {right:6}  {same}",
                     flush=True,
                 )
 

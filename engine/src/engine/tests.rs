@@ -72,26 +72,26 @@ fn a_sequence_that_repeats_takes_fewer_steps_and_says_the_same() {
 }
 
 #[test]
-fn guesses_take_what_is_free_and_give_it_back() {
+fn drafts_take_what_is_free_and_give_it_back() {
     // Both, at their end, take every block; they have none in common.
     let mut engine = engine(counting(12, 4), 8);
     for id in 0..2u32 {
         let request = Request { prompt_token_ids: vec![id, id + 1, id + 2], ..request(greedy(21)) };
         engine.submit(request, Duration::ZERO);
     }
-    let (mut num_guessed, mut num_used) = (0, 0);
+    let (mut num_drafted, mut num_used) = (0, 0);
     while !engine.is_idle() {
         let report = engine.step(Duration::ZERO, budget(0.2));
         engine.scheduler().check().unwrap();
-        num_guessed += report.num_draft_tokens;
+        num_drafted += report.num_draft_tokens;
         assert_eq!(report.num_preemptions, 0);
         let needed = |tokens: &[u32]| (tokens.len() - 1).div_ceil(4);
         let num_needed =
             engine.scheduler().running().iter().map(|running| needed(running.sequence.tokens())).sum();
-        assert_eq!(engine.scheduler().gauges().num_used_blocks, num_needed, "guesses keep no block");
+        assert_eq!(engine.scheduler().gauges().num_used_blocks, num_needed, "drafts keep no block");
         num_used = num_used.max(num_needed);
     }
-    assert!(num_guessed >= 20 && num_used >= 8, "{num_guessed} {num_used}");
+    assert!(num_drafted >= 20 && num_used >= 8, "{num_drafted} {num_used}");
 }
 
 /// What a tenant is charged for a reply of so many tokens, and what the next turn of the chat finds cached.
@@ -109,7 +109,7 @@ fn charged_and_cached(max_num_draft_tokens: usize, max_tokens: usize) -> (u64, u
 }
 
 #[test]
-fn guesses_change_neither_what_is_charged_nor_what_is_cached() {
+fn drafts_change_neither_what_is_charged_nor_what_is_cached() {
     for max_tokens in 30..60 {
         let plain = charged_and_cached(0, max_tokens);
         assert_eq!(charged_and_cached(8, max_tokens), plain, "after {max_tokens} tokens");
@@ -118,7 +118,7 @@ fn guesses_change_neither_what_is_charged_nor_what_is_cached() {
 }
 
 #[test]
-fn no_guess_is_made_beside_a_prompt() {
+fn no_draft_is_made_beside_a_prompt() {
     let mut engine = engine(counting(64, 4), 8);
     engine.submit(request(greedy(100)), Duration::ZERO);
     while engine.step(Duration::ZERO, budget(0.2)).num_draft_tokens < 8 {}
@@ -147,11 +147,11 @@ impl ModelRunner for Constant {
 }
 
 #[test]
-fn what_is_sampled_follows_the_distribution_after_right_guesses_and_wrong_ones() {
+fn what_is_sampled_follows_the_distribution_after_accepted_drafts_and_wrong_ones() {
     let row = [3.0, 2.0, 1.5, 0.5, 0.0, 0.0, -1.0, -9.0];
     let weights = row.map(|logit: f32| f64::from(logit).exp());
     let total: f64 = weights.iter().sum();
-    // By whether the guess before was right: the token after it.
+    // By whether the draft token before was accepted: the token after it.
     let mut counts = [[0usize; 8]; 2];
     for seed in 0..40 {
         let mut engine = engine(Constant { row, logits: Array2::zeros((0, 8)) }, 8);
@@ -213,7 +213,7 @@ fn round_seconds(engine: &mut Engine<FakeRunner>, ids: std::ops::Range<u64>) -> 
 }
 
 #[test]
-fn guesses_save_time_where_text_repeats_and_cost_a_crowd_nothing() {
+fn drafts_save_time_where_text_repeats_and_cost_a_crowd_nothing() {
     for (num_streams, least_gain) in [(1, 1.3), (4, 1.01), (16, 0.99), (64, 0.99)] {
         let gain = |model| seconds(model, num_streams, 0) / seconds(model, num_streams, 8);
         let (repeating, other) = (gain(FakeRunner::repeating), gain(FakeRunner::hashing));

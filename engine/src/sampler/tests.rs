@@ -71,7 +71,7 @@ fn penalties_and_bias_move_the_greedy_choice() {
     }
 }
 
-/// The door refuses these; if one came through, it must not take the others along.
+/// Admission control refuses these; if one came through, it must not fail the others.
 #[test]
 fn options_that_no_vocabulary_fits_are_an_error_of_their_sequence() {
     let mut sampler = Sampler::new(3);

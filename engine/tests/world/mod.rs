@@ -130,7 +130,7 @@ pub(crate) fn config() -> EngineConfig {
         max_model_len: 2000,
         // Prompts are all alike here, and are to take time.
         prefix_caching: PrefixCaching::Off,
-        // The fake says one token only: guesses would hide the pace.
+        // The fake says one token only: draft tokens would hide the pace.
         max_num_draft_tokens: 0,
         ..Default::default()
     }

@@ -100,7 +100,7 @@ impl SchedulingArgs {
         })
     }
 
-    /// As asked for; else none on CUDA, where a step that checks guesses leaves the captured graphs, and where a
+    /// As asked for; else none on CUDA, where a step that checks draft tokens leaves the captured graphs, and where a
     /// row's bits depend on the rows beside it.
     fn max_num_draft_tokens(&self, provider: Provider) -> usize {
         match (self.speculative_tokens, provider) {

@@ -20,7 +20,7 @@ from .models import Model
 from .paths import BIN, GLMSERVE, NUM_THREADS
 
 LIBRARY = "GLMSERVE_ORT_LIB"
-# Off on all sides: a bench of caches and guesses is another one. Only what this build knows is passed.
+# Off on all sides: a bench of caches and draft tokens is another one. Only what this build knows is passed.
 OFF = (("--no-prefix-cache",), ("--speculative-tokens", "0"))
 EXPORTER = Path(glm_export.__file__).parent
 

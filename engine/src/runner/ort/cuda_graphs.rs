@@ -185,7 +185,7 @@ impl CudaGraphs {
 }
 
 impl GraphIndex {
-    /// `max_kv_lens` are the longest short context and the longest of all. A decode that checks guesses has more
+    /// `max_kv_lens` are the longest short context and the longest of all. A decode that checks draft tokens has more
     /// than one token and is not captured.
     fn of(plan: &StepPlan, max_kv_lens: [usize; 2]) -> Option<Self> {
         let num_rows = plan.sequences.len();

@@ -1,7 +1,7 @@
-//! Owns the table of requests that wait: the door enters them, the engine thread strikes them out.
+//! Owns the table of requests that wait: admission control enters them, the engine thread strikes them out.
 //!
 //! Invariant: an entry is written before it is marked as taken, and by one thread at a time; atomics only.
-//! So a request that is on its way to the engine thread is seen by the next one at the door. A reader may mix
+//! So a request that is on its way to the engine thread is seen by the next one that is submitted. A reader may mix
 //! two moments; what it makes of them is an estimate anyway.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

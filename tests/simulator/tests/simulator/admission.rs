@@ -1,4 +1,4 @@
-//! Owns the proof that the door keeps its word: who is accepted is admitted within its limit, and few are
+//! Owns the proof that admission control keeps its word: who is accepted is admitted within its limit, and few are
 //! refused who would have been. On machines in virtual time, the real thread and all.
 
 use std::time::Duration;

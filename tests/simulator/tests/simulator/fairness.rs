@@ -66,7 +66,7 @@ fn simulate(seed: u64) {
     // Of each pair that waits, the difference when both began to.
     let mut since = [[None; 3]; 3];
     let (mut wants, mut num_steps_together, mut num_comes) = ([true, false, false], 0, 0);
-    let mut num_guessed = 0;
+    let mut num_drafted = 0;
     for step in 0..4_000u64 {
         let now = Duration::from_millis(step);
         for (tenant, wants) in wants.iter_mut().enumerate() {
@@ -86,7 +86,7 @@ fn simulate(seed: u64) {
                 engine.submit(request, now);
             }
         }
-        num_guessed += engine.step(now, budget).num_accepted_draft_tokens;
+        num_drafted += engine.step(now, budget).num_accepted_draft_tokens;
         engine.scheduler().check().unwrap_or_else(|broken| panic!("seed {seed}, step {step}: {broken}"));
         engine.events().iter().for_each(|(id, event)| ledger.event(*id, event));
         let waits = |tenant| {
@@ -111,7 +111,7 @@ fn simulate(seed: u64) {
             );
         }
     }
-    assert!(num_guessed > 500, "seed {seed}: {num_guessed} right guesses");
+    assert!(num_drafted > 500, "seed {seed}: {num_drafted} accepted drafts");
     // Far more was served than the bound allows for.
     assert!(num_steps_together > 2_000 && num_comes > 5, "seed {seed}: {num_steps_together}, {num_comes}");
     assert!(ledger.served.iter().all(|&served| served > 10.0 * bound), "seed {seed}: {:?}", ledger.served);

@@ -26,7 +26,7 @@ struct Seen {
 }
 
 /// Four replies run on while prompts of up to `longest_prompt` tokens come, one after the other; then
-/// prompts alone. The replies repeat themselves; `max_num_draft_tokens` of them are guessed.
+/// prompts alone. The replies repeat themselves; `max_num_draft_tokens` of them are drafted.
 fn serve(speed: Speed, longest_prompt: usize, max_num_draft_tokens: usize) -> Seen {
     let config = EngineConfig {
         max_num_seqs: 8,

@@ -1,6 +1,6 @@
 //! A seeded simulator over the fake runner with virtual time: thousands of random requests,
 //! aborts, failures, deadlines, priorities, tenants, detached readers, probes, common prefixes, prompt
-//! budgets that vary by step and tiny pools, with guesses that are checked in the same step, and with
+//! budgets that vary by step and tiny pools, with draft tokens that are checked in the same step, and with
 //! every invariant checked after every step.
 //!
 //! `GLMSERVE_SIM_SEED=n` runs one seed; `GLMSERVE_SIM_RUNS=n` more of them.
@@ -83,7 +83,7 @@ impl Model {
     }
 }
 
-/// The same request alone in an engine with room for everything, which guesses nothing.
+/// The same request alone in an engine with room for everything, without draft tokens.
 fn isolated(request: &Request, model: Model) -> Outcome {
     let config = EngineConfig {
         max_model_len: 4096,
@@ -216,7 +216,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         } else {
             engine.plan_within(now, StepBudget { prefill: budget.into(), draft_price });
         }
-        // While a step runs, guesses are in the blocks, and the engine is asked for its load.
+        // While a step runs, draft tokens are in the blocks, and the engine is asked for its load.
         engine.scheduler().check().unwrap_or_else(|broken| panic!("seed {seed}, plan {num_steps}: {broken}"));
         assert!(engine.scheduler().num_free_slots() <= config.max_num_seqs, "seed {seed}: free places");
         engine.run();
@@ -233,7 +233,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         let num_prefill_tokens = StepWork::of(plan).num_prefill_tokens;
         let num_budgeted = num_prefill_tokens + report.num_draft_tokens;
         assert!(num_budgeted <= budget.max(block_size), "seed {seed}: prompt budget");
-        // A guess costs nobody its blocks, neither in its step nor after it.
+        // A draft token costs nobody its blocks, neither in its step nor after it.
         assert!(report.num_preemptions == 0 || report.num_draft_tokens == 0, "seed {seed}: preempted");
         for running in engine.scheduler().running() {
             let num_needed = running.sequence.tokens().len().div_ceil(block_size);

@@ -88,7 +88,7 @@ fields! {
         prompt_cache_retention: Ignored,
         #[no_effect] /// Prompts that start alike share their cache by themselves.
         cache_prompt: Ignored,
-        #[no_effect] /// Guesses of the reply, which would only make it faster.
+        #[no_effect] /// Text that the reply is expected to have; it would only make the reply faster.
         prediction: Ignored,
         #[no_effect] /// No reply has tool calls.
         parallel_tool_calls: Ignored,
