@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 log=$(mktemp)
-# Prompts of random words make a small model repeat itself: guesses would flatter it.
+# Prompts of random words make a small model repeat itself: draft tokens would flatter it.
 target/release/glmserve serve --model .models/smollm2-135m-instruct --port 0 --log-format json \
     --speculative-tokens 0 >"$log" 2>&1 &
 server=$!
