@@ -45,7 +45,7 @@ class Glmserve(Contender):
 
     def prepare(self, model: Model) -> None:
         manifest = self.folder(model) / "manifest.json"
-        newest = max(path.stat().st_mtime for path in EXPORTER.glob("*.py"))
+        newest = max(path.stat().st_mtime for path in EXPORTER.rglob("*.py"))
         if not manifest.is_file() or manifest.stat().st_mtime < newest:
             command = [BIN / "glm-export", model.checkpoint, self.folder(model), "--force"]
             subprocess.run([*command, *self._options], check=True, stdout=subprocess.DEVNULL)
