@@ -104,7 +104,7 @@ impl<R: ModelRunner> Engine<R> {
         self.scheduler.is_idle()
     }
 
-    /// Who waits and who runs, to look at.
+    /// The scheduler, for reading: the waiting and the running requests, and the use of the cache.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
     }
@@ -134,17 +134,22 @@ impl<R: ModelRunner> Engine<R> {
         &self.plan
     }
 
-    /// Plans the next step, within what was learnt about time. What is admitted has its events now.
+    /// Plans the next step by what was learnt about time. [`Engine::events`] has the admissions.
     pub fn plan(&mut self, now: Duration) {
         let budget = self.costs.step_budget(&self.scheduler.decodes(), &self.bounds);
-        self.plan_within(now, budget);
+        self.schedule(now, budget);
     }
 
-    /// Plans the next step within a budget of the caller's, for tests that must not depend on what is learnt. A block
-    /// of a prompt is taken even so.
+    /// Plans the next step within a budget that does not depend on what was learnt. A block of a prompt is taken even
+    /// so.
+    #[cfg(any(test, feature = "test-doubles"))]
     pub fn plan_within(&mut self, now: Duration, budget: impl Into<StepBudget>) {
+        self.schedule(now, budget.into());
+    }
+
+    fn schedule(&mut self, now: Duration, budget: StepBudget) {
         self.events.clear();
-        self.scheduler.schedule(now, budget.into(), &mut self.plan, &mut self.outcome);
+        self.scheduler.schedule(now, budget, &mut self.plan, &mut self.outcome);
         self.events.extend(
             self.outcome.admitted.iter().map(|(id, report)| {
                 (*id, TokenEvent::Admitted { num_cached_tokens: report.num_cached_tokens })
@@ -158,31 +163,6 @@ impl<R: ModelRunner> Engine<R> {
         self.plan_within(now, budget);
         self.run();
         self.finish(Duration::ZERO)
-    }
-
-    /// Learns from the planned step, which has run and took so long, sampling included. Says what it did.
-    pub fn finish(&mut self, took: Duration) -> StepReport {
-        let report = &mut self.report;
-        report.duration = took;
-        if report.failed {
-            self.num_run_errors = self.num_run_errors.saturating_add(1);
-            if self.num_run_errors >= self.max_consecutive_run_errors {
-                report.fault = Some(Fault::RepeatedRunErrors { count: self.num_run_errors });
-            }
-        } else {
-            self.num_run_errors = 0;
-            let work = StepWork::of(&self.plan);
-            self.costs.observe_step(&work, took);
-            let num_decodes = work.num_decodes.saturating_sub(report.num_draft_tokens);
-            self.costs.observe_drafts(num_decodes, report.num_draft_tokens, report.num_accepted_draft_tokens);
-        }
-        if report.num_non_finite > 0 {
-            report.fault = Some(Fault::NonFiniteLogits);
-        }
-        if report.lost_device {
-            report.fault = Some(Fault::DeviceLost);
-        }
-        *report
     }
 
     /// Runs the planned step and applies its outcome. Its events follow those of the plan.
@@ -200,7 +180,8 @@ impl<R: ModelRunner> Engine<R> {
         let mut output = match self.runner.run(&self.plan) {
             Ok(output) => output,
             Err(error) => {
-                (report.failed, report.lost_device) = (true, error.is_permanent);
+                report.failed = true;
+                report.fault = error.is_permanent.then_some(Fault::DeviceLost);
                 for scheduled in &self.plan.sequences {
                     self.scheduler.remove(scheduled.id);
                     self.events.push((scheduled.id, TokenEvent::Failed(error.clone().into())));
@@ -243,11 +224,19 @@ impl<R: ModelRunner> Engine<R> {
             }
             if is_finished {
                 if let Some((_, TokenEvent::Failed(error))) = self.events.last() {
-                    report.num_non_finite +=
-                        usize::from(matches!(error, SequenceError::NonFiniteLogits { .. }));
-                    // The rows could not be copied: what the device computed may have failed, too.
-                    report.failed |= matches!(error, SequenceError::Run(_) | SequenceError::DeviceLost(_));
-                    report.lost_device |= matches!(error, SequenceError::DeviceLost(_));
+                    match error {
+                        SequenceError::NonFiniteLogits { .. } => {
+                            report.num_non_finite += 1;
+                            report.fault.get_or_insert(Fault::NonFiniteLogits);
+                        }
+                        // The rows could not be copied: what the device computed may have failed, too.
+                        SequenceError::Run(_) => report.failed = true,
+                        SequenceError::DeviceLost(_) => {
+                            report.failed = true;
+                            report.fault = Some(Fault::DeviceLost);
+                        }
+                        _ => {}
+                    }
                     if !matches!(error, SequenceError::CannotSample(_)) {
                         // What a machine in doubt has computed is not served to others.
                         self.scheduler.forget_cached();
@@ -256,6 +245,25 @@ impl<R: ModelRunner> Engine<R> {
                 self.scheduler.remove(scheduled.id);
             }
         }
+    }
+
+    /// Learns from the step that has run and took so long, sampling included. Returns its figures.
+    pub fn finish(&mut self, took: Duration) -> StepReport {
+        let report = &mut self.report;
+        report.duration = took;
+        if report.failed {
+            self.num_run_errors = self.num_run_errors.saturating_add(1);
+            if self.num_run_errors >= self.max_consecutive_run_errors {
+                report.fault.get_or_insert(Fault::RepeatedRunErrors { count: self.num_run_errors });
+            }
+        } else {
+            self.num_run_errors = 0;
+            let work = StepWork::of(&self.plan);
+            self.costs.observe_step(&work, took);
+            let num_decodes = work.num_decodes.saturating_sub(report.num_draft_tokens);
+            self.costs.observe_drafts(num_decodes, report.num_draft_tokens, report.num_accepted_draft_tokens);
+        }
+        *report
     }
 }
 

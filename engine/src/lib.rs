@@ -38,5 +38,5 @@ pub use sequence::{RunningSequence, Sequence};
 pub use step::{Candidates, FetchLogits, Logits, ScheduledSequence, StepOutput, StepPlan};
 pub use thread::{
     Clock, EngineHandle, EngineLimits, EngineStatus, EngineThread, EventReceiver, FaultGeneration, Progress,
-    Stage,
+    Stage, WakeGroup,
 };

@@ -27,8 +27,6 @@ pub struct StepReport {
     pub num_non_finite: usize,
     /// Whether the runner failed, in computing or in handing out what it computed.
     pub failed: bool,
-    /// Whether it can never succeed again in this process.
-    pub lost_device: bool,
     /// What the step showed to be wrong with the engine.
     pub fault: Option<Fault>,
     /// Whether a request of a user was computed; else the step was for a probe only.

@@ -10,6 +10,7 @@ mod handle;
 mod limits;
 mod published;
 mod submission;
+mod wake_group;
 mod worker;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,6 +24,7 @@ pub use handle::{EngineHandle, EngineStatus, EventReceiver};
 pub use limits::EngineLimits;
 pub use published::fault::FaultGeneration;
 pub use published::progress::{Progress, Stage};
+pub use wake_group::WakeGroup;
 
 use crate::config::EngineConfig;
 use crate::engine::Engine;

@@ -1,4 +1,6 @@
 //! Owns the server's run: it listens, loads the model, serves and ends.
+//!
+//! Invariant: HTTP is answered from the moment that the port is bound until the last stream has ended.
 
 use std::net::TcpListener;
 

@@ -14,3 +14,4 @@ pub mod reply_stream;
 pub mod sse;
 pub mod store;
 pub mod time_limits;
+mod worker_wakes;

@@ -1,7 +1,7 @@
 //! Owns what this CPU can do, and which instruction set an operator uses.
 //!
-//! Invariant: AMX is found only after Linux allowed this process the use of its tiles. What an operator calls a level is
-//! chosen by its name alone, so one variable forces all of them.
+//! Invariant: AMX is found only after Linux allowed this process the use of its tiles. All operators choose by
+//! the same names, so that one variable forces the instruction set of all of them.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::asm;

@@ -158,8 +158,7 @@ impl<E: Element> Operator for PagedAttention<E> {
 
     fn create_kernel<'a>(&self, ctx: &KernelContext<'a>) -> ort::Result<PagedAttentionKernel<E>> {
         let attributes = Attributes::check(&Node(ctx)).map_err(error)?;
-        let simd = Simd::choose(isa::forced().as_deref())
-            .map_err(|message| error(format!("{}: {message}", super::SIMD_VARIABLE)))?;
+        let simd = Simd::choose(isa::forced().as_deref()).map_err(error)?;
         Ok(PagedAttentionKernel {
             attributes,
             simd,

@@ -1,5 +1,5 @@
-//! Owns the ONNX Runtime session and the KV cache's memory; with `operators`, the only place that
-//! knows `ort`.
+//! Owns the ONNX Runtime session and the KV cache's memory; with the crate glm-kernels, the only
+//! place that knows `ort`.
 //!
 //! Invariant: cache tensors are allocated once, bound once and never copied; the attention operator
 //! writes them in place while this runner holds them exclusively.

@@ -20,7 +20,7 @@ pub(super) struct Submission {
     pub(super) state: Arc<RequestState>,
 }
 
-/// What a handle wants.
+/// What the engine thread is asked to do.
 pub(super) enum Command {
     /// A request, with its permit.
     Submit(Box<Submission>),

@@ -2,8 +2,10 @@
 //!
 //! Invariant: nothing here waits for the engine, so the state can be read while it hangs in a step.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
@@ -16,6 +18,7 @@ use super::published::fault::FaultGeneration;
 use super::published::progress::{Progress, RequestState};
 use super::published::{Permit, Published};
 use super::submission::check_request;
+use super::wake_group::WakeGroup;
 use crate::error::{SequenceError, SubmitError};
 use crate::fault::Fault;
 use crate::request::{Request, TimedEvent, TokenEvent};
@@ -48,9 +51,28 @@ pub struct EventReceiver {
     state: Arc<RequestState>,
     clock: Clock,
     has_ended: bool,
+    group: Option<WakeGroup>,
+    /// The task that was seen last, and how the group wakes it.
+    member: Option<(Waker, Waker)>,
 }
 
 impl EventReceiver {
+    /// Has the waiting task woken through `group`, whose future must run on the same thread as the task.
+    pub fn wake_by(&mut self, group: &WakeGroup) {
+        self.group = Some(group.clone());
+        self.member = None;
+    }
+
+    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<TimedEvent>> {
+        let Some(group) = &self.group else { return self.events.poll_recv(context) };
+        let task = context.waker();
+        let (_, member) = match self.member.take() {
+            Some(member) if member.0.will_wake(task) => self.member.insert(member),
+            _ => self.member.insert((task.clone(), group.waker(task))),
+        };
+        self.events.poll_recv(&mut Context::from_waker(member))
+    }
+
     /// The next event; `None` after the terminal one. Cancel-safe.
     pub async fn recv(&mut self) -> Option<TokenEvent> {
         self.recv_timed().await.map(|timed| timed.event)
@@ -61,7 +83,8 @@ impl EventReceiver {
         if self.has_ended {
             return None;
         }
-        let timed = self.events.recv().await.unwrap_or_else(|| TimedEvent {
+        let timed = poll_fn(|context| self.poll_event(context)).await;
+        let timed = timed.unwrap_or_else(|| TimedEvent {
             at: self.clock.now(),
             event: TokenEvent::Failed(SequenceError::EngineDied),
         });
@@ -185,7 +208,14 @@ impl EngineHandle {
         if !published.alive.load(Ordering::SeqCst) {
             return Err(SubmitError::Unavailable("its thread has ended"));
         }
-        Ok(EventReceiver { events, state, clock: published.clock.clone(), has_ended: false })
+        Ok(EventReceiver {
+            events,
+            state,
+            clock: published.clock.clone(),
+            has_ended: false,
+            group: None,
+            member: None,
+        })
     }
 
     /// Predicted time to the first token of the first tenant's request without a deadline, submitted now,

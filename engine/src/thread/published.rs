@@ -109,7 +109,7 @@ impl Published {
     }
 }
 
-/// Leave to have a request in the engine: a place among those that a limit counts.
+/// The right to have one request in the engine. The limits on requests count permits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Permit {
     /// The only one for probes.

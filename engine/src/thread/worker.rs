@@ -21,6 +21,7 @@ use crate::config::EngineConfig;
 use crate::cost_model::{LengthCurve, ReplyLengths, RequestWork};
 use crate::engine::Engine;
 use crate::error::SequenceError;
+use crate::fault::Fault;
 use crate::observer::EngineObserver;
 use crate::request::{FinishReason, RequestId, TimedEvent, TokenEvent};
 use crate::runner::ModelRunner;
@@ -151,7 +152,7 @@ impl<R: ModelRunner> Worker<R> {
         if let Some(fault) = report.fault {
             self.published.fault.set(fault);
         }
-        if report.lost_device {
+        if report.fault == Some(Fault::DeviceLost) {
             self.note_lost_device();
         }
         self.published.costs.publish(self.engine.costs());

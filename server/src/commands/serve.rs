@@ -1,6 +1,6 @@
 //! Owns `glmserve serve`: from the command line to a server that runs, and to the exit.
 //!
-//! Invariant: a mistake in the configuration is told before the port is bound and before anything is loaded.
+//! Invariant: a mistake in the configuration that can be found without the model is told before the port is bound.
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};

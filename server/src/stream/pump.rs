@@ -18,6 +18,7 @@ use super::generation::{Generated, Generation};
 use super::reply_stream::{ReplyStream, Wishes};
 use super::store::StreamStore;
 use super::time_limits::{Milestones, TimeLimits};
+use super::worker_wakes;
 use crate::metrics::{Outcome, StreamRecord};
 
 /// What a pump moves.
@@ -62,6 +63,7 @@ enum Wake {
 impl Pump {
     /// Runs to the end of the reply.
     pub async fn run(mut self) {
+        self.events.wake_by(&worker_wakes::group());
         let end = match self.pump().await {
             Ok(end) => end,
             Err(error) => Event::Error(error),

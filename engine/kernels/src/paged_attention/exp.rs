@@ -27,6 +27,15 @@ mod tests {
     use crate::paged_attention::simd::portable::Floats;
 
     #[test]
+    fn the_scalar_exponential_has_the_same_bits() {
+        for step in 0..=880_000 {
+            let x = -(step as f32) * 1e-4;
+            let (vector, scalar) = (exp(Floats::<1>, [x])[0], crate::math::exp(x));
+            assert_eq!(vector.to_bits(), scalar.to_bits(), "{x}");
+        }
+    }
+
+    #[test]
     fn it_is_accurate_and_exact_at_zero() {
         assert_eq!(exp(Floats::<1>, [0.0])[0].to_bits(), 1f32.to_bits());
         assert_eq!(exp(Floats::<1>, [-0.0])[0].to_bits(), 1f32.to_bits());

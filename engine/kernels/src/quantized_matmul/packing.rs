@@ -1,4 +1,4 @@
-//! Owns how quantised weights lie in memory, and the view of one panel of them. `glm_export/packing.py`
+//! Owns how quantised weights lie in memory, and the view of one panel of them. `glm_export/graph/packing.py`
 //! writes what is drawn here; `export/tests/golden/packing.json` holds both to it.
 //!
 //! ```text
