@@ -51,7 +51,7 @@ async fn a_prompt_that_is_cached_is_taken_where_another_one_is_refused() {
 }
 
 #[tokio::test]
-async fn a_full_queue_says_when_a_place_will_be_free() {
+async fn a_full_queue_says_when_it_will_have_room() {
     let world = start(config());
     let handle = &world.handle;
     let fill = || (0..4).map(|_| handle.submit(request(HANG, 20, 1900)).unwrap()).collect::<Vec<_>>();
@@ -71,6 +71,9 @@ async fn a_full_queue_says_when_a_place_will_be_free() {
     // 1,900 tokens at a bit more than 1 ms, two at a time: no reply has ended before its last token.
     let retry_after = full();
     assert!((2_000..2_500).contains(&retry_after.as_millis()), "{retry_after:?}");
+    // Each who is refused is told another time: two replies end within it, one every half of it.
+    let later = full() - retry_after;
+    assert!((900..1_250).contains(&later.as_millis()), "{later:?}");
 }
 
 #[tokio::test]

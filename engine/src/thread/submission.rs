@@ -159,13 +159,22 @@ impl Published {
         Ok(Permit::Tenant(tenant, self.table.enter(waiting)))
     }
 
+    /// All permits are taken. Whoever is refused is told when one will be given back and, once the lengths of replies
+    /// are known, of a crowd each is told the end of another reply.
     pub(super) fn queue_full(&self, num_requests: usize) -> SubmitError {
         let costs = self.costs.model();
         let queue = self.queue_forecast(&costs);
-        let first_end = queue.and_then(|queue| queue.first_end());
-        let wait = first_end.unwrap_or(DEFAULT_RETRY_AFTER);
-        let wait = if self.costs.has_lengths() { wait } else { wait.min(DEFAULT_RETRY_AFTER) };
-        let retry_after = wait.max(MIN_RETRY_AFTER);
+        let first_end = queue.as_ref().and_then(QueueForecast::first_end).unwrap_or(DEFAULT_RETRY_AFTER);
+        let (wait, share) = if self.costs.has_lengths() {
+            // As if those that run end evenly spread.
+            let num_output_tokens = self.running.running().map(|work| work.num_output_tokens).sum::<f64>();
+            let num_output_tokens = num_output_tokens / self.running.len().max(1) as f64;
+            let mean = RequestWork { num_output_tokens, ..RequestWork::default() };
+            (first_end, queue.map_or(Duration::ZERO, |queue| queue.share(&mean)))
+        } else {
+            (first_end.min(DEFAULT_RETRY_AFTER), Duration::ZERO)
+        };
+        let retry_after = self.retry_after(self.clock.now(), wait, share);
         SubmitError::QueueFull { num_requests, retry_after }
     }
 
