@@ -5,6 +5,11 @@ import pytest
 from glm_export.dev import tiny
 
 
+def pytest_addoption(parser):
+    """For the table that test_cuda.py compares with."""
+    parser.addoption("--write-golden", action="store_true", help="write golden/cuda_kernels.json anew")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A tiny random checkpoint folder; read it, never write in it."""

@@ -5,6 +5,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -29,9 +30,13 @@ GRAPHS = {
     "fp16-kv-int8": ("fp16", {"kv_cache_dtype": "int8", "kv_cache_scales": SCALES}),
     "int4-kv-int4": ("int4", {"kv_cache_dtype": "int4", "kv_cache_scales": SCALES}),
     "fp16-whole-heads": ("fp16", {}),
+    "fp16-vocabulary": ("fp16", {}),
 }
 # Whose heads rotate as a whole.
 WHOLE_HEADS = "glm-edge-1.5b-chat"
+# With as many rows of logits as ChatGLM3 has.
+VOCABULARY = "vocabulary"
+CHECKPOINTS = {"fp16-whole-heads": WHOLE_HEADS, "fp16-vocabulary": VOCABULARY}
 NEGATIVE_CONTROL = "unique"
 
 
@@ -41,11 +46,12 @@ def write(out):
     shape = tiny.Shape(head_dim=128, seq_length=1024)
     tiny.write(out / "checkpoint", shape)
     tiny.write(out / WHOLE_HEADS, shape, member=WHOLE_HEADS)
+    tiny.write(out / VOCABULARY, replace(shape, padded_vocab_size=65024))
     (out / SCALES).write_text(json.dumps({"key": [0.1, 0.1], "value": [0.1, 0.1]}))
     for name, (precision, options) in GRAPHS.items():
         if "kv_cache_scales" in options:
             options = options | {"kv_cache_scales": out / SCALES}
-        checkpoint = out / (WHOLE_HEADS if name == "fp16-whole-heads" else "checkpoint")
+        checkpoint = out / CHECKPOINTS.get(name, "checkpoint")
         export(checkpoint, out / name, precision, provider="cuda", **options)
     _write_negative_control(out)
     return out

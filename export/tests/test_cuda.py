@@ -1,10 +1,13 @@
-"""Owns the proof, without a GPU, that ONNX Runtime's CUDA provider takes the exported graphs whole.
+"""Owns the proof, without a GPU, that ONNX Runtime's CUDA provider takes the exported graphs whole, and with
+which kernels.
 
 Runs where the variable CUDA_STUB is set, on the GPU wheel over the test double of the CUDA libraries (`make
 test-cuda`). Numbers mean nothing there; placement, kernel choice and input checks are the real library's.
+`pytest tests/test_cuda.py --write-golden` writes the table of kernels anew.
 """
 
 import ctypes
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import onnx
 import pytest
 
 import cuda_folders
+import cuda_log
 from cuda_folders import GRAPHS
 from cuda_session import OPTIONS, CudaSession, open_session
 from paged_session import Batch
@@ -23,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 BLOCK_SIZE = 128
 CAPTURING = OPTIONS | {"enable_cuda_graph": "1"}
 CAPABILITIES = ["7.5", "8.0", "8.9", "9.0"]
+KERNELS = Path(__file__).parent / "golden" / "cuda_kernels.json"
 
 
 def steps():
@@ -72,6 +77,58 @@ def test_every_node_runs_on_cuda_for_every_kind_of_step(folders, tmp_path, monke
     assert total == nodes * len(steps()) * len(counts)
     with capsys.disabled():
         print(f"\n{name}: {nodes} nodes, run on {providers}: {total} times at {', '.join(counts)}; {OPTIONS}")
+
+
+def kernels(folder, tmp_path, monkeypatch):
+    """What each kind of step launches: the number of all, and one layer's in order; capabilities that agree
+    together.
+    """
+    table = {}
+    for capability in CAPABILITIES:
+        if capability == "7.5" and "bf16" in folder.name:
+            continue
+        monkeypatch.setenv("GLMSERVE_STUB_CAPABILITY", capability)
+        session = CudaSession(folder, 8)
+        for kind, batch in steps().items():
+            # What a kind of step does at its first time only is not of interest.
+            session.run(batch)
+            with cuda_log.recorded(monkeypatch, tmp_path / "log") as calls:
+                session.run(batch)
+            names = cuda_log.launches(calls)
+            row = f"{len(names)} launches; a layer: {' '.join(cuda_log.one_layer(names))}"
+            if kind == "decode of 40":
+                row += f"; the head: {' '.join(cuda_log.head(names))}"
+            table.setdefault((kind, row), []).append(capability)
+    return {f"{kind} at {', '.join(found)}": row for (kind, row), found in table.items()}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_steps_launch_the_kernels_of_the_table(folders, tmp_path, monkeypatch, request, name):
+    found = kernels(folders / name, tmp_path, monkeypatch)
+    golden = json.loads(KERNELS.read_text()) if KERNELS.exists() else {}
+    if request.config.getoption("--write-golden"):
+        KERNELS.write_text(json.dumps(golden | {name: found}, indent=1) + "\n")
+        pytest.skip("the table was written")
+    assert found == golden.get(name)
+
+
+def test_what_the_table_must_not_have():
+    """Half-precision weights are never converted, and quantised ones not for a few rows."""
+    rows = [
+        (graph, kind, row)
+        for graph, table in json.loads(KERNELS.read_text()).items()
+        for kind, row in table.items()
+    ]
+    assert len(rows) > 6 * len(GRAPHS) - 1
+    for graph, kind, row in rows:
+        few = kind.startswith(("decode at", "mixed")) and not graph.startswith("int8")
+        if not graph.startswith("int") or few:
+            assert "Dequantize" not in row, (graph, kind)
+        if kind.startswith("decode") and "kv" not in graph:
+            assert "GatherAndExpand" not in row, (graph, kind)
+        if graph == "fp16-vocabulary" and kind.startswith("decode of 40"):
+            # Parts of a row at once, and the best of them.
+            assert row.count("RadixTopK") == 2, (graph, kind)
 
 
 def test_an_empty_step_is_legal(folders):

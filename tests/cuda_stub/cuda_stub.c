@@ -10,10 +10,16 @@
  * launches of both kinds fail; any other number is a sticky error, which the next launch returns and then every
  * later call of the runtime in this process. With GLMSERVE_STUB_WHEN=PATH this is so only while a file PATH exists;
  * what is sticky stays. GLMSERVE_STUB_GRAPH_MS is how long the launch of a captured graph takes.
+ * GLMSERVE_STUB_LOG=PATH appends a line to a file for each call that costs time on a GPU: `kernel NAME GRID`, `gemm NAME`,
+ * `graph`, `copy KIND BYTES`, `set BYTES`, `malloc BYTES`, `free`, `wait`, and `event`; those of a stream that is being
+ * captured too.
  * Offsets and numbers are those of CUDA 13's driver_types.h. */
 
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -43,6 +49,24 @@ static int fails(const char *kind) { return !strcmp(failing(), kind); }
 static int sticky;
 static int lost(void) { return __atomic_load_n(&sticky, __ATOMIC_RELAXED); }
 static int unless_lost(int result) { return lost() ? lost() : result; }
+
+/* The log: one write a line, since each library of the double has its own end of it. */
+
+static void note(const char *format, ...) {
+    const char *path = getenv("GLMSERVE_STUB_LOG");
+    if (!path) return;
+    int file = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
+    if (file < 0) return;
+    char line[4096];
+    va_list values;
+    va_start(values, format);
+    int length = vsnprintf(line, sizeof line, format, values);
+    va_end(values);
+    if (length >= (int)sizeof line) length = sizeof line - 1;
+    line[length] = '\n';
+    if (write(file, line, (size_t)length + 1) < 0) abort();
+    close(file);
+}
 
 static size_t memory(void) {
     const char *text = getenv("GLMSERVE_STUB_MEMORY");
@@ -143,7 +167,7 @@ const char *cudaGetErrorString(int error) {
 
 static int is_capturing, is_invalidated;
 static int forbidden(void) { return unless_lost(is_capturing ? (is_invalidated = 1, ERROR_CAPTURE) : OK); }
-#define WAITS(name) int name(void) { return forbidden(); }
+#define WAITS(name) int name(void) { return note("wait"), forbidden(); }
 WAITS(cudaDeviceSynchronize) WAITS(cudaStreamSynchronize) WAITS(cudaEventSynchronize)
 int cudaStreamBeginCapture(void) {
     if (lost()) return lost();
@@ -164,6 +188,7 @@ static size_t used;
 static int take(void **pointer, size_t bytes) {
     int error = forbidden();
     if (error) return error;
+    note("malloc %zu", bytes);
     if (fails("memory") && used + bytes > memory()) return ERROR_MEMORY;
     char *start = calloc(1, bytes + 2 * ALIGNMENT);
     if (!start) return ERROR_MEMORY;
@@ -182,6 +207,7 @@ static int give_back(void *pointer) {
     size_t bytes;
     memcpy(&start, (char *)pointer - sizeof start, sizeof start);
     memcpy(&bytes, (char *)pointer - sizeof start - sizeof bytes, sizeof bytes);
+    note("free");
     __atomic_sub_fetch(&used, bytes, __ATOMIC_RELAXED);
     return free(start), OK;
 }
@@ -196,8 +222,10 @@ int cudaMallocFromPoolAsync(void **pointer, size_t bytes, void *pool, void *stre
     return (void)pool, (void)stream, take(pointer, bytes);
 }
 int cudaMemGetInfo(size_t *available, size_t *total) { return *available = *total = memory(), unless_lost(OK); }
+static const char *const COPIES[] = {"host-host", "host-device", "device-host", "device-device"};
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
-    return (void)kind, (void)stream, memcpy(to, from, bytes), unless_lost(OK);
+    note("copy %s %zu", COPIES[kind & 3], bytes);
+    return (void)stream, memcpy(to, from, bytes), unless_lost(OK);
 }
 int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
     int error = forbidden();
@@ -205,7 +233,7 @@ int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
 }
 int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
                       int kind, void *stream) {
-    (void)kind, (void)stream;
+    note("copy %s %zu", COPIES[kind & 3], width * height), (void)stream;
     for (size_t row = 0; row < height; row++)
         memcpy((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
     return unless_lost(OK);
@@ -216,6 +244,7 @@ int cudaMemcpyFromSymbol(void *to, const void *symbol, size_t bytes, size_t offs
     return (void)symbol, (void)offset, (void)kind, memset(to, 0, bytes), OK;
 }
 int cudaMemsetAsync(void *to, int value, size_t bytes, void *stream) {
+    note("set %zu", bytes);
     return (void)stream, memset(to, value, bytes), unless_lost(OK);
 }
 int cudaMemset(void *to, int value, size_t bytes) {
@@ -231,7 +260,7 @@ int cudaPointerGetAttributes(void *attributes, const void *pointer) {
 #define CREATES(name) int name(void **made) { return *made = &handle, unless_lost(OK); }
 CREATES(cudaStreamCreate) CREATES(cudaStreamCreateWithFlags) CREATES(cudaEventCreate)
 CREATES(cudaEventCreateWithFlags) CREATES(cudaMemPoolCreate) CREATES(cudaGraphInstantiate)
-CREATES(cudaLibraryLoadData) CREATES(cudaLibraryGetKernel) CREATES(__cudaGetKernel)
+CREATES(cudaLibraryLoadData)
 CREATES(cublasCreate_v2) CREATES(cublasLtCreate) CREATES(cublasLtMatmulDescCreate)
 CREATES(cublasLtMatmulPreferenceCreate) CREATES(cublasLtMatrixLayoutCreate)
 CREATES(cublasLtMatrixTransformDescCreate)
@@ -253,6 +282,29 @@ int cudaGetDriverEntryPointByVersion(const char *symbol, void **pointer, unsigne
     return unless_lost(OK);
 }
 void *__cudaRegisterFatBinary(void *binary) { return (void)binary, &handle; }
+
+/* Names of kernels, by the host function that stands for each: an open hash table, filled while libraries load. */
+
+enum { NUM_KERNELS = 1 << 17 };
+static struct { const void *function; const char *name; } kernels[NUM_KERNELS];
+static size_t slot(const void *function) {
+    size_t at = ((uintptr_t)function >> 2) * 0x9E3779B97F4A7C15u >> 40 & (NUM_KERNELS - 1);
+    while (kernels[at].function && kernels[at].function != function) at = (at + 1) & (NUM_KERNELS - 1);
+    return at;
+}
+static void name_kernel(const void *function, const char *name) {
+    size_t at = slot(function);
+    kernels[at].function = function, kernels[at].name = name;
+}
+int __cudaRegisterFunction(void **binary, const void *function, char *code, const char *name) {
+    return (void)binary, (void)code, name_kernel(function, name), OK;
+}
+int __cudaGetKernel(const void **kernel, const void *function) { return *kernel = function, unless_lost(OK); }
+int cudaLibraryGetKernel(const void **kernel, void *library, const char *name) {
+    (void)library;
+    char *kept = strdup(name);
+    return name_kernel(kept, kept), *kernel = kept, unless_lost(OK);
+}
 int cublasLtMatmulAlgoGetHeuristic(void *lt, void *what, void *a, void *b, void *c, void *d, void *preference,
                                    int wanted, void *results, int *found) {
     (void)lt, (void)what, (void)a, (void)b, (void)c, (void)d, (void)preference, (void)results;
@@ -270,12 +322,28 @@ static int launch(const char *kind) {
     if (code && code != ERROR_LAUNCH) __atomic_store_n(&sticky, code, __ATOMIC_RELAXED);
     return last_error = unless_lost(code || fails(kind) ? ERROR_LAUNCH : OK);
 }
-#define LAUNCHES(name) int name(void) { return launch("launch"); }
-LAUNCHES(cudaLaunchKernel) LAUNCHES(__cudaLaunchKernel) LAUNCHES(cudaLaunchKernelExC)
-LAUNCHES(cudaLaunchCooperativeKernel)
+typedef struct { unsigned x, y, z; } Size;
+static _Thread_local struct { Size grid, block; size_t shared; void *stream; } pushed; /* by `<<<…>>>` */
+int __cudaPushCallConfiguration(Size grid, Size block, size_t shared, void *stream) {
+    pushed.grid = grid, pushed.block = block, pushed.shared = shared, pushed.stream = stream;
+    return unless_lost(OK);
+}
+int __cudaPopCallConfiguration(Size *grid, Size *block, size_t *shared, void **stream) {
+    *grid = pushed.grid, *block = pushed.block, *shared = pushed.shared, *stream = pushed.stream;
+    return unless_lost(OK);
+}
+static int launch_kernel(const void *function, Size grid) {
+    const char *name = kernels[slot(function)].name;
+    note("kernel %s %ux%ux%u", name ? name : "unknown", grid.x, grid.y, grid.z);
+    return launch("launch");
+}
+#define LAUNCHES(name) int name(const void *function, Size grid) { return launch_kernel(function, grid); }
+LAUNCHES(cudaLaunchKernel) LAUNCHES(__cudaLaunchKernel) LAUNCHES(cudaLaunchCooperativeKernel)
+int cudaLaunchKernelExC(const Size *grid, const void *function) { return launch_kernel(function, *grid); }
 int cudaGraphLaunch(void) {
     const char *text = getenv("GLMSERVE_STUB_GRAPH_MS");
     int ms = text ? atoi(text) : 0;
+    note("graph");
     if (ms > 0) nanosleep(&(struct timespec){ms / 1000, ms % 1000 * 1000000L}, NULL);
     return launch("graph");
 }
@@ -285,23 +353,28 @@ int cudaGetLastError(void) {
     return last_error = OK, unless_lost(error);
 }
 
+/* Products of cuBLAS, whose kernels nobody names here */
+
+#define PRODUCTS(name) int name(void) { return note("gemm " #name), unless_lost(OK); }
+PRODUCTS(cublasDgeam) PRODUCTS(cublasDgemmBatched) PRODUCTS(cublasDgemmStridedBatched) PRODUCTS(cublasDgemm_v2)
+PRODUCTS(cublasGemmBatchedEx) PRODUCTS(cublasGemmEx) PRODUCTS(cublasGemmStridedBatchedEx) PRODUCTS(cublasLtMatmul)
+PRODUCTS(cublasScopy_v2) PRODUCTS(cublasSgeam) PRODUCTS(cublasSgemmBatched) PRODUCTS(cublasSgemmStridedBatched)
+PRODUCTS(cublasSgemm_v2) PRODUCTS(cublasSscal_v2)
+#define EVENTS(name) int name(void) { return note("event"), unless_lost(OK); }
+EVENTS(cudaEventRecord) EVENTS(cudaEventRecordWithFlags)
+
 /* What does nothing */
 
 #define NOTHING(name) int name(void) { return unless_lost(OK); }
-NOTHING(__cudaPopCallConfiguration) NOTHING(__cudaPushCallConfiguration) NOTHING(__cudaRegisterFatBinaryEnd)
-NOTHING(__cudaRegisterFunction) NOTHING(__cudaRegisterVar) NOTHING(__cudaUnregisterFatBinary)
-NOTHING(cuTensorMapEncodeTiled) NOTHING(cudaEventDestroy) NOTHING(cudaEventRecord)
-NOTHING(cudaEventRecordWithFlags) NOTHING(cudaFuncSetAttribute)
+NOTHING(__cudaRegisterFatBinaryEnd) NOTHING(__cudaRegisterVar) NOTHING(__cudaUnregisterFatBinary)
+NOTHING(cuTensorMapEncodeTiled) NOTHING(cudaEventDestroy) NOTHING(cudaFuncSetAttribute)
 NOTHING(cudaGraphDestroy) NOTHING(cudaGraphExecDestroy) NOTHING(cudaKernelSetAttributeForDevice)
 NOTHING(cudaLaunchHostFunc) NOTHING(cudaLibraryUnload) NOTHING(cudaMemPoolDestroy)
 NOTHING(cudaMemPoolGetAttribute) NOTHING(cudaMemPoolSetAttribute) NOTHING(cudaMemPoolTrimTo)
 NOTHING(cudaStreamDestroy) NOTHING(cudaStreamWaitEvent)
-NOTHING(cublasDestroy_v2) NOTHING(cublasDgeam) NOTHING(cublasDgemmBatched) NOTHING(cublasDgemmStridedBatched)
-NOTHING(cublasDgemm_v2) NOTHING(cublasDgetrfBatched) NOTHING(cublasDgetriBatched) NOTHING(cublasGemmBatchedEx)
-NOTHING(cublasGemmEx) NOTHING(cublasGemmStridedBatchedEx) NOTHING(cublasScopy_v2) NOTHING(cublasSetMathMode)
-NOTHING(cublasSetStream_v2) NOTHING(cublasSgeam) NOTHING(cublasSgemmBatched) NOTHING(cublasSgemmStridedBatched)
-NOTHING(cublasSgemm_v2) NOTHING(cublasSgetrfBatched) NOTHING(cublasSgetriBatched) NOTHING(cublasSscal_v2)
-NOTHING(cublasLtDestroy) NOTHING(cublasLtMatmul) NOTHING(cublasLtMatmulAlgoConfigSetAttribute)
+NOTHING(cublasDestroy_v2) NOTHING(cublasDgetrfBatched) NOTHING(cublasDgetriBatched) NOTHING(cublasSetMathMode)
+NOTHING(cublasSetStream_v2) NOTHING(cublasSgetrfBatched) NOTHING(cublasSgetriBatched) 
+NOTHING(cublasLtDestroy) NOTHING(cublasLtMatmulAlgoConfigSetAttribute)
 NOTHING(cublasLtMatmulAlgoInit) NOTHING(cublasLtMatmulDescDestroy) NOTHING(cublasLtMatmulDescSetAttribute)
 NOTHING(cublasLtMatmulPreferenceDestroy) NOTHING(cublasLtMatmulPreferenceSetAttribute)
 NOTHING(cublasLtMatrixLayoutDestroy) NOTHING(cublasLtMatrixLayoutSetAttribute) NOTHING(cublasLtMatrixTransform)
