@@ -141,15 +141,8 @@ fn measure(options: &Options, num_sequences: usize) -> Result<Vec<Step>, Box<dyn
 }
 
 fn load(dir: &Path, manifest: &Manifest, num_threads: usize) -> Result<OrtRunner, Box<dyn Error>> {
-    let options = OrtOptions {
-        library: std::env::var_os("GLMSERVE_ORT_LIB").ok_or("GLMSERVE_ORT_LIB is not set")?.into(),
-        num_threads,
-        kv_cache_bytes: 512 << 20,
-        device_id: None,
-        device_memory_bytes: None,
-        enforce_eager: false,
-        bit_exact: false,
-    };
+    let library = std::env::var_os("GLMSERVE_ORT_LIB").ok_or("GLMSERVE_ORT_LIB is not set")?;
+    let options = OrtOptions::new(library.into(), num_threads, 512 << 20);
     Ok(OrtRunner::load(dir, manifest, &options)?)
 }
 

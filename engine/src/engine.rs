@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::config::EngineConfig;
 use crate::cost_model::{CostModel, StepBounds, StepBudget, StepWork};
-use crate::error::{LoadError, SequenceError};
+use crate::error::{LoadError, RunErrorKind, SequenceError};
 use crate::fault::Fault;
 use crate::observer::{AdmissionReport, StepReport};
 use crate::request::{FinishReason, Request, RequestId, TokenEvent};
@@ -29,6 +29,10 @@ pub struct Engine<R> {
     next_id: u64,
     max_consecutive_run_errors: u32,
     num_run_errors: u32,
+    /// Most tokens of prompts in a step, since one with more found no memory.
+    max_num_prefill_tokens: Option<usize>,
+    /// Whether the last step that ran found memory.
+    has_room: bool,
     plan: StepPlan,
     outcome: ScheduleOutcome,
     events: Vec<(RequestId, TokenEvent)>,
@@ -52,6 +56,8 @@ impl<R: ModelRunner> Engine<R> {
             next_id: 0,
             max_consecutive_run_errors: config.max_consecutive_run_errors,
             num_run_errors: 0,
+            max_num_prefill_tokens: None,
+            has_room: true,
             scheduler: Scheduler::new(config, cache.num_blocks, cache.block_size),
             plan: StepPlan::default(),
             outcome: ScheduleOutcome::default(),
@@ -61,12 +67,12 @@ impl<R: ModelRunner> Engine<R> {
         }
     }
 
-    /// As [`ModelRunner::prepare`], for as many sequences as may run.
+    /// As [`ModelRunner::prepare`].
     ///
     /// # Errors
     /// As there.
-    pub fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
-        self.runner.prepare(max_num_seqs)
+    pub fn prepare(&mut self) -> Result<(), LoadError> {
+        self.runner.prepare()
     }
 
     /// Queues a request that was submitted at `arrival`. It must fit, and its tenant must be configured. Ids grow in
@@ -149,6 +155,11 @@ impl<R: ModelRunner> Engine<R> {
 
     fn schedule(&mut self, now: Duration, budget: StepBudget) {
         self.events.clear();
+        let prefill = match self.max_num_prefill_tokens {
+            Some(most) => budget.prefill.bounded(0, most),
+            None => budget.prefill,
+        };
+        let budget = StepBudget { prefill, ..budget };
         self.scheduler.schedule(now, budget, &mut self.plan, &mut self.outcome);
         self.events.extend(
             self.outcome.admitted.iter().map(|(id, report)| {
@@ -173,15 +184,17 @@ impl<R: ModelRunner> Engine<R> {
             serves_users: !self.plan.sequences.iter().all(|scheduled| self.scheduler.is_probe(scheduled.id)),
             ..StepReport::default()
         };
-        let report = &mut self.report;
         if self.plan.is_empty() {
             return;
         }
         let mut output = match self.runner.run(&self.plan) {
             Ok(output) => output,
             Err(error) => {
-                report.failed = true;
-                report.fault = error.is_permanent.then_some(Fault::DeviceLost);
+                if error.kind == RunErrorKind::OutOfMemory && self.shrink() {
+                    return;
+                }
+                self.report.failed = true;
+                self.report.fault = error.is_permanent().then_some(Fault::DeviceLost);
                 for scheduled in &self.plan.sequences {
                     self.scheduler.remove(scheduled.id);
                     self.events.push((scheduled.id, TokenEvent::Failed(error.clone().into())));
@@ -189,6 +202,8 @@ impl<R: ModelRunner> Engine<R> {
                 return;
             }
         };
+        self.has_room = true;
+        let report = &mut self.report;
         for (index, scheduled) in self.plan.sequences.iter().enumerate() {
             let num_known_tokens = scheduled.num_known_tokens();
             let Some(sequence) = self.scheduler.commit(scheduled.id, num_known_tokens) else {
@@ -247,6 +262,19 @@ impl<R: ModelRunner> Engine<R> {
         }
     }
 
+    /// Takes less of prompts in a step from now on, after one that found no memory. Nothing was computed, so that the
+    /// next plan has the same tokens again, as far as they fit. False if the step before was made smaller already, or
+    /// has no prompts to shrink.
+    fn shrink(&mut self) -> bool {
+        let num_tokens = StepWork::of(&self.plan).num_prefill_tokens;
+        if num_tokens <= self.bounds.block_size || !std::mem::take(&mut self.has_room) {
+            return false;
+        }
+        self.max_num_prefill_tokens = Some((num_tokens / 2).max(self.bounds.block_size));
+        self.report = StepReport { is_shrunk: true, num_scheduled_tokens: 0, ..self.report };
+        true
+    }
+
     /// Learns from the step that has run and took so long, sampling included. Returns its figures.
     pub fn finish(&mut self, took: Duration) -> StepReport {
         let report = &mut self.report;
@@ -256,7 +284,7 @@ impl<R: ModelRunner> Engine<R> {
             if self.num_run_errors >= self.max_consecutive_run_errors {
                 report.fault.get_or_insert(Fault::RepeatedRunErrors { count: self.num_run_errors });
             }
-        } else {
+        } else if !report.is_shrunk {
             self.num_run_errors = 0;
             let work = StepWork::of(&self.plan);
             self.costs.observe_step(&work, took);
@@ -286,12 +314,7 @@ fn sample(
     if let Some(found) = candidates.and_then(|row| sampler.sample_candidates(row, sequence)) {
         return found;
     }
-    let rows = output.logits.rows()?;
-    if row >= rows.nrows() {
-        return Err(SequenceError::Run(format!("{} rows were computed, row {row} is missing", rows.nrows())));
-    }
-    let row = rows.row(row).to_slice();
-    sampler.sample(row.ok_or_else(|| SequenceError::Run("logits are not contiguous".into()))?, sequence)
+    sampler.sample(output.logits.row(row)?, sequence)
 }
 
 /// Appends and reports the token; true if that ended the sequence.

@@ -93,27 +93,48 @@ pub enum SequenceError {
 pub struct RunError {
     /// What failed, in the runner's own words.
     pub message: String,
-    /// Whether every later run of this process would fail as well.
-    pub is_permanent: bool,
+    /// What it means for the next step.
+    pub kind: RunErrorKind,
+}
+
+/// What a failure means for the next step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunErrorKind {
+    /// It may succeed.
+    Step,
+    /// It may succeed if it is smaller.
+    OutOfMemory,
+    /// No step of this process can succeed any more.
+    DeviceLost,
 }
 
 impl RunError {
     /// A failure after which the next step may succeed.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), is_permanent: false }
+        Self { message: message.into(), kind: RunErrorKind::Step }
+    }
+
+    /// A failure for want of memory.
+    pub fn out_of_memory(message: impl Into<String>) -> Self {
+        Self { message: message.into(), kind: RunErrorKind::OutOfMemory }
     }
 
     /// A failure after which no step of this process can succeed.
     pub fn permanent(message: impl Into<String>) -> Self {
-        Self { message: message.into(), is_permanent: true }
+        Self { message: message.into(), kind: RunErrorKind::DeviceLost }
+    }
+
+    /// Whether every later run of this process would fail as well.
+    pub fn is_permanent(&self) -> bool {
+        self.kind == RunErrorKind::DeviceLost
     }
 }
 
 impl From<RunError> for SequenceError {
     fn from(error: RunError) -> Self {
-        match error.is_permanent {
-            true => Self::DeviceLost(error.message),
-            false => Self::Run(error.message),
+        match error.kind {
+            RunErrorKind::DeviceLost => Self::DeviceLost(error.message),
+            RunErrorKind::Step | RunErrorKind::OutOfMemory => Self::Run(error.message),
         }
     }
 }

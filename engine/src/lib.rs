@@ -26,7 +26,7 @@ mod thread;
 pub use config::{EngineConfig, PrefixCaching};
 pub use cost_model::{CostModel, PrefillBudget, StepBounds, StepBudget, StepWork};
 pub use engine::Engine;
-pub use error::{LoadError, RunError, SequenceError, SubmitError};
+pub use error::{LoadError, RunError, RunErrorKind, SequenceError, SubmitError};
 pub use fault::Fault;
 pub use model::Manifest;
 pub use observer::{AdmissionReport, EngineGauges, EngineObserver, NoObserver, StepReport};

@@ -25,6 +25,8 @@ pub struct StepReport {
     pub num_preemptions: usize,
     /// Sequences that failed because their logits were not finite.
     pub num_non_finite: usize,
+    /// Whether nothing was computed for want of memory: the next step has the same tokens, but fewer of prompts.
+    pub is_shrunk: bool,
     /// Whether the runner failed, in computing or in handing out what it computed.
     pub failed: bool,
     /// What the step showed to be wrong with the engine.

@@ -28,13 +28,12 @@ pub trait ModelRunner: Send {
     /// The cache this runner owns; constant over its life.
     fn kv_cache(&self) -> KvCacheLayout;
 
-    /// Does what would otherwise hold up the first steps of up to `max_num_seqs` sequences. Called once at most,
-    /// by the engine's thread, before its first step.
+    /// Does what would otherwise hold up the first steps. Called once at most, by the engine's thread, before its
+    /// first step.
     ///
     /// # Errors
-    /// [`LoadError`] if such steps can't be run.
-    fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
-        let _ = max_num_seqs;
+    /// [`LoadError`] if steps can't be run.
+    fn prepare(&mut self) -> Result<(), LoadError> {
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, s};
 
 use crate::error::RunError;
 use crate::request::RequestId;
@@ -155,7 +155,13 @@ pub enum Logits<'a> {
 
 /// Brings a step's rows from where they are.
 pub trait FetchLogits: std::fmt::Debug {
-    /// The rows; asked again, the same ones at no cost.
+    /// One row, until another one is asked for.
+    ///
+    /// # Errors
+    /// [`RunError`] if there is no such row or it can't be copied.
+    fn fetch_row(&mut self, row: usize) -> Result<&[f32], RunError>;
+
+    /// All rows.
     ///
     /// # Errors
     /// [`RunError`] if they can't be copied.
@@ -163,7 +169,24 @@ pub trait FetchLogits: std::fmt::Debug {
 }
 
 impl Logits<'_> {
-    /// The rows, fetched if need be.
+    /// One row, fetched if need be.
+    ///
+    /// # Errors
+    /// [`RunError`] if there is no such row or it can't be copied.
+    pub fn row(&mut self, row: usize) -> Result<&[f32], RunError> {
+        match self {
+            Self::Here(rows) => {
+                let num_rows = rows.nrows();
+                let found = (row < num_rows).then(|| rows.slice(s![row, ..]).to_slice()).flatten();
+                found.ok_or_else(|| {
+                    RunError::new(format!("{num_rows} rows were computed, row {row} is missing"))
+                })
+            }
+            Self::Elsewhere(source) => source.fetch_row(row),
+        }
+    }
+
+    /// All rows, fetched if need be.
     ///
     /// # Errors
     /// [`RunError`] if they can't be copied.

@@ -88,7 +88,6 @@ impl EngineThread {
             num_tenants: config.tenant_weights.len(),
             kv_cache_bytes: cache.num_bytes,
         };
-        let max_num_seqs = config.max_num_seqs;
         let engine = Engine::new(runner, config.clone(), vocab_size);
         let cached_prefixes = Arc::clone(engine.scheduler().cached_prefixes());
         let published = Arc::new(Published::new(
@@ -104,7 +103,7 @@ impl EngineThread {
         let mut worker = Worker::new(engine, config, receiver, Arc::clone(&published), observer);
         let (sender, prepared) = bounded(1);
         let body = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| worker.engine.prepare(max_num_seqs)));
+            let result = catch_unwind(AssertUnwindSafe(|| worker.engine.prepare()));
             let result = result.unwrap_or_else(|_| Err(LoadError::Runtime("preparing panicked".into())));
             let is_prepared = result.is_ok();
             let is_device_lost = matches!(result, Err(LoadError::DeviceLost(_)));

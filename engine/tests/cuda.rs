@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use glm_engine::runner::ModelRunner;
-use glm_engine::runner::ort::{OrtOptions, OrtRunner};
+use glm_engine::runner::ort::{KvCacheMemory, OrtOptions, OrtRunner};
 use glm_engine::{Engine, EngineConfig, FinishReason, LoadError, Manifest, Request, RequestId, StepPlan};
 use glm_engine::{SamplingParams, TokenEvent};
 
@@ -28,14 +28,12 @@ const GRAPHS: [&str; 11] = [
 ];
 
 fn options() -> OrtOptions {
+    let library = std::env::var_os("GLMSERVE_ORT_LIB").expect("GLMSERVE_ORT_LIB is not set");
     OrtOptions {
-        library: std::env::var_os("GLMSERVE_ORT_LIB").expect("GLMSERVE_ORT_LIB is not set").into(),
-        num_threads: 1,
-        kv_cache_bytes: 8 << 20,
-        device_id: None,
+        max_num_seqs: 512,
         device_memory_bytes: Some(1 << 30),
         enforce_eager: true,
-        bit_exact: false,
+        ..OrtOptions::new(library.into(), 1, 8 << 20)
     }
 }
 
@@ -70,11 +68,17 @@ fn the_runner_drives_the_cuda_provider() {
             serve(runner, vocab_size, graph);
             let (runner, _) = load(&folders.join(graph), &with_graphs()).expect(graph);
             decodes_are_captured_and_replayed(runner, graph);
-            let (runner, _) = load(&folders.join(graph), &with_graphs()).expect(graph);
+            let five = OrtOptions { max_num_seqs: 5, ..with_graphs() };
+            let (runner, _) = load(&folders.join(graph), &five).expect(graph);
             what_was_prepared_is_launched_at_once(runner, graph);
+            let (runner, _) = load(&folders.join(graph), &with_graphs()).expect(graph);
+            a_captured_step_is_one_launch_between_two_copies_and_waits_once(runner, graph);
         }
     }
     let fp16 = folders.join("fp16");
+    a_cache_is_sized_by_what_is_left(&fp16, 1.0);
+    // To expand a token in one of two layers takes as much as the token takes in both.
+    a_cache_is_sized_by_what_is_left(&folders.join("fp16-kv-int8"), 0.5);
     a_failed_launch_ends_a_step_and_nothing_else(&fp16);
     words_are_clear(&folders, &fp16);
 }
@@ -115,7 +119,7 @@ fn decodes_are_captured_and_replayed(mut runner: OrtRunner, graph: &str) {
     drafts.push(RequestId(0), [1, 2, 3], 8, &[0], BLOCK_SIZE, 3);
     drafts.push(RequestId(1), [1], 8, &[1], BLOCK_SIZE, 1);
     // Other numbers of sequences that the same graph serves, and contexts beyond the first.
-    for (first, later, context) in [(1, 1, 0), (3, 4, 140), (4, 3, 600), (40, 64, 140), (256, 129, 500)] {
+    for (first, later, context) in [(1, 1, 0), (3, 4, 140), (4, 3, 600), (50, 64, 140), (512, 385, 500)] {
         let what = format!("{graph}: {first} sequences of {context} tokens");
         let plan = decode(first, context);
         // Computed, captured, launched: a failure ends this step only, and the next one captures anew.
@@ -126,22 +130,92 @@ fn decodes_are_captured_and_replayed(mut runner: OrtRunner, graph: &str) {
         assert_eq!(run(&decode(later, context + 1), "launch"), Ok(later), "{what}");
         assert_eq!(run(&prompt, "graph"), Ok(1), "{what}");
         assert_eq!(run(&drafts, "graph"), Ok(4), "{what}");
-        assert_eq!(run(&decode(257, 7), "graph"), Ok(257), "{what}");
+        assert_eq!(run(&decode(513, 7), "graph"), Ok(513), "{what}");
         assert!(run(&plan, "graph").is_err(), "{what}");
         assert_eq!(run(&plan, ""), Ok(first), "{what}");
     }
     assert!(run(&prompt, "launch").is_err(), "{graph}");
 }
 
-/// For up to 5 sequences, which is the bucket of 8; more are captured when they come.
+/// What the double saw of the runner's third step of a kind.
+fn calls(runner: &mut OrtRunner, plan: &StepPlan) -> Vec<String> {
+    let log = std::env::temp_dir().join(format!("glm-engine-cuda-calls-{}", std::process::id()));
+    let mut calls = String::new();
+    for _ in 0..3 {
+        // A step may call nothing that is logged.
+        std::fs::write(&log, "").expect("the log");
+        set("GLMSERVE_STUB_LOG", log.to_str().expect("a path of plain letters"));
+        runner.run(plan).expect("a step");
+        set("GLMSERVE_STUB_LOG", "");
+        calls = std::fs::read_to_string(&log).expect("the log");
+    }
+    let _ = std::fs::remove_file(&log);
+    calls.lines().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")).collect()
+}
+
+fn a_captured_step_is_one_launch_between_two_copies_and_waits_once(mut runner: OrtRunner, graph: &str) {
+    let download = if graph.ends_with("logits") { &[][..] } else { &["copy device-host"] };
+    let expected = [&["copy host-device", "graph"], download, &["wait"]].concat();
+    for (num_sequences, context) in [(1, 140), (5, 600), (300, 40)] {
+        assert_eq!(calls(&mut runner, &decode(num_sequences, context)), expected, "{graph}");
+    }
+    // A row that is asked for comes alone.
+    let log = std::env::temp_dir().join(format!("glm-engine-cuda-row-{}", std::process::id()));
+    let mut output = runner.run(&decode(5, 600)).expect("a step");
+    set("GLMSERVE_STUB_LOG", log.to_str().expect("a path of plain letters"));
+    let num_bytes = size_of_val(output.logits.row(3).expect("a row"));
+    set("GLMSERVE_STUB_LOG", "");
+    let found = std::fs::read_to_string(&log).expect("the log");
+    let _ = std::fs::remove_file(&log);
+    assert_eq!(found, format!("copy device-host {num_bytes}\nwait\n"), "{graph}");
+    assert!(output.logits.row(5).is_err(), "{graph}");
+    // Other steps take no memory either, once they have run.
+    let mut prompt = StepPlan::default();
+    prompt.clear(1);
+    prompt.push(RequestId(0), [1, 2, 3], 0, &[0], BLOCK_SIZE, 1);
+    let found = calls(&mut runner, &prompt);
+    assert!(!found.iter().any(|call| call.starts_with("malloc") || call == "free"), "{graph}: {found:?}");
+    assert!(found.iter().filter(|call| *call == "wait").count() <= 1, "{graph}: {found:?}");
+}
+
+/// The cache takes what is left of a part of the memory.
+fn a_cache_is_sized_by_what_is_left(folder: &Path, part_of_cache: f64) {
+    set("GLMSERVE_STUB_MEMORY", &(2usize << 30).to_string());
+    let options = |utilization| OrtOptions {
+        kv_cache: KvCacheMemory::Utilization(utilization),
+        device_memory_bytes: None,
+        max_num_seqs: 8,
+        ..with_graphs()
+    };
+    let mut sizes = Vec::new();
+    for utilization in [0.5, 0.9] {
+        let (mut runner, _) = load(folder, &options(utilization)).expect("a cache");
+        sizes.push(runner.kv_cache().num_bytes);
+        runner.prepare().expect("graphs");
+        // Not a graph of the steps that were measured, which knew another cache.
+        set("GLMSERVE_STUB_FAIL", "launch");
+        assert_eq!(runner.run(&decode(8, 600)).map(drop), Ok(()));
+        set("GLMSERVE_STUB_FAIL", "");
+        assert_eq!(runner.run(&decode(20, 140)).map(drop), Ok(()));
+    }
+    // All but the margin of 256 MiB and what little the weights take.
+    let expected = [0.5, 0.9].map(|part| part * (2u64 << 30) as f64 - (256 << 20) as f64);
+    for (size, expected) in sizes.into_iter().zip(expected) {
+        let ratio = size as f64 / (part_of_cache * expected);
+        assert!((0.95..=1.0).contains(&ratio), "{size} of {expected}");
+    }
+    let error = load(folder, &options(0.1)).expect_err("too little").to_string();
+    assert!(error.contains("no memory is left for the KV cache: of the GPU's 2048 MiB"), "{error}");
+    set("GLMSERVE_STUB_MEMORY", &(80usize << 30).to_string());
+}
+
+/// For up to 5 sequences, which is the bucket of 8; a step of more is not captured.
 fn what_was_prepared_is_launched_at_once(mut runner: OrtRunner, graph: &str) {
     set("GLMSERVE_STUB_FAIL", "launch");
-    let error = runner.prepare(5).expect_err("a launch failed").to_string();
+    let error = runner.prepare().expect_err("a launch failed").to_string();
     assert!(error.contains("CUDA"), "{error}");
     set("GLMSERVE_STUB_FAIL", "");
-    let error = runner.prepare(257).expect_err("too many").to_string();
-    assert!(error.contains("--max-num-seqs 257") && error.contains("--enforce-eager"), "{error}");
-    runner.prepare(5).expect(graph);
+    runner.prepare().expect(graph);
     set("GLMSERVE_STUB_FAIL", "launch");
     for (num_sequences, context) in [(1, 0), (1, 600), (2, 140), (4, 600), (7, 140), (8, 600)] {
         let found = runner.run(&decode(num_sequences, context)).map(drop);

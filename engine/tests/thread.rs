@@ -159,7 +159,7 @@ async fn a_panic_ends_every_request_with_an_error_and_nothing_hangs() {
 /// A runner that has something to do first.
 struct Preparing {
     runner: FakeRunner,
-    prepare: fn(usize) -> Result<(), LoadError>,
+    prepare: fn() -> Result<(), LoadError>,
 }
 
 impl ModelRunner for Preparing {
@@ -167,8 +167,8 @@ impl ModelRunner for Preparing {
         self.runner.kv_cache()
     }
 
-    fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
-        (self.prepare)(max_num_seqs)
+    fn prepare(&mut self) -> Result<(), LoadError> {
+        (self.prepare)()
     }
 
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
@@ -184,13 +184,13 @@ fn a_runner_is_prepared_on_the_thread_and_what_fails_there_is_said_at_the_start(
         let started = EngineThread::spawn(runner, config, VOCAB_SIZE, Arc::new(NoObserver));
         started.map(drop).map_err(|error| error.to_string())
     };
-    let on_thread = |max_num_seqs| {
-        assert_eq!((max_num_seqs, std::thread::current().name()), (3, Some("engine")));
+    let on_thread = || {
+        assert_eq!(std::thread::current().name(), Some("engine"));
         Ok(())
     };
     assert_eq!(start(on_thread), Ok(()));
-    assert_eq!(start(|_| Err(LoadError::Config("no graphs".into()))), Err("no graphs".into()));
-    assert!(start(|_| panic!("injected")).unwrap_err().contains("preparing panicked"));
+    assert_eq!(start(|| Err(LoadError::Config("no graphs".into()))), Err("no graphs".into()));
+    assert!(start(|| panic!("injected")).unwrap_err().contains("preparing panicked"));
 }
 
 /// To take a session down, ONNX Runtime calls the device, which can hang or abort once it has failed.
@@ -208,9 +208,9 @@ fn a_runner_whose_device_failed_while_it_was_prepared_is_never_taken_down() {
         assert!(EngineThread::spawn(runner, config, VOCAB_SIZE, Arc::new(NoObserver)).is_err());
         ended.recv_timeout(patience) == Err(RecvTimeoutError::Disconnected)
     };
-    let no_graphs = |_| Err(LoadError::Runtime("no graphs".into()));
+    let no_graphs = || Err(LoadError::Runtime("no graphs".into()));
     assert!(dropped_within(no_graphs, Duration::from_secs(60)));
-    let lost = |_| Err(LoadError::DeviceLost("CUDA failure 700".into()));
+    let lost = || Err(LoadError::DeviceLost("CUDA failure 700".into()));
     assert!(!dropped_within(lost, Duration::from_millis(300)));
 }
 

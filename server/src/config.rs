@@ -15,14 +15,14 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use glm_engine::model::manifest::Provider;
-use glm_engine::runner::ort::OrtOptions;
-use glm_engine::{LoadError, Manifest};
+use glm_engine::runner::ort::{KvCacheMemory, OrtOptions};
+use glm_engine::{EngineConfig, LoadError, Manifest};
 use glmserve_bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
 pub use self::http::{ConnectionArgs, StreamArgs};
 pub use self::scheduling::SchedulingArgs;
-use self::values::{MIB, port, up_to};
+use self::values::{MIB, part, port, up_to};
 use crate::memory_budget::MemoryNeed;
 use crate::origin::AllowedOrigins;
 
@@ -81,9 +81,10 @@ pub struct ModelArgs {
     #[command(flatten)]
     pub runtime: RuntimeArgs,
     /// Memory of the KV cache, in MiB. What does not fit the memory of the machine or of the control group beside the
-    /// weights is refused
-    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = up_to::<{ 1 << 24 }>)]
-    pub kv_cache_memory: usize,
+    /// weights is refused [default: 1024; for a server with a graph of the CUDA provider what --gpu-memory-utilization
+    /// leaves]
+    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
+    pub kv_cache_memory: Option<usize>,
 }
 
 /// What computes.
@@ -100,7 +101,7 @@ pub struct RuntimeArgs {
     #[arg(long, env = "GLMSERVE_DEVICE", value_name = "N", value_parser = clap::value_parser!(i32).range(0..=1023))]
     pub device: Option<i32>,
     /// Memory of the GPU that weights, KV cache and everything else may take, in MiB, for a graph of the
-    /// CUDA provider [default: all]
+    /// CUDA provider; needs --kv-cache-memory [default: all]
     #[arg(long, env = "GLMSERVE_GPU_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
     pub gpu_memory: Option<usize>,
     /// Launch every kernel by itself, no CUDA graphs of decode steps, for a graph of the CUDA provider
@@ -118,6 +119,11 @@ pub struct ServeArgs {
     /// The model and how to run it.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Part of the GPU's memory that may be taken, by this process and others, for a graph of the CUDA provider: the KV
+    /// cache gets what the weights and the largest step leave of it, unless --kv-cache-memory says how much [default:
+    /// 0.9]
+    #[arg(long, env = "GLMSERVE_GPU_MEMORY_UTILIZATION", value_name = "PART", value_parser = part)]
+    pub gpu_memory_utilization: Option<f64>,
     /// Address to listen on
     #[arg(long, env = "GLMSERVE_HOST", default_value = "127.0.0.1")]
     pub host: IpAddr,
@@ -203,6 +209,11 @@ pub enum LogFormat {
     Json,
 }
 
+/// Memory of the KV cache, in MiB, where nothing else is said.
+const DEFAULT_KV_CACHE_MEMORY: usize = 1024;
+/// Part of a GPU's memory that is taken where nothing else is said.
+const DEFAULT_GPU_MEMORY_UTILIZATION: f64 = 0.9;
+
 impl ModelArgs {
     /// Bytes of the KV cache, which is in the provider's memory. Warns if they do not fit at the moment.
     ///
@@ -210,12 +221,12 @@ impl ModelArgs {
     /// [`LoadError::Config`]: together with the weights, more than this process may take, where it would be granted
     /// now and missed later, or than the GPU may give.
     pub fn kv_cache_bytes(&self, manifest: &Manifest) -> Result<usize, LoadError> {
-        let num_bytes = self.kv_cache_memory * MIB;
+        let mib = self.kv_cache_memory.unwrap_or(DEFAULT_KV_CACHE_MEMORY);
+        let num_bytes = mib * MIB;
         if manifest.graph.provider == Provider::Cuda {
             return match self.runtime.gpu_memory {
-                Some(limit) if self.kv_cache_memory >= limit => Err(LoadError::Config(format!(
-                    "--kv-cache-memory {} MiB leaves nothing of --gpu-memory {limit} MiB for the weights",
-                    self.kv_cache_memory
+                Some(limit) if mib >= limit => Err(LoadError::Config(format!(
+                    "--kv-cache-memory {mib} MiB leaves nothing of --gpu-memory {limit} MiB for the weights"
                 ))),
                 _ => Ok(num_bytes),
             };
@@ -229,18 +240,39 @@ impl ModelArgs {
     }
 }
 
+impl ServeArgs {
+    /// How to run the graph in steps of this size.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::kv_cache_bytes`]; both ways to size the cache were given.
+    pub fn ort_options(&self, manifest: &Manifest, config: &EngineConfig) -> Result<OrtOptions, LoadError> {
+        let is_cuda = manifest.graph.provider == Provider::Cuda;
+        let kv_cache = match (self.model.kv_cache_memory, self.gpu_memory_utilization) {
+            (Some(_), Some(_)) => {
+                let message =
+                    "--kv-cache-memory and --gpu-memory-utilization both size the KV cache: choose one";
+                return Err(LoadError::Config(message.into()));
+            }
+            (None, Some(part)) => KvCacheMemory::Utilization(part),
+            (None, None) if is_cuda => KvCacheMemory::Utilization(DEFAULT_GPU_MEMORY_UTILIZATION),
+            _ => KvCacheMemory::Bytes(self.model.kv_cache_bytes(manifest)?),
+        };
+        let EngineConfig { max_num_seqs, max_num_batched_tokens, .. } = *config;
+        let options = self.model.runtime.options(0);
+        Ok(OrtOptions { kv_cache, max_num_seqs, max_num_batched_tokens, ..options })
+    }
+}
+
 impl RuntimeArgs {
-    /// How to run a graph with this much memory for keys and values.
+    /// How to run a graph with this much memory for keys and values, one sequence at a time.
     pub fn options(&self, kv_cache_bytes: usize) -> OrtOptions {
         let all = || std::thread::available_parallelism().map_or(1, usize::from);
         OrtOptions {
-            library: self.onnxruntime.clone(),
-            num_threads: self.threads.unwrap_or_else(all),
-            kv_cache_bytes,
             device_id: self.device,
             device_memory_bytes: self.gpu_memory.map(|mib| mib << 20),
             enforce_eager: self.enforce_eager,
             bit_exact: self.bit_exact,
+            ..OrtOptions::new(self.onnxruntime.clone(), self.threads.unwrap_or_else(all), kv_cache_bytes)
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Owns why a server ended.
 
-use glm_engine::{LoadError, RunError, SequenceError, SubmitError};
+use glm_engine::{LoadError, SequenceError, SubmitError};
 
 use crate::engine_failure::EngineFailure;
 use crate::text::TextError;
@@ -62,7 +62,7 @@ impl ServeError {
             }
             Self::Load(error) => {
                 let verified = error.downcast_ref();
-                matches!(verified, Some(VerifyError::Run(RunError { is_permanent: true, .. })))
+                matches!(verified, Some(VerifyError::Run(error)) if error.is_permanent())
                     || matches!(error.downcast_ref(), Some(LoadError::DeviceLost(_)))
             }
             _ => false,

@@ -54,7 +54,7 @@ static int unless_lost(int result) { return lost() ? lost() : result; }
 
 static void note(const char *format, ...) {
     const char *path = getenv("GLMSERVE_STUB_LOG");
-    if (!path) return;
+    if (!path || !*path) return;
     int file = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
     if (file < 0) return;
     char line[4096];
@@ -214,14 +214,26 @@ static int give_back(void *pointer) {
 
 int cudaMalloc(void **pointer, size_t bytes) { return take(pointer, bytes); }
 int cudaFree(void *pointer) { return give_back(pointer); }
-int cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) { return (void)flags, take(pointer, bytes); }
-int cudaMallocHost(void **pointer, size_t bytes) { return take(pointer, bytes); }
-int cudaFreeHost(void *pointer) { return give_back(pointer); }
+/* The host's memory is not the device's. */
+static int take_of_host(void **pointer, size_t bytes) {
+    int error = forbidden();
+    return error ? error : (*pointer = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095)) ? OK : ERROR_MEMORY;
+}
+int cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) { return (void)flags, take_of_host(pointer, bytes); }
+int cudaMallocHost(void **pointer, size_t bytes) { return take_of_host(pointer, bytes); }
+int cudaFreeHost(void *pointer) {
+    int error = forbidden();
+    return error ? error : (free(pointer), OK);
+}
 int cudaFreeAsync(void *pointer, void *stream) { return (void)stream, give_back(pointer); }
 int cudaMallocFromPoolAsync(void **pointer, size_t bytes, void *pool, void *stream) {
     return (void)pool, (void)stream, take(pointer, bytes);
 }
-int cudaMemGetInfo(size_t *available, size_t *total) { return *available = *total = memory(), unless_lost(OK); }
+int cudaMemGetInfo(size_t *available, size_t *total) {
+    size_t taken = __atomic_load_n(&used, __ATOMIC_RELAXED);
+    *total = memory(), *available = taken < *total ? *total - taken : 0;
+    return unless_lost(OK);
+}
 static const char *const COPIES[] = {"host-host", "host-device", "device-host", "device-device"};
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
     note("copy %s %zu", COPIES[kind & 3], bytes);

@@ -64,7 +64,7 @@ def test_a_folder_that_is_not_understood_is_refused(tiny_model, tmp_path, damage
         (["--kv-cache-memory", "10000000"], "more than the machine's"),
         (["--max-num-seqs", "600"], "--max-num-batched-tokens"),
         (["--max-num-waiting", "1000000000000"], "--max-num-waiting"),
-        (["--kv-cache-memory", "4", "--max-model-len", "512"], "--kv-cache-memory holds"),
+        (["--kv-cache-memory", "4", "--max-model-len", "512"], "the KV cache holds"),
     ],
 )
 def test_options_that_cannot_work_are_one_line(options, words):

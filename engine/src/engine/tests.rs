@@ -1,4 +1,5 @@
-//! Speculation in the loop: what it saves, what it must not take, and what is sampled.
+//! The engine's loop: speculation (what it saves, what it must not take, what is sampled), and steps that find no
+//! memory.
 
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use ndarray::Array2;
 use super::Engine;
 use crate::config::EngineConfig;
 use crate::cost_model::{StepBudget, StepWork};
-use crate::error::RunError;
+use crate::error::{RunError, SequenceError};
 use crate::request::{Request, RequestId, TenantId, TokenEvent};
 use crate::runner::fake::FakeRunner;
 use crate::runner::{KvCacheLayout, ModelRunner};
@@ -127,6 +128,60 @@ fn no_draft_is_made_beside_a_prompt() {
     engine.plan_within(Duration::ZERO, budget(0.2));
     let shares: Vec<usize> = engine.step_plan().sequences.iter().map(|s| s.num_scheduled_tokens).collect();
     assert_eq!(shares, [1, 40]);
+}
+
+/// A machine with memory for steps of so many tokens.
+struct Small {
+    runner: FakeRunner,
+    num_tokens: usize,
+}
+
+impl ModelRunner for Small {
+    fn kv_cache(&self) -> KvCacheLayout {
+        self.runner.kv_cache()
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
+        match plan.num_tokens() {
+            num_tokens if num_tokens > self.num_tokens => Err(RunError::out_of_memory("no memory")),
+            _ => self.runner.run(plan),
+        }
+    }
+}
+
+#[test]
+fn a_step_that_finds_no_memory_is_halved_once_and_nobody_is_the_worse_for_it() {
+    let run = |num_tokens| {
+        let runner = Small { runner: FakeRunner::hashing(400, 1000, 16), num_tokens };
+        let mut engine = Engine::new(runner, EngineConfig::default(), 400);
+        engine.submit(request(greedy(30)), Duration::ZERO);
+        engine.step(Duration::ZERO, 512);
+        engine.submit(Request { prompt_token_ids: vec![7; 400], ..request(greedy(3)) }, Duration::ZERO);
+        let (mut tokens, mut reports) = (Vec::new(), Vec::new());
+        while !engine.is_idle() {
+            reports.push(engine.step(Duration::ZERO, 512));
+            engine.scheduler().check().unwrap();
+            tokens.extend(engine.events().iter().cloned());
+        }
+        (tokens, reports)
+    };
+    let (plenty, _) = run(1000);
+    let ends = |events: &[(RequestId, TokenEvent)]| {
+        let mut all = events.to_vec();
+        all.sort_by_key(|(id, _)| *id);
+        all.retain(|(_, event)| !matches!(event, TokenEvent::Admitted { .. }));
+        all
+    };
+    // 401 tokens do not fit, 201 do; and no later step of prompts tries more.
+    let (halved, reports) = run(250);
+    assert_eq!(ends(&halved), ends(&plenty));
+    assert_eq!(reports.iter().filter(|report| report.is_shrunk).count(), 1);
+    assert!(reports.iter().all(|report| !report.failed && report.num_scheduled_tokens <= 201));
+    // A step that is still too large fails, and a decode beside it fails with it.
+    let (failed, reports) = run(100);
+    assert_eq!((reports[0].is_shrunk, reports[1].failed, reports.len()), (true, true, 2));
+    let is_failure = |event: &TokenEvent| matches!(event, TokenEvent::Failed(SequenceError::Run(_)));
+    assert_eq!(failed.iter().filter(|(_, event)| is_failure(event)).count(), 2);
 }
 
 /// The same logits after everything.

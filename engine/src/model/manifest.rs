@@ -141,6 +141,11 @@ impl Dtype {
             Self::Int4 => 4,
         }
     }
+
+    /// Whether values are divided by a scale when they are stored.
+    pub fn is_quantised(self) -> bool {
+        self.num_bits() <= 8
+    }
 }
 
 /// What comes out of the graph.

@@ -5,30 +5,36 @@
 //! writes them in place while this runner holds them exclusively.
 
 mod buffer;
-mod cuda_graphs;
+mod contract;
+mod cuda;
 mod device_error;
 mod inputs;
 mod options;
 mod outputs;
 mod provider;
+mod rows;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use ort::environment::Environment;
+use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
-use ort::value::{DynTensor, Outlet, TensorElementType};
+use ort::value::DynTensor;
 
-use self::cuda_graphs::{CudaGraphs, GraphIndex, MAX_ROWS};
-use self::device_error::runtime;
+use self::contract::check_contract;
+use self::cuda::graphs::{CudaGraphs, GraphIndex};
+use self::cuda::profile;
+use self::device_error::{failed, runtime};
 use self::inputs::Inputs;
-pub use self::options::OrtOptions;
-use self::outputs::{OutputMemory, Outputs, Widths, failed};
+pub use self::options::{KvCacheMemory, OrtOptions};
+use self::outputs::{OutputMemory, Outputs, Widths};
 use self::provider::Device;
+use self::rows::Rows;
 use super::{KvCacheLayout, ModelRunner};
 use crate::error::{LoadError, RunError};
 use crate::model::manifest::{Geometry, Graph, Manifest};
-use crate::step::{StepOutput, StepPlan};
+use crate::step::{Logits, StepOutput, StepPlan};
 
 /// Runs a model folder's graph. [`ModelRunner::run`] is [`OrtRunner::bind`], [`OrtRunner::compute`] and
 /// [`OrtRunner::output`], which can be called one by one to measure them.
@@ -41,6 +47,7 @@ pub struct OrtRunner {
     memory: OutputMemory,
     cuda_graphs: Option<CudaGraphs>,
     inputs: Inputs,
+    rows: Rows,
     caches: Vec<(String, DynTensor)>,
     session: Session,
     device: Device,
@@ -99,14 +106,37 @@ impl OrtRunner {
     /// # Errors
     /// [`LoadError`]: the library, the graph, the budget or an option doesn't fit.
     pub fn load(dir: &Path, manifest: &Manifest, options: &OrtOptions) -> Result<Self, LoadError> {
-        let graph = manifest.graph.clone();
+        let graph = &manifest.graph;
         provider::check_options(graph.provider, graph.kernel, options)?;
-        let layout = layout(&manifest.geometry, &graph, options.kv_cache_bytes)?;
+        let num_bytes = match options.kv_cache {
+            KvCacheMemory::Bytes(num_bytes) => num_bytes,
+            KvCacheMemory::Utilization(_) => block_bytes(&manifest.geometry, graph),
+        };
+        let layout = layout(&manifest.geometry, graph, num_bytes)?;
         let environment = environment(&options.library)?;
-        let device = Device::new(graph.provider, options);
-        let session = provider::open(environment, &dir.join(&graph.file), graph.provider, options)?;
-        let widths = check_contract(&session, &manifest.geometry, &graph)?;
-        let caches = provider::allocate_caches(&session, device, &manifest.geometry, &graph, layout)?;
+        let device = Device::open(environment, graph.provider, options)?;
+        let session = provider::open(environment, &dir.join(&graph.file), &device, options)?;
+        let widths = check_contract(&session, &manifest.geometry, graph)?;
+        let runner = Self::with_cache(session, device, widths, manifest, options, layout, 0)?;
+        match options.kv_cache {
+            KvCacheMemory::Bytes(_) => Ok(runner),
+            KvCacheMemory::Utilization(utilization) => runner.grown(manifest, options, utilization),
+        }
+    }
+
+    /// The runner of an open session, with a cache of this size. The first `num_graph_ids` ids of CUDA graphs were
+    /// used.
+    fn with_cache(
+        session: Session,
+        device: Device,
+        widths: Widths,
+        manifest: &Manifest,
+        options: &OrtOptions,
+        layout: KvCacheLayout,
+        num_graph_ids: usize,
+    ) -> Result<Self, LoadError> {
+        let graph = manifest.graph.clone();
+        let caches = provider::allocate_caches(&session, &device, &manifest.geometry, &graph, layout)?;
         let prepare = || {
             let mut binding = session.create_binding()?;
             for (name, cache) in &caches {
@@ -115,18 +145,24 @@ impl OrtRunner {
             let allocator = || device.allocator(&session);
             let max_num_blocks = manifest.geometry.max_model_len.div_ceil(graph.block_size);
             let max_num_blocks = max_num_blocks.min(layout.num_blocks);
-            let cuda_graphs = (device.is_apart() && !options.enforce_eager)
-                .then(|| CudaGraphs::new(allocator, widths, graph.block_size, max_num_blocks))
-                .transpose()?;
-            Ok((binding, OutputMemory::new(allocator, widths, 1, false)?, cuda_graphs))
+            let stream = device.stream().filter(|_| !options.enforce_eager);
+            let cuda_graphs = |stream| {
+                let sizes = [graph.block_size, max_num_blocks, options.max_num_seqs];
+                CudaGraphs::new(allocator, stream, widths, sizes, num_graph_ids)
+            };
+            let memory = OutputMemory::new(allocator()?, || Ok(Allocator::default()), widths, 1)?;
+            let rows = Rows::new(widths.logits, device.stream())?;
+            Ok((binding, memory, rows, stream.map(cuda_graphs).transpose()?))
         };
-        let (binding, memory, cuda_graphs) = prepare().map_err(|error: ort::Error| device.explain(&error))?;
+        let (binding, memory, rows, cuda_graphs) =
+            prepare().map_err(|error: ort::Error| device.explain(&error))?;
         Ok(Self {
             binding,
             outputs: None,
             memory,
             cuda_graphs,
-            inputs: Inputs::new(device.is_apart()),
+            inputs: Inputs::new(device.stream().is_some()),
+            rows,
             caches,
             session,
             device,
@@ -135,6 +171,55 @@ impl OrtRunner {
             layout,
             bound: BoundStep::default(),
         })
+    }
+
+    /// The same runner with a cache that takes what its GPU has left of a part of its memory. How much that is, the
+    /// largest steps show: they are run over the cache that is here.
+    fn grown(
+        mut self,
+        manifest: &Manifest,
+        options: &OrtOptions,
+        utilization: f64,
+    ) -> Result<Self, LoadError> {
+        let geometry = &manifest.geometry;
+        let plan = profile::largest_step(geometry, &self.graph, options);
+        if let Err(error) = self.run(&plan) {
+            return Err(self.device.explain(&ort::Error::new(error.message)));
+        }
+        let measured = self.measure_graphs().map_err(|error| self.device.explain(&error))?;
+        let bytes = profile::cache_bytes(&measured, utilization, profile::expansion(geometry, &self.graph))
+            .map_err(LoadError::Config)?;
+        let num_graph_ids = self.cuda_graphs.as_ref().map_or(0, CudaGraphs::num_ids);
+        let Self {
+            binding, outputs, memory, cuda_graphs, rows, caches, session, device, widths, graph, ..
+        } = self;
+        drop((binding, outputs, cuda_graphs, memory, rows, caches));
+        let layout = layout(geometry, &graph, bytes)?;
+        Self::with_cache(session, device, widths, manifest, options, layout, num_graph_ids)
+    }
+
+    /// The memory of the device, and how much of it all graphs take that will be captured.
+    fn measure_graphs(&mut self) -> ort::Result<profile::Measured> {
+        let Some(stream) = self.device.stream().cloned() else {
+            return Err(ort::Error::new("there is no GPU to measure"));
+        };
+        let before = stream.memory()?;
+        let Some(graphs) = &mut self.cuda_graphs else {
+            return Ok(profile::Measured { memory: before, graph_bytes: 0, num_graphs: 0 });
+        };
+        let indices = graphs.indices();
+        // The cache that comes may hold long contexts, which have graphs of their own.
+        let num_graphs = graphs.max_num_graphs();
+        // The largest take memory that all others find, beside what each graph takes for itself.
+        let mut graph_bytes = 0;
+        let mut last = before;
+        for &index in indices.iter().take(3) {
+            graphs.capture(&mut self.session, &self.caches, &self.graph.names, index)?;
+            let memory = stream.memory()?;
+            graph_bytes = last.free.saturating_sub(memory.free);
+            last = memory;
+        }
+        Ok(profile::Measured { memory: last, graph_bytes, num_graphs })
     }
 
     /// Writes a step's inputs.
@@ -160,9 +245,10 @@ impl OrtRunner {
         self.binding.clear_outputs();
         self.outputs = None;
         if self.memory.num_rows() < num_rows {
-            let allocator = || self.device.allocator(&self.session);
             let num_rows = num_rows.max(2 * self.memory.num_rows());
-            self.memory = OutputMemory::new(allocator, self.widths, num_rows, false)?;
+            let rows = self.device.allocator(&self.session)?;
+            // The library copies candidates to the host.
+            self.memory = OutputMemory::new(rows, || Ok(Allocator::default()), self.widths, num_rows)?;
         }
         // SAFETY: the binding's outputs are cleared before the memory is replaced, and it goes first.
         self.outputs = Some(unsafe { self.memory.bind(&mut self.binding, &self.graph.names, num_rows) }?);
@@ -174,89 +260,45 @@ impl OrtRunner {
     /// # Errors
     /// [`RunError`] if the library fails.
     pub fn compute(&mut self) -> Result<(), RunError> {
-        let BoundStep { num_rows, cuda_graph } = self.bound;
-        if let (Some(graphs), Some(index)) = (&mut self.cuda_graphs, cuda_graph) {
-            return graphs.run(&mut self.session, index, num_rows).map_err(failed);
+        if let (Some(graphs), Some(index)) = (&mut self.cuda_graphs, self.bound.cuda_graph) {
+            return graphs.run(&mut self.session, index).map_err(failed);
         }
-        let outputs = self.outputs.as_mut().ok_or_else(|| RunError::new("no step is bound"))?;
+        if self.outputs.is_none() {
+            return Err(RunError::new("no step is bound"));
+        }
         let result = match &self.cuda_graphs {
             Some(graphs) => self.session.run_binding_with_options(&self.binding, graphs.uncaptured()),
             None => self.session.run_binding(&self.binding),
         };
-        result.map(drop).and_then(|()| outputs.written(num_rows)).map_err(failed)
+        result.map(drop).map_err(failed)
     }
 
     /// What the step wrote, until the next one is bound.
     ///
     /// # Errors
-    /// [`RunError`] if the library fails, or nothing was computed.
+    /// [`RunError`] if nothing was computed.
     pub fn output(&mut self) -> Result<StepOutput<'_>, RunError> {
-        let outputs = match (&mut self.cuda_graphs, self.bound.cuda_graph) {
-            (Some(graphs), Some(index)) => graphs.outputs(index),
-            _ => self.outputs.as_mut(),
+        let BoundStep { num_rows, cuda_graph } = self.bound;
+        let (rows, candidates) = match (&self.cuda_graphs, cuda_graph, &self.outputs) {
+            (Some(graphs), Some(index), _) => (graphs.rows(index), graphs.candidates(index, num_rows)?),
+            (_, _, Some(outputs)) => (Some(outputs.rows()), outputs.candidates(num_rows)?),
+            _ => (None, None),
         };
-        outputs.ok_or_else(|| RunError::new("no step has run"))?.view()
+        let start = rows.ok_or_else(|| RunError::new("no step has run"))?;
+        // SAFETY: the step wrote so many rows there, and the memory is not written before the next step.
+        unsafe { self.rows.set(start, num_rows) };
+        Ok(StepOutput { candidates, logits: Logits::Elsewhere(&mut self.rows) })
     }
 }
 
-/// Compares the graph's inputs and outputs with what the manifest promises.
-fn check_contract(session: &Session, geometry: &Geometry, graph: &Graph) -> Result<Widths, LoadError> {
-    let names = &graph.names;
-    let dtype_of = |outlets: &[Outlet], name: &str| {
-        let outlet = outlets.iter().find(|outlet| outlet.name() == name);
-        outlet
-            .and_then(|outlet| Some((outlet.dtype().tensor_type()?, outlet.dtype().tensor_shape()?.to_vec())))
-    };
-    let wrong =
-        |name: &str| LoadError::Config(format!("the graph does not have {name} as the manifest says"));
-    for name in names.small_inputs() {
-        let found = dtype_of(session.inputs(), name);
-        found.filter(|(ty, _)| *ty == TensorElementType::Int32).ok_or_else(|| wrong(name))?;
-    }
-    let cache = provider::cache_shape(geometry, graph).map(|size| size as i64);
-    let cache_type = provider::element_type(graph.kv_cache_dtype);
-    for name in (0..geometry.num_layers).flat_map(|layer| names.caches(layer)) {
-        let found = dtype_of(session.inputs(), &name);
-        let fits = |(ty, shape): &(_, Vec<i64>)| *ty == cache_type && shape.ends_with(&cache);
-        found.filter(fits).ok_or_else(|| wrong(&name))?;
-    }
-    let num_inputs = names.small_inputs().len() + 2 * geometry.num_layers;
-    if session.inputs().len() != num_inputs {
-        let found = session.inputs().len();
-        return Err(LoadError::Config(format!("the graph has {found} inputs, the manifest {num_inputs}")));
-    }
-    let found = dtype_of(session.outputs(), &names.logits);
-    let width = geometry.padded_vocab_size as i64;
-    let fits = |(ty, shape): &(_, Vec<i64>)| {
-        *ty == TensorElementType::Float32 && shape.len() == 2 && shape[1] == width
-    };
-    found.filter(fits).ok_or_else(|| wrong(&names.logits))?;
-    let types = [TensorElementType::Int32, TensorElementType::Float32, TensorElementType::Float32];
-    let mut widths = Vec::new();
-    for (name, wanted) in names.topk().into_iter().flatten().zip(types) {
-        let found = dtype_of(session.outputs(), name);
-        let (_, shape) =
-            found.filter(|(ty, shape)| *ty == wanted && shape.len() == 2).ok_or_else(|| wrong(name))?;
-        widths.push(usize::try_from(shape[1]).map_err(|_| wrong(name))?);
-    }
-    Ok(Widths { logits: geometry.padded_vocab_size, topk: check_topk(&widths, geometry.vocab_size)? })
-}
-
-/// The number of candidates, from the columns of ids, values and logsumexp; none of a graph without them.
-fn check_topk(widths: &[usize], vocab_size: usize) -> Result<Option<usize>, LoadError> {
-    match *widths {
-        [] => Ok(None),
-        [ids, values, 1] if ids == values && (1..=vocab_size).contains(&ids) => Ok(Some(ids)),
-        _ => Err(LoadError::Config(format!(
-            "the graph returns {widths:?} columns of topk_ids, topk_values and logsumexp: the first two must be \
-             equal and from 1 to the model's vocab_size {vocab_size}, the last 1"
-        ))),
-    }
+/// Bytes of a block's keys and values over all layers.
+fn block_bytes(geometry: &Geometry, graph: &Graph) -> usize {
+    geometry.kv_bytes_per_token(graph.kv_cache_dtype) * graph.block_size
 }
 
 /// As many blocks as the budget holds.
 fn layout(geometry: &Geometry, graph: &Graph, kv_cache_bytes: usize) -> Result<KvCacheLayout, LoadError> {
-    let block_bytes = geometry.kv_bytes_per_token(graph.kv_cache_dtype) * graph.block_size;
+    let block_bytes = block_bytes(geometry, graph);
     // More than i32 slots can't be named in the contract.
     let num_blocks = (kv_cache_bytes / block_bytes).min(i32::MAX as usize / graph.block_size);
     if num_blocks == 0 {
@@ -272,18 +314,16 @@ impl ModelRunner for OrtRunner {
         self.layout
     }
 
-    /// The library keeps CUDA graphs by thread.
-    fn prepare(&mut self, max_num_seqs: usize) -> Result<(), LoadError> {
+    /// Captures the decode steps of up to as many sequences as the options say. ONNX Runtime keeps CUDA graphs for
+    /// each thread: only the one that calls this can replay them.
+    fn prepare(&mut self) -> Result<(), LoadError> {
         let Some(graphs) = &mut self.cuda_graphs else { return Ok(()) };
-        if max_num_seqs > MAX_ROWS {
-            return Err(LoadError::Config(format!(
-                "--max-num-seqs {max_num_seqs}: CUDA graphs hold up to {MAX_ROWS} sequences; choose no more, or \
-                 --enforce-eager"
-            )));
+        for index in graphs.indices() {
+            graphs
+                .capture(&mut self.session, &self.caches, &self.graph.names, index)
+                .map_err(|error| self.device.explain(&error))?;
         }
-        graphs
-            .capture(&mut self.session, &self.caches, &self.graph.names, max_num_seqs)
-            .map_err(|error| self.device.explain(&error))
+        Ok(())
     }
 
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput<'_>, RunError> {
@@ -296,17 +336,6 @@ impl ModelRunner for OrtRunner {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn candidates_are_bound_by_the_vocabulary() {
-        assert_eq!(check_topk(&[], 100).unwrap(), None);
-        assert_eq!(check_topk(&[64, 64, 1], 100).unwrap(), Some(64));
-        assert_eq!(check_topk(&[100, 100, 1], 100).unwrap(), Some(100));
-        for widths in [&[101, 101, 1][..], &[0, 0, 1], &[64, 63, 1], &[64, 64, 2], &[64]] {
-            let error = check_topk(widths, 100).unwrap_err().to_string();
-            assert!(error.contains("topk_ids") && error.contains("vocab_size 100"), "{error}");
-        }
-    }
 
     #[test]
     fn one_library_has_many_paths() {

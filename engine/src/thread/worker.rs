@@ -152,6 +152,9 @@ impl<R: ModelRunner> Worker<R> {
         if let Some(fault) = report.fault {
             self.published.fault.set(fault);
         }
+        if report.is_shrunk {
+            tracing::warn!("a step found no memory; from now on steps have fewer tokens of prompts");
+        }
         if report.fault == Some(Fault::DeviceLost) {
             self.note_lost_device();
         }

@@ -197,15 +197,7 @@ mod tests {
     /// The lines without what they found, of a machine that has no ONNX Runtime.
     fn lines(folder: &ModelDir) -> (Vec<String>, usize) {
         let library = "no/such/library".into();
-        let options = |kv_cache_bytes| OrtOptions {
-            library,
-            num_threads: 1,
-            kv_cache_bytes,
-            device_id: None,
-            device_memory_bytes: None,
-            enforce_eager: false,
-            bit_exact: false,
-        };
+        let options = |kv_cache_bytes| OrtOptions::new(library, 1, kv_cache_bytes);
         let mut out = Vec::new();
         let num_wrong = check(folder.path(), options, &mut out, &mut |_| ()).unwrap();
         (String::from_utf8(out).unwrap().lines().map(str::to_owned).collect(), num_wrong)

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use actix_web::web;
 use glm_engine::model::known_answer::Agreement;
 use glm_engine::runner::ModelRunner;
-use glm_engine::runner::ort::OrtRunner;
-use glm_engine::{EngineConfig, EngineThread, Manifest, RunError};
+use glm_engine::runner::ort::{OrtOptions, OrtRunner};
+use glm_engine::{EngineConfig, EngineThread, Manifest};
 
 use super::log;
 use crate::api_keys::ApiKeys;
@@ -31,10 +31,10 @@ pub(super) fn run(args: ServeArgs) -> Result<(), LoadFailure> {
     let result = runtime.block_on(async {
         // Before everything else: the first process of a container has no other way to hear a signal.
         let signals = shutdown::signals()?;
-        let Prepared { listener, lifecycle, manifest, config, kv_cache_bytes } = prepare(&args)?;
+        let Prepared { listener, lifecycle, manifest, config, options } = prepare(&args)?;
         let metrics = Arc::clone(&lifecycle.metrics);
         let loading = async {
-            let load = move || load(&args, manifest, config, kv_cache_bytes, metrics);
+            let load = move || load(&args, manifest, config, &options, metrics);
             let (loaded, engine_thread) = tokio::task::spawn_blocking(load).await??;
             thread = Some(engine_thread);
             Ok::<_, LoadFailure>(loaded)
@@ -69,7 +69,7 @@ struct Prepared {
     lifecycle: web::Data<Lifecycle>,
     manifest: Manifest,
     config: EngineConfig,
-    kv_cache_bytes: usize,
+    options: OrtOptions,
 }
 
 /// Does what is quick, so that a mistake in the configuration is told at once, and binds the port.
@@ -81,15 +81,15 @@ fn prepare(args: &ServeArgs) -> Result<Prepared, LoadFailure> {
     let keys = keys.transpose()?;
     let manifest = Manifest::load(&args.model.model)?;
     let config = args.scheduling.engine_config(&manifest, keys.as_ref())?;
-    let kv_cache_bytes = args.model.kv_cache_bytes(&manifest)?;
+    let options = args.ort_options(&manifest, &config)?;
     let address = SocketAddr::from((args.host, args.port));
     let listener =
         TcpListener::bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     tracing::info!(address = %listener.local_addr()?, model = manifest.model.name, "listening, loading the model");
     // The KV cache may hold less than this; then fewer events are used.
-    let options = args.http_options(config.max_model_len);
-    let lifecycle = web::Data::new(Lifecycle::new(options, Arc::new(Metrics::new(&manifest)?), keys));
-    Ok(Prepared { listener, lifecycle, manifest, config, kv_cache_bytes })
+    let http_options = args.http_options(config.max_model_len);
+    let lifecycle = web::Data::new(Lifecycle::new(http_options, Arc::new(Metrics::new(&manifest)?), keys));
+    Ok(Prepared { listener, lifecycle, manifest, config, options })
 }
 
 /// Does what may take minutes.
@@ -97,20 +97,19 @@ fn load(
     args: &ServeArgs,
     manifest: Manifest,
     config: EngineConfig,
-    kv_cache_bytes: usize,
+    options: &OrtOptions,
     metrics: Arc<Metrics>,
 ) -> Result<(Loaded, EngineThread), LoadFailure> {
     let model = ServedModel::load(&args.model.model, manifest, &args.served_model_name)?;
     if !model.chat.has_chat() {
         tracing::warn!("this is a base model without a chat format: chat completions are refused");
     }
-    let mut runner =
-        OrtRunner::load(&args.model.model, &model.manifest, &args.model.runtime.options(kv_cache_bytes))?;
+    let mut runner = OrtRunner::load(&args.model.model, &model.manifest, options)?;
     let cache = runner.kv_cache();
     let capacity = cache.num_blocks * cache.block_size;
     if config.max_model_len > capacity {
         let message = format!(
-            "--kv-cache-memory holds {capacity} tokens, a sequence may have {}",
+            "the KV cache holds {capacity} tokens (--kv-cache-memory, --gpu-memory-utilization), a sequence may have {}",
             config.max_model_len
         );
         match args.scheduling.max_model_len {
@@ -121,7 +120,7 @@ fn load(
     let agreement = match verify(&mut runner, &args.model.model, &model.manifest) {
         Ok(agreement) => agreement,
         Err(error) => {
-            if matches!(error, VerifyError::Run(RunError { is_permanent: true, .. })) {
+            if matches!(&error, VerifyError::Run(error) if error.is_permanent()) {
                 // To take its session down, ONNX Runtime would call the failed device: see `end_at_once`.
                 std::mem::forget(runner);
             }
@@ -145,6 +144,8 @@ fn load(
         digest = model.manifest.digest,
         max_model_len = limits.max_model_len,
         kv_cache_mib = limits.kv_cache_bytes >> 20,
+        kv_cache_tokens = capacity,
+        longest_sequences = capacity / limits.max_model_len.max(1),
         "loaded"
     );
     Ok((Loaded { model, engine }, thread))

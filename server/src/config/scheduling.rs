@@ -12,12 +12,13 @@ use crate::api_keys::ApiKeys;
 /// Who is computed when.
 #[derive(Debug, Args)]
 pub struct SchedulingArgs {
-    /// Most sequences in one step
-    #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = up_to::<4096>)]
-    pub max_num_seqs: usize,
-    /// Most tokens in one step: running replies first, the rest for prompts
-    #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = up_to::<{ 1 << 20 }>)]
-    pub max_num_batched_tokens: usize,
+    /// Most sequences in one step [default: 64; 256 for a graph of the CUDA provider]
+    #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", value_parser = up_to::<4096>)]
+    pub max_num_seqs: Option<usize>,
+    /// Most tokens in one step: running replies first, the rest for prompts [default: 512; 640 for a graph of the CUDA
+    /// provider; --max-num-seqs if that is more]
+    #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", value_parser = up_to::<{ 1 << 20 }>)]
+    pub max_num_batched_tokens: Option<usize>,
     /// Most draft tokens that are looked up in a sequence's own text and checked in one step, where that pays; 0
     /// turns it off. It changes no reply of the CPU provider with the engine's own kernels. Steps that check draft
     /// tokens are not among the captured CUDA graphs [default: 8 for a graph of the CPU provider, 0 for one of
@@ -60,10 +61,13 @@ impl SchedulingArgs {
     ) -> Result<EngineConfig, LoadError> {
         let longest = manifest.geometry.max_model_len;
         let max_model_len = self.max_model_len.unwrap_or(longest);
-        if self.max_num_seqs > self.max_num_batched_tokens {
+        let (default_seqs, default_tokens) = default_step(manifest.graph.provider);
+        let max_num_seqs = self.max_num_seqs.unwrap_or(default_seqs);
+        let max_num_batched_tokens = self.max_num_batched_tokens.unwrap_or(default_tokens.max(max_num_seqs));
+        if max_num_seqs > max_num_batched_tokens {
             return Err(LoadError::Config(format!(
-                "--max-num-seqs {} is more than --max-num-batched-tokens {}: each sequence needs a token a step",
-                self.max_num_seqs, self.max_num_batched_tokens
+                "--max-num-seqs {max_num_seqs} is more than --max-num-batched-tokens {max_num_batched_tokens}: each \
+                 sequence needs a token a step"
             )));
         }
         if max_model_len > longest {
@@ -73,15 +77,15 @@ impl SchedulingArgs {
         }
         let default = EngineConfig::default();
         let tenant_weights = keys.map_or(default.tenant_weights, ApiKeys::weights);
-        let max_num_requests = self.max_num_seqs + self.max_num_waiting as usize;
+        let max_num_requests = max_num_seqs + self.max_num_waiting as usize;
         let most_of_one = match tenant_weights.len() {
             1 => max_num_requests,
             _ => max_num_requests.div_ceil(2),
         };
         let target_inter_token_latency = Duration::from_millis(self.target_inter_token_latency);
         Ok(EngineConfig {
-            max_num_seqs: self.max_num_seqs,
-            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_num_seqs,
+            max_num_batched_tokens,
             max_num_waiting: self.max_num_waiting as usize,
             max_num_draft_tokens: self.max_num_draft_tokens(manifest.graph.provider),
             max_model_len,
@@ -108,6 +112,16 @@ impl SchedulingArgs {
             (None, Provider::Cpu) => EngineConfig::default().max_num_draft_tokens,
             (None, Provider::Cuda) => 0,
         }
+    }
+}
+
+/// Sequences and tokens of a step. A GPU's step takes hardly longer for more sequences, and should hold a usual prompt
+/// of 500 tokens whole beside them.
+fn default_step(provider: Provider) -> (usize, usize) {
+    let default = EngineConfig::default();
+    match provider {
+        Provider::Cpu => (default.max_num_seqs, default.max_num_batched_tokens),
+        Provider::Cuda => (256, 640),
     }
 }
 

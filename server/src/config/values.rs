@@ -10,6 +10,13 @@ pub(super) fn up_to<const MAX: usize>(text: &str) -> Result<usize, String> {
     }
 }
 
+pub(super) fn part(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(part) if (0.01..=1.0).contains(&part) => Ok(part),
+        _ => Err("must be a number from 0.01 to 1".into()),
+    }
+}
+
 pub(super) fn port(text: &str) -> Result<u16, String> {
     if text.starts_with("tcp://") {
         return Err(

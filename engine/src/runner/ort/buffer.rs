@@ -3,6 +3,8 @@
 //! Invariant: the memory stays where it is as long as the buffer lives. So shapes can change, and inputs can be
 //! written, without new memory, and a captured CUDA graph finds everything where it was.
 
+use std::ffi::c_void;
+
 use ort::AsPointer;
 use ort::memory::Allocator;
 use ort::value::{DynTensor, TensorElementType};
@@ -28,6 +30,11 @@ impl Buffer {
     pub(super) fn new(allocator: Allocator, num_bytes: usize) -> ort::Result<Self> {
         let memory = DynTensor::new(&allocator, TensorElementType::Uint8, [num_bytes])?;
         Ok(Self { memory, allocator, num_bytes })
+    }
+
+    /// Where it starts, in the allocator's memory.
+    pub(super) fn as_ptr(&mut self) -> *mut c_void {
+        self.memory.data_ptr_mut().cast()
     }
 
     /// A tensor whose elements start `offset` bytes from the buffer's start.

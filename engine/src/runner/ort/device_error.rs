@@ -4,7 +4,7 @@
 //! GPU=0 ; …`, and hands the code on in no other way. Kernels from elsewhere that it contains use CUDA's
 //! name or words for the error alone.
 
-use crate::error::LoadError;
+use crate::error::{LoadError, RunError, RunErrorKind};
 
 /// What stands before the number in the library's own reports.
 const REPORT: &str = "CUDA failure ";
@@ -46,6 +46,27 @@ pub(super) fn is_permanent(text: &str) -> bool {
     })
 }
 
+/// Whether the library's `text` says that there was no memory for what a run needed.
+pub(super) fn is_out_of_memory(text: &str) -> bool {
+    text.contains("CUDA failure 2:")
+        || text.contains("Failed to allocate memory")
+        || text.contains("out of memory")
+}
+
+/// The library's words about a run, and what they mean for the next one.
+pub(super) fn failed(error: ort::Error) -> RunError {
+    failure(error.to_string())
+}
+
+fn failure(message: String) -> RunError {
+    let kind = match message.as_str() {
+        text if is_permanent(text) => RunErrorKind::DeviceLost,
+        text if is_out_of_memory(text) => RunErrorKind::OutOfMemory,
+        _ => RunErrorKind::Step,
+    };
+    RunError { message, kind }
+}
+
 /// What ONNX Runtime says against a folder.
 pub(super) fn runtime(error: impl std::fmt::Display) -> LoadError {
     LoadError::Runtime(error.to_string())
@@ -85,6 +106,21 @@ mod tests {
             "",
         ] {
             assert!(!is_permanent(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_lack_of_memory_is_told_from_other_failures() {
+        for (text, kind) in [
+            (
+                "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size); ",
+                RunErrorKind::OutOfMemory,
+            ),
+            ("Failed to allocate memory for requested buffer of size 700", RunErrorKind::OutOfMemory),
+            ("CUDA failure 2: out of memory ; CUDA failure 700: x", RunErrorKind::DeviceLost),
+            ("CUDA failure 701: too many resources requested for launch ; GPU=0", RunErrorKind::Step),
+        ] {
+            assert_eq!(failure(text.into()).kind, kind, "{text}");
         }
     }
 }

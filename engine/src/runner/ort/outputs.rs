@@ -1,18 +1,21 @@
 //! Owns what a run returns: whole rows where the device leaves them, and the candidates beside them.
 //!
-//! Invariants: a step of the last one's number of rows takes no new memory; rows cross to the host at most once a
-//! step, and only when they are asked for.
+//! Invariants: a step of the last one's number of rows takes no new memory; whole rows cross to the host only when
+//! they are asked for.
+
+use std::ffi::c_void;
 
 use ndarray::ArrayView2;
-use ort::memory::{AllocationDevice, Allocator};
+use ort::memory::Allocator;
 use ort::session::IoBinding;
 use ort::value::{DynTensor, TensorElementType};
 
 use super::buffer::{Buffer, align};
-use super::device_error::is_permanent;
+use super::cuda::runtime::Pinned;
+use super::device_error::failed;
 use crate::error::RunError;
 use crate::model::manifest::TensorNames;
-use crate::step::{Candidates, FetchLogits, Logits, StepOutput};
+use crate::step::Candidates;
 
 /// Columns of the graph's outputs.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +23,13 @@ pub(super) struct Widths {
     pub(super) logits: usize,
     /// Candidates a row, if the graph returns any.
     pub(super) topk: Option<usize>,
+}
+
+impl Widths {
+    /// Bytes of the candidates of so many rows.
+    pub(super) fn candidate_bytes(self, num_rows: usize) -> usize {
+        self.topk.map_or(0, |width| offsets(width, num_rows)[3])
+    }
 }
 
 /// Memory of as many rows as any step wanted.
@@ -30,49 +40,46 @@ pub(super) struct OutputMemory {
     rows: Buffer,
     /// Ids, values and logsumexp of all rows, one behind the other.
     candidates: Option<Buffer>,
-    /// The same on the device, from which one copy brings them all.
-    source: Option<Buffer>,
 }
 
 /// The tensors that a binding writes for a number of rows.
 #[derive(Debug)]
 pub(super) struct Outputs {
-    rows: Rows,
+    num_rows: usize,
+    rows: *const f32,
     candidates: Option<[DynTensor; 3]>,
-    /// The candidates' bytes on the device and on the host, where the binding writes the former.
-    copies: Option<[DynTensor; 2]>,
 }
 
-#[derive(Debug)]
-struct Rows {
-    tensor: DynTensor,
-    /// On the host, when it was asked for.
-    fetched: Option<DynTensor>,
-    /// Of the tensor's rows, those that the step wants.
-    num_rows: usize,
-}
+// SAFETY: the pointer is into memory that the outputs' maker keeps; it belongs to no thread.
+unsafe impl Send for Outputs {}
 
 impl OutputMemory {
-    /// Rows lie in `device`'s memory; candidates on the host, to which the library copies them unless
-    /// `is_fixed`: then they are written on the device, for a graph of its own that copies nothing.
+    /// Room for so many rows of logits in one memory, and for their candidates in another.
     pub(super) fn new(
-        device: impl Fn() -> ort::Result<Allocator>,
+        rows: Allocator,
+        candidates: impl FnOnce() -> ort::Result<Allocator>,
         widths: Widths,
         num_rows: usize,
-        is_fixed: bool,
     ) -> ort::Result<Self> {
-        let num_bytes = offsets(widths.topk.unwrap_or(0), num_rows)[3];
-        let has_candidates = widths.topk.is_some();
-        let on_host = has_candidates.then(|| Buffer::new(Allocator::default(), num_bytes)).transpose()?;
-        let on_device =
-            (has_candidates && is_fixed).then(|| Buffer::new(device()?, num_bytes)).transpose()?;
-        let rows = Buffer::new(device()?, num_rows * widths.logits * size_of::<f32>())?;
-        Ok(Self { widths, num_rows, rows, candidates: on_host, source: on_device })
+        let num_bytes = widths.candidate_bytes(num_rows);
+        let candidates = (num_bytes > 0).then(|| Buffer::new(candidates()?, num_bytes)).transpose()?;
+        let rows = Buffer::new(rows, num_rows * widths.logits * size_of::<f32>())?;
+        Ok(Self { widths, num_rows, rows, candidates })
     }
 
     /// Rows it has room for.
     pub(super) fn num_rows(&self) -> usize {
         self.num_rows
+    }
+
+    /// Columns of what is written.
+    pub(super) fn widths(&self) -> Widths {
+        self.widths
+    }
+
+    /// Where the candidates lie.
+    pub(super) fn candidates(&mut self) -> Option<*const c_void> {
+        self.candidates.as_mut().map(|buffer| buffer.as_ptr().cast_const())
     }
 
     /// Binds the graph's outputs for exactly `num_rows` rows.
@@ -89,31 +96,18 @@ impl OutputMemory {
         // SAFETY: the caller's promise is handed on.
         let mut tensor = unsafe { self.rows.view(0, TensorElementType::Float32, &shape) }?;
         binding.bind_output(names.logits.as_str(), &mut tensor)?;
-        let rows = Rows { tensor, fetched: None, num_rows };
-        let (Some(width), Some(names), Some(host)) = (self.widths.topk, names.topk(), &mut self.candidates)
-        else {
-            return Ok(Outputs { rows, candidates: None, copies: None });
-        };
-        // SAFETY: as above.
-        let mut candidates = unsafe { candidate_views(host, width, num_rows) }?;
-        let Some(device) = &mut self.source else {
-            for (name, tensor) in names.into_iter().zip(&mut candidates) {
+        let mut outputs = Outputs { num_rows, rows: self.rows.as_ptr().cast(), candidates: None };
+        if let (Some(width), Some(names), Some(buffer)) =
+            (self.widths.topk, names.topk(), &mut self.candidates)
+        {
+            // SAFETY: as above.
+            let mut views = unsafe { candidate_views(buffer, width, num_rows) }?;
+            for (name, tensor) in names.into_iter().zip(&mut views) {
                 binding.bind_output(name, tensor)?;
             }
-            return Ok(Outputs { rows, candidates: Some(candidates), copies: None });
-        };
-        // SAFETY: as above.
-        for (name, mut tensor) in names.into_iter().zip(unsafe { candidate_views(device, width, num_rows) }?)
-        {
-            binding.bind_output(name, &mut tensor)?;
+            outputs.candidates = Some(views);
         }
-        let num_bytes = offsets(width, num_rows)[3];
-        let bytes = |buffer: &mut Buffer| {
-            // SAFETY: as above.
-            unsafe { buffer.view(0, TensorElementType::Uint8, &[num_bytes]) }
-        };
-        let copies = [bytes(device)?, bytes(host)?];
-        Ok(Outputs { rows, candidates: Some(candidates), copies: Some(copies) })
+        Ok(outputs)
     }
 }
 
@@ -140,62 +134,58 @@ unsafe fn candidate_views(buffer: &mut Buffer, width: usize, num_rows: usize) ->
 impl Outputs {
     /// Rows that the binding writes.
     pub(super) fn num_bound_rows(&self) -> usize {
-        self.rows.tensor.shape()[0] as usize
+        self.num_rows
     }
 
-    /// A run of a step that wants the first `num_rows` rows has written the tensors.
-    pub(super) fn written(&mut self, num_rows: usize) -> ort::Result<()> {
-        self.rows.num_rows = num_rows;
-        self.rows.fetched = None;
-        match &mut self.copies {
-            Some([device, host]) => device.copy_into(host),
-            None => Ok(()),
-        }
+    /// Where the rows lie, in the memory of the session's device.
+    pub(super) fn rows(&self) -> *const f32 {
+        self.rows
     }
 
-    /// What the engine reads.
-    pub(super) fn view(&mut self) -> Result<StepOutput<'_>, RunError> {
-        let num_rows = self.rows.num_rows;
-        let candidates = match &self.candidates {
-            None => None,
-            Some([ids, values, logsumexp]) => Some(Candidates {
-                ids: rows(ids.try_extract_tensor::<i32>(), num_rows)?,
-                values: rows(values.try_extract_tensor::<f32>(), num_rows)?,
-                logsumexp: logsumexp.try_extract_tensor::<f32>().map_err(failed)?.1,
-            }),
-        };
-        Ok(StepOutput { candidates, logits: Logits::Elsewhere(&mut self.rows) })
+    /// The candidates of the first rows, where they were written to memory of the host.
+    ///
+    /// # Errors
+    /// [`RunError`] if fewer were written.
+    pub(super) fn candidates(&self, num_rows: usize) -> Result<Option<Candidates<'_>>, RunError> {
+        let Some([ids, values, logsumexp]) = &self.candidates else { return Ok(None) };
+        let width = ids.shape().last().map_or(0, |&width| width as usize);
+        let (_, ids) = ids.try_extract_tensor::<i32>().map_err(failed)?;
+        let (_, values) = values.try_extract_tensor::<f32>().map_err(failed)?;
+        let (_, logsumexp) = logsumexp.try_extract_tensor::<f32>().map_err(failed)?;
+        candidates(ids, values, logsumexp, width, num_rows).map(Some)
     }
 }
 
-impl FetchLogits for Rows {
-    fn fetch(&mut self) -> Result<ArrayView2<'_, f32>, RunError> {
-        let tensor = if self.tensor.memory_info().is_cpu_accessible() {
-            &self.tensor
-        } else {
-            match &mut self.fetched {
-                Some(fetched) => fetched,
-                none => none.insert(self.tensor.to(AllocationDevice::CPU, 0).map_err(failed)?),
-            }
-        };
-        rows(tensor.try_extract_tensor::<f32>(), self.num_rows)
-    }
-}
-
-/// The library's words, and whether they are its last ones.
-pub(super) fn failed(error: ort::Error) -> RunError {
-    let message = error.to_string();
-    RunError { is_permanent: is_permanent(&message), message }
-}
-
-/// The first rows of a tensor.
-fn rows<'a, T>(
-    tensor: ort::Result<(&'a ort::value::Shape, &'a [T])>,
+/// The candidates of the first `num_rows` of `num_written` rows, from a copy of the bytes that a binding wrote.
+///
+/// # Errors
+/// [`RunError`] if it is too short.
+pub(super) fn copied_candidates(
+    copy: &Pinned,
+    width: usize,
+    num_written: usize,
     num_rows: usize,
-) -> Result<ArrayView2<'a, T>, RunError> {
-    let (shape, values) = tensor.map_err(failed)?;
-    let width = shape.last().map_or(0, |&width| width as usize);
-    let wanted = values.get(..num_rows * width);
-    let view = wanted.and_then(|wanted| ArrayView2::from_shape((num_rows, width), wanted).ok());
-    view.ok_or_else(|| RunError::new(format!("{num_rows} rows have shape {shape:?}")))
+) -> Result<Candidates<'_>, RunError> {
+    let [ids, values, logsumexp, _] = offsets(width, num_written);
+    let len = num_written * width;
+    let (ids, values) = (copy.slice(ids, len), copy.slice(values, len));
+    candidates(ids, values, copy.slice(logsumexp, num_written), width, num_rows)
+}
+
+fn candidates<'a>(
+    ids: &'a [i32],
+    values: &'a [f32],
+    logsumexp: &'a [f32],
+    width: usize,
+    num_rows: usize,
+) -> Result<Candidates<'a>, RunError> {
+    let short = || RunError::new(format!("{num_rows} rows of candidates are wanted, fewer were written"));
+    let shape = (num_rows, width);
+    let len = num_rows * width;
+    let ids = ids.get(..len).and_then(|ids| ArrayView2::from_shape(shape, ids).ok());
+    let values = values.get(..len).and_then(|values| ArrayView2::from_shape(shape, values).ok());
+    match (ids, values) {
+        (Some(ids), Some(values)) if logsumexp.len() >= num_rows => Ok(Candidates { ids, values, logsumexp }),
+        _ => Err(short()),
+    }
 }

@@ -15,8 +15,10 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
+use super::cuda::buckets::MAX_ROWS;
+use super::cuda::runtime::CudaStream;
 use super::device_error::{is_permanent, runtime};
-use super::options::OrtOptions;
+use super::options::{KvCacheMemory, OrtOptions};
 use crate::error::LoadError;
 use crate::model::manifest::{Dtype, Geometry, Graph, Kernel, Provider};
 use crate::runner::KvCacheLayout;
@@ -30,42 +32,64 @@ const LINE: usize = 64;
 const ATTENTION_WITHOUT_CUDNN: i32 = 1 | 2 | 16 | 512;
 
 /// Where a session's tensors lie.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Device {
-    provider: Provider,
-    id: i32,
+#[derive(Debug, Clone)]
+pub(super) enum Device {
+    /// In memory of the host.
+    Cpu,
+    /// On a GPU, whose kernels and copies are in the order of a stream.
+    Cuda { id: i32, stream: CudaStream },
 }
 
 impl Device {
-    pub(super) fn new(provider: Provider, options: &OrtOptions) -> Self {
-        Self { provider, id: device_id(options) }
+    /// The device of a provider, which is loaded.
+    ///
+    /// # Errors
+    /// [`LoadError`] in clear words where the provider can't be loaded.
+    pub(super) fn open(
+        environment: &Environment,
+        provider: Provider,
+        options: &OrtOptions,
+    ) -> Result<Self, LoadError> {
+        let open = |id| {
+            // The library loads a provider when a session is to have it, and CUDA's runtime with it.
+            let provider = CUDA::default().with_device_id(id).build().error_on_failure();
+            drop(Session::builder(environment)?.with_execution_providers([provider])?);
+            Ok(Self::Cuda { id, stream: CudaStream::open(id)? })
+        };
+        match provider {
+            Provider::Cpu => Ok(Self::Cpu),
+            Provider::Cuda => open(device_id(options)).map_err(|error: ort::Error| explain(&error)),
+        }
     }
 
     /// Memory of the caches and of whole rows of logits.
-    fn memory(self) -> ort::Result<MemoryInfo<'static>> {
-        let (device, id) = match self.provider {
-            Provider::Cpu => (AllocationDevice::CPU, 0),
-            Provider::Cuda => (AllocationDevice::CUDA, self.id),
+    fn memory(&self) -> ort::Result<MemoryInfo<'static>> {
+        let (device, id) = match *self {
+            Self::Cpu => (AllocationDevice::CPU, 0),
+            Self::Cuda { id, .. } => (AllocationDevice::CUDA, id),
         };
         MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
     }
 
     /// Of that memory.
-    pub(super) fn allocator(self, session: &Session) -> ort::Result<Allocator> {
+    pub(super) fn allocator(&self, session: &Session) -> ort::Result<Allocator> {
         Allocator::new(session, self.memory()?)
     }
 
-    /// Whether the host can't read that memory.
-    pub(super) fn is_apart(self) -> bool {
-        self.provider == Provider::Cuda
+    /// The stream of a GPU, whose memory the host can't read.
+    pub(super) fn stream(&self) -> Option<&CudaStream> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda { stream, .. } => Some(stream),
+        }
     }
 
     /// Why something that was asked of the device of an open session failed. While a session is opened, the same
     /// codes come of a driver or a device that was wrong from the start, which [`explain`] has better words for.
-    pub(super) fn explain(self, error: &ort::Error) -> LoadError {
-        match self.provider {
-            Provider::Cpu => runtime(error),
-            Provider::Cuda => match error.to_string() {
+    pub(super) fn explain(&self, error: &ort::Error) -> LoadError {
+        match self {
+            Self::Cpu => runtime(error),
+            Self::Cuda { .. } => match error.to_string() {
                 text if is_permanent(&text) => LoadError::DeviceLost(text),
                 _ => explain(error),
             },
@@ -99,7 +123,22 @@ pub(super) fn check_options(
         ("--device", options.device_id.is_some()),
         ("--gpu-memory", options.device_memory_bytes.is_some()),
         ("--enforce-eager", options.enforce_eager),
+        ("--gpu-memory-utilization", matches!(options.kv_cache, KvCacheMemory::Utilization(_))),
     ];
+    let is_shared_out = matches!(options.kv_cache, KvCacheMemory::Utilization(_));
+    if provider == Provider::Cuda && is_shared_out && options.device_memory_bytes.is_some() {
+        return Err(LoadError::Config(
+            "--gpu-memory needs --kv-cache-memory: without it the cache takes what the whole GPU has left, up to \
+             --gpu-memory-utilization"
+                .into(),
+        ));
+    }
+    if provider == Provider::Cuda && !options.enforce_eager && options.max_num_seqs > MAX_ROWS {
+        return Err(LoadError::Config(format!(
+            "--max-num-seqs {}: CUDA graphs hold up to {MAX_ROWS} sequences; choose no more, or --enforce-eager",
+            options.max_num_seqs
+        )));
+    }
     match of_cuda.iter().find(|(_, is_given)| *is_given) {
         Some((name, _)) if provider == Provider::Cpu => Err(LoadError::Config(format!(
             "{name} is for graphs of the CUDA provider, this one is the CPU's"
@@ -115,13 +154,15 @@ pub(super) fn check_options(
 pub(super) fn open(
     environment: &Environment,
     path: &Path,
-    provider: Provider,
+    device: &Device,
     options: &OrtOptions,
 ) -> Result<Session, LoadError> {
     let builder = Session::builder(environment).map_err(runtime)?;
-    match provider {
-        Provider::Cpu => on_cpu(builder, path, options).map_err(runtime),
-        Provider::Cuda => on_cuda(builder, path, options).map_err(|error| explain(&error)),
+    match device {
+        Device::Cpu => on_cpu(builder, path, options).map_err(runtime),
+        Device::Cuda { id, stream } => {
+            on_cuda(builder, path, *id, stream, options).map_err(|error| explain(&error))
+        }
     }
 }
 
@@ -136,9 +177,17 @@ fn on_cpu(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Re
     glm_kernels::session(builder, num_threads, bit_exact, |mut builder| builder.commit_from_file(path))
 }
 
-fn on_cuda(builder: SessionBuilder, path: &Path, options: &OrtOptions) -> ort::Result<Session> {
-    let mut provider = CUDA::default()
-        .with_device_id(device_id(options))
+fn on_cuda(
+    builder: SessionBuilder,
+    path: &Path,
+    device_id: i32,
+    stream: &CudaStream,
+    options: &OrtOptions,
+) -> ort::Result<Session> {
+    // SAFETY: the stream lasts as long as the process.
+    let provider = unsafe { CUDA::default().with_compute_stream(stream.as_ptr()) };
+    let mut provider = provider
+        .with_device_id(device_id)
         .with_cuda_graph(!options.enforce_eager)
         // The default doubles at each growth, which next to a large cache runs out of memory early.
         .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
@@ -168,7 +217,8 @@ fn explain(error: &ort::Error) -> LoadError {
     } else if text.contains("driver") || text.contains("device") {
         "CUDA 13 needs an NVIDIA driver of version 580 or later and a GPU of compute capability 7.5 or later"
     } else if text.contains("emory") || text.contains("llocate") {
-        "the model does not fit the device's memory: choose a smaller --kv-cache-memory or precision"
+        "the model does not fit the device's memory: choose a smaller precision, --kv-cache-memory, --max-num-seqs or \
+         --max-num-batched-tokens"
     } else {
         "the CUDA provider failed"
     };
@@ -178,7 +228,7 @@ fn explain(error: &ort::Error) -> LoadError {
 /// Allocates one key and one value tensor a layer on the session's device: their input names beside them.
 pub(super) fn allocate_caches(
     session: &Session,
-    device: Device,
+    device: &Device,
     geometry: &Geometry,
     graph: &Graph,
     layout: KvCacheLayout,
@@ -186,10 +236,10 @@ pub(super) fn allocate_caches(
     let [block_size, heads, width] = cache_shape(geometry, graph);
     let shape = [layout.num_blocks, block_size, heads, width];
     let allocate = |name: String| {
-        let cache = match device.provider {
-            Provider::Cpu => zeroed(graph.kv_cache_dtype, shape)?,
+        let cache = match device {
+            Device::Cpu => zeroed(graph.kv_cache_dtype, shape)?,
             // Uninitialised: kernels read no slot that no step wrote.
-            Provider::Cuda => {
+            Device::Cuda { .. } => {
                 DynTensor::new(&device.allocator(session)?, element_type(graph.kv_cache_dtype), shape)?
             }
         };
@@ -260,26 +310,39 @@ mod tests {
 
     #[test]
     fn options_that_a_graph_cannot_honour_are_refused_by_name() {
-        let none = OrtOptions {
-            library: "no/such/library".into(),
-            num_threads: 1,
-            kv_cache_bytes: 1,
-            device_id: None,
-            device_memory_bytes: None,
-            enforce_eager: false,
-            bit_exact: false,
-        };
+        let none = OrtOptions::new("no/such/library".into(), 1, 1);
         assert!(check_options(Provider::Cpu, Kernel::Ort, &none).is_ok());
         for (name, options) in [
             // The very device that is the default: what is given is meant.
             ("--device ", OrtOptions { device_id: Some(0), ..none.clone() }),
             ("--gpu-memory ", OrtOptions { device_memory_bytes: Some(1), ..none.clone() }),
             ("--enforce-eager ", OrtOptions { enforce_eager: true, ..none.clone() }),
+            (
+                "--gpu-memory-utilization ",
+                OrtOptions { kv_cache: KvCacheMemory::Utilization(0.9), ..none.clone() },
+            ),
         ] {
             let error = check_options(Provider::Cpu, Kernel::Glmserve, &options).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");
             assert!(check_options(Provider::Cuda, Kernel::Ort, &options).is_ok());
         }
+        let shared_out = OrtOptions {
+            kv_cache: KvCacheMemory::Utilization(0.9),
+            device_memory_bytes: Some(1),
+            ..none.clone()
+        };
+        for (options, words) in [
+            (shared_out, "--gpu-memory needs --kv-cache-memory"),
+            (
+                OrtOptions { max_num_seqs: 513, ..none.clone() },
+                "--max-num-seqs 513: CUDA graphs hold up to 512",
+            ),
+        ] {
+            let error = check_options(Provider::Cuda, Kernel::Ort, &options).unwrap_err().to_string();
+            assert!(error.starts_with(words), "{error}");
+        }
+        let eager = OrtOptions { max_num_seqs: 513, enforce_eager: true, ..none.clone() };
+        assert!(check_options(Provider::Cuda, Kernel::Ort, &eager).is_ok());
         let exact = OrtOptions { bit_exact: true, ..none };
         assert!(check_options(Provider::Cpu, Kernel::Glmserve, &exact).is_ok());
         for provider in [Provider::Cpu, Provider::Cuda] {

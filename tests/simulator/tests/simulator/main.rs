@@ -115,6 +115,7 @@ struct Totals {
     num_preemptions: usize,
     num_aborts: usize,
     num_failures: usize,
+    num_shrunk: usize,
     num_non_finite: usize,
     num_from_candidates: usize,
     num_mixed_steps: usize,
@@ -162,6 +163,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         let script = move || match failing.range(0..=119) {
             0 | 1 => Some(Failure::Step),
             2 => Some(Failure::Row),
+            3 => Some(Failure::Memory),
             _ => None,
         };
         with_failures(runner, num_blocks, block_size, script).with_candidates(model.num_candidates)
@@ -247,6 +249,7 @@ fn simulate(seed: u64, totals: &mut Totals) {
         totals.num_preemptions += report.num_preemptions;
         totals.num_cached_again += order.num_cached_again(&engine);
         totals.num_failures += usize::from(report.failed);
+        totals.num_shrunk += usize::from(report.is_shrunk);
         totals.num_non_finite += report.num_non_finite;
         totals.num_from_candidates += report.num_generated_tokens * usize::from(model.num_candidates > 0);
         totals.num_drafts += report.num_draft_tokens;
@@ -293,6 +296,8 @@ enum Failure {
     Step,
     /// One row, which is not a number.
     Row,
+    /// All of it, for want of memory.
+    Memory,
 }
 
 /// A runner that fails when `fails` says so.
@@ -305,6 +310,7 @@ fn with_failures(
     let reply = move |history: &[u32]| match fails() {
         Some(Failure::Step) => Err(RunError::new("injected")),
         Some(Failure::Row) => Ok(NOT_FINITE),
+        Some(Failure::Memory) => Err(RunError::out_of_memory("injected")),
         None => model.reply(history),
     };
     FakeRunner::scripted(VOCAB_SIZE, num_blocks, block_size, Box::new(reply))
@@ -328,7 +334,7 @@ fn invariants_hold_and_batching_changes_nothing() {
     let met = [num_preemptions, num_aborts, num_failures, num_mixed_steps, num_probes];
     let met_in_order = [num_detached_preempted, num_overtakings, num_cut_steps, totals.num_yielded];
     let met_in_cache = [num_cached_tokens, num_cached_again, num_priorities_passed_over];
-    let met_in_rows = [totals.num_non_finite, totals.num_from_candidates];
+    let met_in_rows = [totals.num_non_finite, totals.num_from_candidates, totals.num_shrunk];
     let met_in_drafts = [totals.num_accepted_drafts, totals.num_drafts - totals.num_accepted_drafts];
     let met = met.iter().chain(&met_in_order).chain(&met_in_cache).chain(&met_in_drafts).chain(&met_in_rows);
     let all_met = met.into_iter().all(|&count| count > 50);

@@ -13,14 +13,14 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, RunOptions, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
-use super::buffer::{Buffer, align};
-use super::outputs::{OutputMemory, Outputs, Widths};
+use super::super::buffer::Buffer;
+use super::super::outputs::{OutputMemory, Outputs, Widths, copied_candidates};
+use super::buckets::{ROWS, bucket};
+use super::input_layout::InputLayout;
+use super::runtime::{CudaStream, Pinned};
+use crate::error::RunError;
 use crate::model::manifest::TensorNames;
-use crate::step::StepPlan;
-
-/// Buckets of 1, 2, 4 … rows.
-const NUM_BUCKETS: usize = 9;
-pub(super) const MAX_ROWS: usize = 1 << (NUM_BUCKETS - 1);
+use crate::step::{Candidates, StepPlan};
 
 /// Contexts up to this are not split among processors by the library's attention (1.31.1,
 /// `kFlashSplitKvMinSequenceLength`). The bounds that it chooses by are frozen in a graph, so that short and long
@@ -31,15 +31,23 @@ const SHORT_CONTEXT: usize = 512;
 const GRAPH_ID: &str = "gpu_graph_id";
 
 /// All graphs of a session.
-pub(super) struct CudaGraphs {
+pub(in crate::runner::ort) struct CudaGraphs {
     /// By [`GraphIndex::context`] and bucket.
-    graphs: [[Option<CudaGraph>; NUM_BUCKETS]; 2],
+    graphs: [[Option<CudaGraph>; ROWS.len()]; 2],
+    /// The largest bucket that is captured.
+    last_bucket: usize,
+    /// Ids that were used in the session, by others too.
     num_ids: usize,
     block_size: usize,
     /// Widths of the block tables: short contexts', long ones'.
     table_widths: [usize; 2],
+    stream: CudaStream,
+    /// A step's inputs, one behind the other: on the host, and on the device.
+    host_inputs: Pinned,
     inputs: Buffer,
     outputs: OutputMemory,
+    /// The candidates of the step that has run, and their number of columns.
+    host_candidates: Option<(Pinned, usize)>,
     /// For all other steps.
     uncaptured: RunOptions,
 }
@@ -49,18 +57,15 @@ struct CudaGraph {
     binding: IoBinding,
     options: RunOptions,
     layout: InputLayout,
-    /// All inputs of the device, one behind the other, on the host and there.
-    host: Tensor<i32>,
-    device: DynTensor,
     outputs: Outputs,
 }
 
 /// Which graph a step uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct GraphIndex {
+pub(in crate::runner::ort) struct GraphIndex {
     /// 0 if all contexts are short, else 1.
     context: usize,
-    /// Binary logarithm of the rows.
+    /// Which of the numbers of rows.
     bucket: usize,
 }
 
@@ -71,57 +76,78 @@ impl std::fmt::Debug for CudaGraphs {
 }
 
 impl CudaGraphs {
-    /// Takes the memory. No sequence is longer than `max_num_blocks` blocks.
-    pub(super) fn new(
+    /// Takes the memory for steps of up to `max_num_seqs` sequences, of which none is longer than `max_num_blocks`
+    /// blocks. The first `num_ids` ids of graphs were used before.
+    pub(in crate::runner::ort) fn new(
         device: impl Fn() -> ort::Result<Allocator>,
+        stream: &CudaStream,
         widths: Widths,
-        block_size: usize,
-        max_num_blocks: usize,
+        [block_size, max_num_blocks, max_num_seqs]: [usize; 3],
+        num_ids: usize,
     ) -> ort::Result<Self> {
+        let last_bucket = bucket(max_num_seqs.max(1)).unwrap_or(ROWS.len() - 1);
         let table_widths = [SHORT_CONTEXT.div_ceil(block_size).min(max_num_blocks), max_num_blocks];
-        let num_inputs = InputLayout::new(MAX_ROWS, max_num_blocks).len;
+        let num_bytes = InputLayout::new(ROWS[last_bucket], max_num_blocks).len * size_of::<i32>();
         let mut uncaptured = RunOptions::new()?;
         uncaptured.set(GRAPH_ID, "-1")?;
+        let host_candidates = |width| -> ort::Result<_> {
+            Ok((stream.pinned(widths.candidate_bytes(ROWS[last_bucket]))?, width))
+        };
         Ok(Self {
             graphs: Default::default(),
-            num_ids: 0,
+            last_bucket,
+            num_ids,
             block_size,
             table_widths,
-            inputs: Buffer::new(device()?, num_inputs * size_of::<i32>())?,
-            outputs: OutputMemory::new(device, widths, MAX_ROWS, true)?,
+            stream: stream.clone(),
+            host_inputs: stream.pinned(num_bytes)?,
+            inputs: Buffer::new(device()?, num_bytes)?,
+            outputs: OutputMemory::new(device()?, &device, widths, ROWS[last_bucket])?,
+            host_candidates: widths.topk.map(host_candidates).transpose()?,
             uncaptured,
         })
     }
 
-    /// The graph of a step, unless it is one that is not captured.
-    pub(super) fn find(&self, plan: &StepPlan) -> Option<GraphIndex> {
-        GraphIndex::of(plan, self.table_widths.map(|width| width * self.block_size))
+    /// Ids of graphs that were used.
+    pub(in crate::runner::ort) fn num_ids(&self) -> usize {
+        self.num_ids
     }
 
-    /// Captures what steps of up to `max_num_seqs` sequences, [`MAX_ROWS`] at most, need, by rows of padding: they
-    /// write nothing.
-    pub(super) fn capture(
+    /// The graph of a step, unless it is one that is not captured.
+    pub(in crate::runner::ort) fn find(&self, plan: &StepPlan) -> Option<GraphIndex> {
+        let index = GraphIndex::of(plan, self.table_widths.map(|width| width * self.block_size))?;
+        (index.bucket <= self.last_bucket).then_some(index)
+    }
+
+    /// All graphs that steps may need, those of the largest steps first: they take the memory that the others find.
+    pub(in crate::runner::ort) fn indices(&self) -> Vec<GraphIndex> {
+        let has_long = self.table_widths[1] * self.block_size > SHORT_CONTEXT;
+        let contexts = 0..=usize::from(has_long);
+        let buckets = (0..=self.last_bucket).rev();
+        buckets
+            .flat_map(|bucket| contexts.clone().map(move |context| GraphIndex { context, bucket }))
+            .collect()
+    }
+
+    /// How many graphs there are if contexts may be long.
+    pub(in crate::runner::ort) fn max_num_graphs(&self) -> usize {
+        2 * (self.last_bucket + 1)
+    }
+
+    /// Captures a graph by rows of padding: they write nothing.
+    pub(in crate::runner::ort) fn capture(
         &mut self,
         session: &mut Session,
         caches: &[(String, DynTensor)],
         names: &TensorNames,
-        max_num_seqs: usize,
+        index: GraphIndex,
     ) -> ort::Result<()> {
-        let has_long = self.table_widths[1] * self.block_size > SHORT_CONTEXT;
-        let last = max_num_seqs.max(1).next_power_of_two().ilog2() as usize;
-        // The largest first: it takes the memory that the others find.
-        for bucket in (0..=last).rev() {
-            for context in 0..=usize::from(has_long) {
-                let index = GraphIndex { context, bucket };
-                self.bind(session, caches, names, &StepPlan::default(), index)?;
-                self.run(session, index, 1)?;
-            }
-        }
-        Ok(())
+        self.bind(session, caches, names, &StepPlan::default(), index)?;
+        self.run(session, index)
     }
 
     /// Writes a step's inputs. `caches` are bound to a graph that is new.
-    pub(super) fn bind(
+    pub(in crate::runner::ort) fn bind(
         &mut self,
         session: &Session,
         caches: &[(String, DynTensor)],
@@ -133,53 +159,66 @@ impl CudaGraphs {
             Some(graph) => graph,
             none => {
                 self.num_ids += 1;
-                let rows = 1 << index.bucket;
-                let layout = InputLayout::new(rows, self.table_widths[index.context]);
+                let layout = InputLayout::new(ROWS[index.bucket], self.table_widths[index.context]);
                 let bounds = bounds(index.context == 1, layout.table_width * self.block_size);
+                let (inputs, outputs) = (&mut self.inputs, &mut self.outputs);
                 // SAFETY: graphs are dropped before the memory, with which they live in one struct.
-                let graph = unsafe {
-                    CudaGraph::new(
-                        session,
-                        caches,
-                        names,
-                        layout,
-                        bounds,
-                        &mut self.inputs,
-                        &mut self.outputs,
-                    )
-                }?;
+                let graph =
+                    unsafe { CudaGraph::new(session, caches, names, layout, bounds, inputs, outputs) }?;
                 none.insert(graph.with_id(self.num_ids)?)
             }
         };
-        graph.layout.fill(graph.host.extract_tensor_mut().1, plan);
-        // Waits until the copy is done: the session has a stream of its own.
-        graph.host.upcast_ref().copy_into(&mut graph.device)
+        graph.layout.fill(self.host_inputs.slice_mut(0, graph.layout.len), plan);
+        let num_bytes = graph.layout.len * size_of::<i32>();
+        // SAFETY: the device's memory has room for the largest layout, and the step waits for the stream.
+        unsafe { self.stream.upload(&self.host_inputs, num_bytes, self.inputs.as_ptr()) }
     }
 
-    /// Captures or replays.
-    pub(super) fn run(
+    /// Captures or replays, and brings the candidates to the host. This is the step's one wait.
+    pub(in crate::runner::ort) fn run(
         &mut self,
         session: &mut Session,
         index: GraphIndex,
-        num_rows: usize,
     ) -> ort::Result<()> {
         let place = &mut self.graphs[index.context][index.bucket];
         let Some(graph) = place else { return Err(ort::Error::new("nothing is bound")) };
-        let result = session.run_binding_with_options(&graph.binding, &graph.options).map(drop);
-        let result = result.and_then(|()| graph.outputs.written(num_rows));
+        let mut result = session.run_binding_with_options(&graph.binding, &graph.options).map(drop);
+        if let (Ok(()), Some((host, width)), Some(candidates)) =
+            (&result, &mut self.host_candidates, self.outputs.candidates())
+        {
+            let num_bytes = self.outputs.widths().candidate_bytes(graph.layout.rows);
+            debug_assert!(*width > 0);
+            // SAFETY: the memory has room for the candidates of the largest bucket.
+            result = unsafe { self.stream.download(candidates, num_bytes, host) };
+        }
+        // After a failure too: what was queued may still use the memory.
+        let result = result.and(self.stream.wait());
         if result.is_err() {
             *place = None;
         }
         result
     }
 
-    /// What the last run of a graph wrote.
-    pub(super) fn outputs(&mut self, index: GraphIndex) -> Option<&mut Outputs> {
-        self.graphs[index.context][index.bucket].as_mut().map(|graph| &mut graph.outputs)
+    /// Where the last run of a graph wrote its rows.
+    pub(in crate::runner::ort) fn rows(&self, index: GraphIndex) -> Option<*const f32> {
+        self.graphs[index.context][index.bucket].as_ref().map(|graph| graph.outputs.rows())
+    }
+
+    /// The candidates of the first rows that the last run of a graph wrote.
+    ///
+    /// # Errors
+    /// [`RunError`] if there are fewer.
+    pub(in crate::runner::ort) fn candidates(
+        &self,
+        index: GraphIndex,
+        num_rows: usize,
+    ) -> Result<Option<Candidates<'_>>, RunError> {
+        let Some((host, width)) = &self.host_candidates else { return Ok(None) };
+        copied_candidates(host, *width, ROWS[index.bucket], num_rows).map(Some)
     }
 
     /// Run options of steps that are not captured.
-    pub(super) fn uncaptured(&self) -> &RunOptions {
+    pub(in crate::runner::ort) fn uncaptured(&self) -> &RunOptions {
         &self.uncaptured
     }
 }
@@ -191,8 +230,8 @@ impl GraphIndex {
         let num_rows = plan.sequences.len();
         let context = usize::from(plan.max_kv_len > SHORT_CONTEXT);
         let fits = plan.max_kv_len <= max_kv_lens[context];
-        let is_decode = plan.max_query_len == 1 && (1..=MAX_ROWS).contains(&num_rows) && fits;
-        is_decode.then(|| Self { context, bucket: num_rows.next_power_of_two().ilog2() as usize })
+        let bucket = bucket(num_rows)?;
+        (plan.max_query_len == 1 && fits).then_some(Self { context, bucket })
     }
 }
 
@@ -239,74 +278,17 @@ impl CudaGraph {
         }
         binding
             .bind_input(&names.attention_metadata, &Tensor::from_array(([bounds.len()], bounds.to_vec()))?)?;
-        let host = Tensor::from_array(([layout.len], vec![0; layout.len]))?;
-        // SAFETY: as above.
-        let device = unsafe { inputs.view(0, TensorElementType::Int32, &[layout.len]) }?;
         // SAFETY: as above.
         let outputs = unsafe { outputs.bind(&mut binding, names, rows) }?;
-        Ok(Self { binding, options: RunOptions::new()?, layout, host, device, outputs })
+        let mut options = RunOptions::new()?;
+        // The step waits once, behind the copy of the candidates.
+        options.disable_device_sync()?;
+        Ok(Self { binding, options, layout, outputs })
     }
 
     fn with_id(mut self, id: usize) -> ort::Result<Self> {
         self.options.set(GRAPH_ID, id.to_string())?;
         Ok(self)
-    }
-}
-
-/// Where the inputs of a padded step lie among one another, in elements.
-#[derive(Debug)]
-struct InputLayout {
-    rows: usize,
-    table_width: usize,
-    token_ids: Range<usize>,
-    cumulative_sequence_length: Range<usize>,
-    past_seqlens: Range<usize>,
-    slot_mapping: Range<usize>,
-    logits_indices: Range<usize>,
-    block_table: Range<usize>,
-    len: usize,
-}
-
-impl InputLayout {
-    fn new(rows: usize, table_width: usize) -> Self {
-        let mut len = 0;
-        let mut take = |size: usize| {
-            let range = len..len + size;
-            len += align(size * size_of::<i32>()) / size_of::<i32>();
-            range
-        };
-        Self {
-            rows,
-            table_width,
-            token_ids: take(rows),
-            cumulative_sequence_length: take(rows + 1),
-            past_seqlens: take(rows),
-            slot_mapping: take(rows),
-            logits_indices: take(rows),
-            block_table: take(rows * table_width),
-            len,
-        }
-    }
-
-    /// Writes a decode step and pads it: rows that write nothing, read one slot of block 0 and are read by nobody.
-    fn fill(&self, packed: &mut [i32], plan: &StepPlan) {
-        let mut fill = |range: &Range<usize>, values: &[i32], padding: i32| {
-            let (used, rest) = packed[range.clone()].split_at_mut(values.len());
-            used.copy_from_slice(values);
-            rest.fill(padding);
-        };
-        fill(&self.token_ids, &plan.token_ids, 0);
-        fill(&self.past_seqlens, &plan.past_seqlens, 0);
-        fill(&self.slot_mapping, &plan.slot_mapping, -1);
-        fill(&self.logits_indices, &plan.logits_indices, 0);
-        packed[self.cumulative_sequence_length.clone()].iter_mut().zip(0..).for_each(|(sum, row)| *sum = row);
-        let table = &mut packed[self.block_table.clone()];
-        let width = plan.max_num_blocks.min(self.table_width);
-        table.fill(0);
-        let rows = table
-            .chunks_exact_mut(self.table_width)
-            .zip(plan.block_table.chunks_exact(plan.max_num_blocks.max(1)));
-        rows.for_each(|(row, blocks)| row[..width].copy_from_slice(&blocks[..width]));
     }
 }
 
@@ -316,26 +298,7 @@ mod tests {
     use crate::request::RequestId;
 
     #[test]
-    fn a_padded_step_reads_and_writes_what_the_step_would() {
-        let mut plan = StepPlan::default();
-        plan.clear(6);
-        plan.push(RequestId(1), [11], 33, &[7, 3, 4], 16, 1);
-        plan.push(RequestId(2), [12], 0, &[9], 16, 0);
-        plan.push(RequestId(3), [13], 15, &[5], 16, 1);
-        let layout = InputLayout::new(4, 3);
-        // What an earlier step left.
-        let mut packed = vec![77; layout.len];
-        layout.fill(&mut packed, &plan);
-        assert_eq!(packed[layout.token_ids.clone()], [11, 12, 13, 0]);
-        assert_eq!(packed[layout.cumulative_sequence_length.clone()], [0, 1, 2, 3, 4]);
-        assert_eq!(packed[layout.past_seqlens.clone()], [33, 0, 15, 0]);
-        assert_eq!(packed[layout.slot_mapping.clone()], [4 * 16 + 1, 9 * 16, 5 * 16 + 15, -1]);
-        assert_eq!(packed[layout.logits_indices.clone()], [0, 2, 0, 0]);
-        assert_eq!(packed[layout.block_table.clone()], [7, 3, 4, 9, 0, 0, 5, 0, 0, 0, 0, 0]);
-    }
-
-    #[test]
-    fn steps_of_one_token_a_sequence_are_captured_and_guesses_are_not() {
+    fn steps_of_one_token_a_sequence_are_captured_and_drafts_are_not() {
         let index = |shares: &[(usize, usize)]| {
             let mut plan = StepPlan::default();
             plan.clear(64);
@@ -349,27 +312,7 @@ mod tests {
         assert_eq!(index(&[(7, 1), (30, 2)]), None);
         assert_eq!(index(&[(7, 9)]), None);
         assert_eq!(index(&[]), None);
-        assert_eq!(index(&[(7, 1); MAX_ROWS + 1]), None);
-    }
-
-    #[test]
-    fn inputs_do_not_overlap_and_are_aligned() {
-        for (rows, table_width) in [(1, 1), (2, 64), (64, 5), (256, 1024)] {
-            let layout = InputLayout::new(rows, table_width);
-            let ranges = [
-                &layout.token_ids,
-                &layout.cumulative_sequence_length,
-                &layout.past_seqlens,
-                &layout.slot_mapping,
-                &layout.logits_indices,
-                &layout.block_table,
-            ];
-            for pair in ranges.windows(2) {
-                assert!(pair[0].end <= pair[1].start, "{layout:?}");
-            }
-            assert!(ranges.iter().all(|range| range.start % 64 == 0), "{layout:?}");
-            assert!(layout.block_table.end <= layout.len, "{layout:?}");
-        }
+        assert_eq!(index(&[(7, 1); 513]), None);
     }
 
     #[test]
