@@ -153,7 +153,7 @@ $(ORT_GPU)/stamp: .venv/serve.stamp Makefile
 	$(PIP) --no-deps --upgrade --target $(@D) onnxruntime-gpu==1.31.1
 	touch $@
 
-$(CUDA_STUB)/stamp: tests/cuda_stub/build.sh tests/cuda_stub/cuda_stub.c
+$(CUDA_STUB)/stamp: tests/cuda_stub/build.sh tests/cuda_stub/cuda_stub.c tests/cuda_stub/kernels.h
 	tests/cuda_stub/build.sh $(@D)
 	touch $@
 

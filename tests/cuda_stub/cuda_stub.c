@@ -1,8 +1,9 @@
 /* Owns a test double of the CUDA libraries that ONNX Runtime's CUDA provider links: one source, linked once
  * for each library name by build.sh.
  *
- * Invariant: device memory is zeroed host memory, copies copy, launches do nothing and say so by success. So
- * sessions are built, kernels are chosen and inputs are checked as on a GPU, and every number is meaningless.
+ * Invariant: device memory is zeroed host memory, copies copy, launches do nothing and say so by success, but for those
+ * whose results the engine reads: they write zeros. So sessions are built, kernels are chosen and inputs are checked as
+ * on a GPU, and every number is meaningless.
  * While a stream is captured, what CUDA forbids then (waiting for a stream, memory that is taken or given back,
  * copies that wait) fails as it does on a GPU.
  * GLMSERVE_STUB_CAPABILITY (for example 8.0) is the compute capability; GLMSERVE_STUB_FAIL=launch makes
@@ -15,15 +16,14 @@
  * captured too.
  * Offsets and numbers are those of CUDA 13's driver_types.h. */
 
-#include <fcntl.h>
-#include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "kernels.h"
 
 /* ERROR_LAUNCH is cudaErrorLaunchOutOfResources: the next launch may succeed. */
 enum { OK = 0, ERROR_MEMORY = 2, ERROR_LAUNCH = 701, ERROR_CAPTURE = 900, ALIGNMENT = 512, SIZE_OF_PROPERTIES = 1008 };
@@ -49,24 +49,6 @@ static int fails(const char *kind) { return !strcmp(failing(), kind); }
 static int sticky;
 static int lost(void) { return __atomic_load_n(&sticky, __ATOMIC_RELAXED); }
 static int unless_lost(int result) { return lost() ? lost() : result; }
-
-/* The log: one write a line, since each library of the double has its own end of it. */
-
-static void note(const char *format, ...) {
-    const char *path = getenv("GLMSERVE_STUB_LOG");
-    if (!path || !*path) return;
-    int file = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
-    if (file < 0) return;
-    char line[4096];
-    va_list values;
-    va_start(values, format);
-    int length = vsnprintf(line, sizeof line, format, values);
-    va_end(values);
-    if (length >= (int)sizeof line) length = sizeof line - 1;
-    line[length] = '\n';
-    if (write(file, line, (size_t)length + 1) < 0) abort();
-    close(file);
-}
 
 static size_t memory(void) {
     const char *text = getenv("GLMSERVE_STUB_MEMORY");
@@ -217,7 +199,10 @@ int cudaFree(void *pointer) { return give_back(pointer); }
 /* The host's memory is not the device's. */
 static int take_of_host(void **pointer, size_t bytes) {
     int error = forbidden();
-    return error ? error : (*pointer = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095)) ? OK : ERROR_MEMORY;
+    if (error) return error;
+    size_t pages = (bytes + 4095) & ~(size_t)4095;
+    if (!(*pointer = aligned_alloc(4096, pages))) return ERROR_MEMORY;
+    return memset(*pointer, 0, pages), OK;
 }
 int cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) { return (void)flags, take_of_host(pointer, bytes); }
 int cudaMallocHost(void **pointer, size_t bytes) { return take_of_host(pointer, bytes); }
@@ -295,19 +280,6 @@ int cudaGetDriverEntryPointByVersion(const char *symbol, void **pointer, unsigne
 }
 void *__cudaRegisterFatBinary(void *binary) { return (void)binary, &handle; }
 
-/* Names of kernels, by the host function that stands for each: an open hash table, filled while libraries load. */
-
-enum { NUM_KERNELS = 1 << 17 };
-static struct { const void *function; const char *name; } kernels[NUM_KERNELS];
-static size_t slot(const void *function) {
-    size_t at = ((uintptr_t)function >> 2) * 0x9E3779B97F4A7C15u >> 40 & (NUM_KERNELS - 1);
-    while (kernels[at].function && kernels[at].function != function) at = (at + 1) & (NUM_KERNELS - 1);
-    return at;
-}
-static void name_kernel(const void *function, const char *name) {
-    size_t at = slot(function);
-    kernels[at].function = function, kernels[at].name = name;
-}
 int __cudaRegisterFunction(void **binary, const void *function, char *code, const char *name) {
     return (void)binary, (void)code, name_kernel(function, name), OK;
 }
@@ -334,7 +306,6 @@ static int launch(const char *kind) {
     if (code && code != ERROR_LAUNCH) __atomic_store_n(&sticky, code, __ATOMIC_RELAXED);
     return last_error = unless_lost(code || fails(kind) ? ERROR_LAUNCH : OK);
 }
-typedef struct { unsigned x, y, z; } Size;
 static _Thread_local struct { Size grid, block; size_t shared; void *stream; } pushed; /* by `<<<…>>>` */
 int __cudaPushCallConfiguration(Size grid, Size block, size_t shared, void *stream) {
     pushed.grid = grid, pushed.block = block, pushed.shared = shared, pushed.stream = stream;
@@ -344,14 +315,21 @@ int __cudaPopCallConfiguration(Size *grid, Size *block, size_t *shared, void **s
     *grid = pushed.grid, *block = pushed.block, *shared = pushed.shared, *stream = pushed.stream;
     return unless_lost(OK);
 }
-static int launch_kernel(const void *function, Size grid) {
+static int launch_kernel(const void *function, Size grid, void **arguments) {
     const char *name = kernels[slot(function)].name;
     note("kernel %s %ux%ux%u", name ? name : "unknown", grid.x, grid.y, grid.z);
-    return launch("launch");
+    int error = launch("launch");
+    if (!error) write_zeros(name, grid, arguments);
+    return error;
 }
-#define LAUNCHES(name) int name(const void *function, Size grid) { return launch_kernel(function, grid); }
+#define LAUNCHES(name)                                                         \
+    int name(const void *function, Size grid, Size block, void **arguments) { \
+        return (void)block, launch_kernel(function, grid, arguments);          \
+    }
 LAUNCHES(cudaLaunchKernel) LAUNCHES(__cudaLaunchKernel) LAUNCHES(cudaLaunchCooperativeKernel)
-int cudaLaunchKernelExC(const Size *grid, const void *function) { return launch_kernel(function, *grid); }
+int cudaLaunchKernelExC(const Size *grid, const void *function, void **arguments) {
+    return launch_kernel(function, *grid, arguments);
+}
 int cudaGraphLaunch(void) {
     const char *text = getenv("GLMSERVE_STUB_GRAPH_MS");
     int ms = text ? atoi(text) : 0;

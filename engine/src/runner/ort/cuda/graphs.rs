@@ -93,6 +93,16 @@ impl CudaGraphs {
         let host_candidates = |width| -> ort::Result<_> {
             Ok((stream.pinned(widths.candidate_bytes(ROWS[last_bucket]))?, width))
         };
+        let host_candidates = widths.topk.map(host_candidates).transpose()?;
+        let mut outputs = OutputMemory::new(device()?, &device, widths, ROWS[last_bucket])?;
+        if let (Some((zeros, _)), Some(candidates)) = (&host_candidates, outputs.candidates()) {
+            // Whatever is read before it was written names a token that there is.
+            // SAFETY: both have room for the candidates of the largest bucket.
+            unsafe {
+                stream.upload(zeros, widths.candidate_bytes(ROWS[last_bucket]), candidates.cast_mut())
+            }?;
+            stream.wait()?;
+        }
         Ok(Self {
             graphs: Default::default(),
             last_bucket,
@@ -102,8 +112,8 @@ impl CudaGraphs {
             stream: stream.clone(),
             host_inputs: stream.pinned(num_bytes)?,
             inputs: Buffer::new(device()?, num_bytes)?,
-            outputs: OutputMemory::new(device()?, &device, widths, ROWS[last_bucket])?,
-            host_candidates: widths.topk.map(host_candidates).transpose()?,
+            outputs,
+            host_candidates,
             uncaptured,
         })
     }
