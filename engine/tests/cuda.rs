@@ -13,9 +13,11 @@ use glm_engine::{Engine, EngineConfig, FinishReason, LoadError, Manifest, Reques
 use glm_engine::{SamplingParams, TokenEvent};
 
 const BLOCK_SIZE: usize = 128;
-const GRAPHS: [&str; 11] = [
+const GRAPHS: [&str; 13] = [
     "fp16",
     "bf16",
+    "fp8-fp16",
+    "fp8-bf16",
     "int8-fp16",
     "int4-fp16",
     "int8-bf16",

@@ -11,8 +11,10 @@ from pathlib import Path
 from glm_export import __version__, calibration
 from glm_export.error import ExportError
 from glm_export.graph import manifest, onnx_graph, target
+from glm_export.graph.products import AnyScheme
 from glm_export.graph.target import BLOCK_SIZES, KERNELS, KV_CACHES, OUTPUTS, PRECISIONS, PROVIDERS
 from glm_export.output_folder import output_folder
+from glm_export.quantise.fp8 import Fp8Scheme
 from glm_export.quantise.quantize import MAX_BLOCK_SIZE, Scheme
 from glm_export.read import config, tokenizer, weights
 from glm_export.read.prequantised import Matrix
@@ -75,9 +77,8 @@ def export(
         raise ExportError("--name is empty")
     if name is not None:
         settings = replace(settings, name=name)
-    bits = PRECISIONS[precision]
-    scheme = None if bits is None else Scheme(bits, quant_block_size)
-    if scheme and made_for.kernel == "ort" and quant_block_size > MAX_BLOCK_SIZE:
+    scheme = _scheme(precision, quant_block_size)
+    if isinstance(scheme, Scheme) and made_for.kernel == "ort" and quant_block_size > MAX_BLOCK_SIZE:
         raise ExportError(f"--quant-block-size {quant_block_size}: --kernel ort has up to {MAX_BLOCK_SIZE}")
     tensors = weights.open_checkpoint(settings, checkpoint, lora)
     with output_folder(out, force, manifest.MANIFEST_FILE) as folder:
@@ -95,6 +96,13 @@ def export(
         if any(isinstance(tensors[weight.source], Matrix) for weight in weights.every(settings)):
             made_for = replace(made_for, kernel="ort")
         return manifest.write(settings, made_for, folder)
+
+
+def _scheme(precision: str, quant_block_size: int) -> AnyScheme | None:
+    bits = PRECISIONS[precision]
+    if bits is None:
+        return None
+    return Fp8Scheme() if precision == "fp8" else Scheme(bits, quant_block_size)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,6 +22,8 @@ GRAPHS = {
     "bf16": ("bf16", {}),
     "int8-fp16": ("int8", {}),
     "int4-fp16": ("int4", {}),
+    "fp8-fp16": ("fp8", {}),
+    "fp8-bf16": ("fp8", {"activations": "bf16"}),
     "int8-bf16": ("int8", {"activations": "bf16"}),
     "int4-bf16": ("int4", {"activations": "bf16"}),
     "fp16-logits": ("fp16", {"output": "logits"}),

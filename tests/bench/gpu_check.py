@@ -28,7 +28,7 @@ from glm_export.verify.known_answer import KNOWN_ANSWER_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_SECONDS = 470
-PRECISIONS = {"cuda": ("fp16", "int4", "int8", "bf16"), "cpu": ("fp32", "int8", "int4")}
+PRECISIONS = {"cuda": ("fp16", "fp8", "int8", "int4", "bf16"), "cpu": ("fp32", "int8", "int4")}
 # Heads as CUDA's attention wants them; one shape has ChatGLM3's own, over a block's border.
 SHAPES = {
     "small": tiny.Shape(head_dim=32),

@@ -15,8 +15,8 @@ from glm_export import calibration, cli, default_model
 from glm_export.dev import tiny
 from glm_export.verify import quality
 
-# The engine's product has one zero point for all blocks, ONNX Runtime's one for each of 4 bits. The last word
-# tells `--calibrate`.
+# The engine's product has one zero point for all blocks, ONNX Runtime's one for each of 4 bits; "cuda" is
+# what ONNX Runtime has on a GPU. The last word tells `--calibrate`.
 VARIANTS = [
     ("int8", 64, "glmserve", False),
     ("int4", 32, "glmserve", False),
@@ -32,6 +32,7 @@ VARIANTS = [
     ("int4", 16, "ort", False),
     ("int4", 64, "ort", False),
     ("int4", 128, "ort", False),
+    ("fp8", 128, "cuda", False),
 ]
 # 38 million weights in layers.
 MEDIUM = tiny.Shape(
@@ -62,7 +63,8 @@ def main() -> None:
             MODELS[name](checkpoint)
             reference = None
             for precision, block, kernel, is_calibrated in VARIANTS:
-                options = {"quant_block_size": block, "kernel": kernel, "force": True}
+                of = {"provider": "cuda"} if kernel == "cuda" else {"kernel": kernel}
+                options = of | {"quant_block_size": block, "force": True}
                 text = calibration.TEXT if is_calibrated else None
                 cli.export(checkpoint, exported, precision, calibrate=text, **options)
                 reference = reference or quality.Reference(checkpoint, exported)

@@ -167,31 +167,40 @@ int cudaStreamIsCapturing(void *stream, int *status) { return (void)stream, *sta
 
 static size_t used;
 
-static int take(void **pointer, size_t bytes) {
-    int error = forbidden();
-    if (error) return error;
-    note("malloc %zu", bytes);
-    if (fails("memory") && used + bytes > memory()) return ERROR_MEMORY;
+static int allocate(void **pointer, size_t bytes) {
     char *start = calloc(1, bytes + 2 * ALIGNMENT);
     if (!start) return ERROR_MEMORY;
     char *aligned = (char *)(((uintptr_t)start + 2 * ALIGNMENT - 1) & ~(uintptr_t)(ALIGNMENT - 1));
     memcpy(aligned - sizeof start, &start, sizeof start);
     memcpy(aligned - sizeof start - sizeof bytes, &bytes, sizeof bytes);
-    __atomic_add_fetch(&used, bytes, __ATOMIC_RELAXED);
     return *pointer = aligned, OK;
+}
+
+/* Returns how much it was. */
+static size_t release(void *pointer) {
+    char *start;
+    size_t bytes;
+    memcpy(&start, (char *)pointer - sizeof start, sizeof start);
+    memcpy(&bytes, (char *)pointer - sizeof start - sizeof bytes, sizeof bytes);
+    return free(start), bytes;
+}
+
+static int take(void **pointer, size_t bytes) {
+    int error = forbidden();
+    if (error) return error;
+    note("malloc %zu", bytes);
+    if (fails("memory") && used + bytes > memory()) return ERROR_MEMORY;
+    __atomic_add_fetch(&used, bytes, __ATOMIC_RELAXED);
+    return allocate(pointer, bytes);
 }
 
 static int give_back(void *pointer) {
     if (!pointer) return OK;
     int error = forbidden();
     if (error) return error;
-    char *start;
-    size_t bytes;
-    memcpy(&start, (char *)pointer - sizeof start, sizeof start);
-    memcpy(&bytes, (char *)pointer - sizeof start - sizeof bytes, sizeof bytes);
     note("free");
-    __atomic_sub_fetch(&used, bytes, __ATOMIC_RELAXED);
-    return free(start), OK;
+    __atomic_sub_fetch(&used, release(pointer), __ATOMIC_RELAXED);
+    return OK;
 }
 
 int cudaMalloc(void **pointer, size_t bytes) { return take(pointer, bytes); }
@@ -199,16 +208,14 @@ int cudaFree(void *pointer) { return give_back(pointer); }
 /* The host's memory is not the device's. */
 static int take_of_host(void **pointer, size_t bytes) {
     int error = forbidden();
-    if (error) return error;
-    size_t pages = (bytes + 4095) & ~(size_t)4095;
-    if (!(*pointer = aligned_alloc(4096, pages))) return ERROR_MEMORY;
-    return memset(*pointer, 0, pages), OK;
+    return error ? error : allocate(pointer, bytes);
 }
 int cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) { return (void)flags, take_of_host(pointer, bytes); }
 int cudaMallocHost(void **pointer, size_t bytes) { return take_of_host(pointer, bytes); }
 int cudaFreeHost(void *pointer) {
-    int error = forbidden();
-    return error ? error : (free(pointer), OK);
+    int error = pointer ? forbidden() : OK;
+    if (pointer && !error) release(pointer);
+    return error;
 }
 int cudaFreeAsync(void *pointer, void *stream) { return (void)stream, give_back(pointer); }
 int cudaMallocFromPoolAsync(void **pointer, size_t bytes, void *pool, void *stream) {

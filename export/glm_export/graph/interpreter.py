@@ -215,6 +215,14 @@ def _matmul_nbits(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarra
     return _linear(inputs, rows, attributes["N"], 5, read)
 
 
+def _fp8_matmul(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
+    if inputs.has(3):
+        raise ExportError("the graph: no rule for MatMulBlockQuantizedFp8Weight with a_scale")
+    num_rows = inputs.weights.shape(inputs.names[1])[0]
+    read = product_weights.fp8_rows(inputs.names, inputs.weights, attributes)
+    return _linear(inputs, inputs[0], num_rows, 4, read)
+
+
 def _quantized_matmul(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     rows = _entering(inputs, attributes["block_size"])
     num_panels, _ = inputs.weights.shape(inputs.names[1])
@@ -302,6 +310,7 @@ NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {
     "Cast": _cast,
     "Gather": _gather,
     "Gemm": _gemm,
+    "MatMulBlockQuantizedFp8Weight": _fp8_matmul,
     "MatMulNBits": _matmul_nbits,
     "Mul": _mul,
     "PagedAttention": _paged_attention,

@@ -20,10 +20,9 @@ from glm_export.graph.external_data import ExternalData
 from glm_export.graph.fusion import MICROSOFT, OWN
 from glm_export.graph.interface import NAMES
 from glm_export.graph.nodes import Nodes, narrowed
-from glm_export.graph.products import Products
+from glm_export.graph.products import AnyScheme, Products
 from glm_export.graph.target import Target
 from glm_export.output_folder import require_space
-from glm_export.quantise.quantize import Scheme
 from glm_export.read import weights
 from glm_export.read.checkpoint import Source
 from glm_export.read.config import Config
@@ -35,7 +34,11 @@ IR_VERSION = 10
 
 
 def write(
-    config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target, folder: Path
+    config: Config,
+    checkpoint: Mapping[str, Source],
+    scheme: AnyScheme | None,
+    target: Target,
+    folder: Path,
 ) -> None:
     """Writes the graph and its weights; without a scheme the weights have the activations' type."""
     graph, data = build(config, checkpoint, scheme, target)
@@ -52,7 +55,7 @@ def write(
 
 
 def build(
-    config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
+    config: Config, checkpoint: Mapping[str, Source], scheme: AnyScheme | None, target: Target
 ) -> tuple[GraphProto, ExternalData]:
     """The graph, and its weights before any was read."""
     builder = _Builder(config, checkpoint, scheme, target)
@@ -85,7 +88,11 @@ class _Builder:
     """Writes the network; methods return the name of what their nodes compute."""
 
     def __init__(
-        self, config: Config, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
+        self,
+        config: Config,
+        checkpoint: Mapping[str, Source],
+        scheme: AnyScheme | None,
+        target: Target,
     ) -> None:
         self.config = config
         self.target = target

@@ -61,6 +61,20 @@ def nbits_rows(names: Names, weights: Weights, attributes: dict[str, Any]) -> Re
     return read
 
 
+def fp8_rows(names: Names, weights: Weights, attributes: dict[str, Any]) -> ReadRows:
+    """Of MatMulBlockQuantizedFp8Weight: codes times the scales of their blocks."""
+    block_size = attributes["block_size"]
+
+    def read(first: int, count: int) -> np.ndarray:
+        rows = weights.rows(names[1], first, count).astype(np.float64)
+        scales = weights.rows(names[2], first, count).astype(np.float64)
+        # The last block of a row may reach beyond it.
+        rows *= scales.repeat(block_size, axis=1)[:, : rows.shape[1]]
+        return rows
+
+    return read
+
+
 def panel_columns(names: Names, weights: Weights, attributes: dict[str, Any]) -> ReadRows:
     """Of QuantizedMatMul, in the order of its panels' columns, from a multiple of 32 on."""
     bits, block_size, width = attributes["bits"], attributes["block_size"], attributes["K"]
@@ -109,6 +123,7 @@ def _unpacking(bits: int) -> np.ndarray:
 
 WEIGHTS: dict[str, Callable[[Names, Weights, dict[str, Any]], ReadRows]] = {
     "Gemm": gemm_rows,
+    "MatMulBlockQuantizedFp8Weight": fp8_rows,
     "MatMulNBits": nbits_rows,
     "QuantizedMatMul": _panel_rows,
 }

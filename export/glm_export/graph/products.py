@@ -15,6 +15,7 @@ from glm_export.graph.fusion import MICROSOFT, OWN
 from glm_export.graph.nodes import Nodes, narrowed
 from glm_export.graph.packing import BLOCK_SIZES, COLUMNS, Packing
 from glm_export.graph.target import Target
+from glm_export.quantise.fp8 import Fp8Scheme
 from glm_export.quantise.quantize import Scheme
 from glm_export.read.checkpoint import Rows, Source
 from glm_export.read.prequantised import Matrix
@@ -23,11 +24,18 @@ from glm_export.read.prequantised import Matrix
 INT8_ACTIVATIONS = 4
 
 
+AnyScheme = Scheme | Fp8Scheme
+
+
 class Products:
     """Adds products to a graph; without a scheme the weights have the activations' type."""
 
     def __init__(
-        self, nodes: Nodes, checkpoint: Mapping[str, Source], scheme: Scheme | None, target: Target
+        self,
+        nodes: Nodes,
+        checkpoint: Mapping[str, Source],
+        scheme: Scheme | Fp8Scheme | None,
+        target: Target,
     ) -> None:
         self.nodes = nodes
         self.checkpoint = checkpoint
@@ -70,10 +78,42 @@ class Products:
             inputs = [rows, weight, *([bias_name] if bias_name else [])]
             return self.nodes.add("Gemm", inputs, output, transB=1)
 
+        if isinstance(self.scheme, Fp8Scheme):
+            return self.fp8(name, self.scheme, tensor, bias_name, rows, output)
+        return self.integers(name, self.scheme, tensor, bias_name, rows, output)
+
+    def fp8(
+        self, name: str, scheme: Fp8Scheme, tensor: Source, bias_name: str, rows: str, output: str
+    ) -> str:
+        """rows @ tensor.T + bias with weights of 8-bit floats."""
+        if isinstance(tensor, Matrix):
+            raise ExportError(
+                f"{tensor.name} is quantised to {tensor.scheme.bits} bits already: "
+                f"choose --precision int{tensor.scheme.bits}"
+            )
+        dtypes = scheme.dtypes()
+        arrays = {
+            part: self.nodes.data.reserve(f"{name}.{part}", dtypes[part], shape)
+            for part, shape in scheme.shapes(*tensor.shape).items()
+        }
+
+        def quantised(first: int, end: int) -> dict[str, np.ndarray]:
+            return {arrays[part]: array for part, array in scheme.quantize(tensor.rows(first, end)).items()}
+
+        self.nodes.data.fill(Content.of(tensor, quantised), *arrays.values())
+        # Without a scale of its own, what enters stays in half precision.
+        inputs = [rows, arrays["codes"], arrays["block_scales"], *(["", bias_name] if bias_name else [])]
+        kind = "MatMulBlockQuantizedFp8Weight"
+        return self.nodes.add(kind, inputs, output, MICROSOFT, block_size=scheme.block_size)
+
+    def integers(
+        self, name: str, chosen: Scheme, tensor: Source, bias_name: str, rows: str, output: str
+    ) -> str:
+        """rows @ tensor.T + bias with weights of 8 or 4 bits."""
         num_rows, width = tensor.shape
         is_taken = isinstance(tensor, Matrix)
-        scheme = tensor.scheme if is_taken else self.scheme.fitted(tensor.name, width)
-        if is_taken and self.scheme.bits != scheme.bits:
+        scheme = tensor.scheme if is_taken else chosen.fitted(tensor.name, width)
+        if is_taken and chosen.bits != scheme.bits:
             raise ExportError(
                 f"{tensor.name} is quantised to {scheme.bits} bits already: "
                 f"choose --precision int{scheme.bits}"

@@ -18,7 +18,7 @@ from glm_export.read.config import Geometry
 from glm_export.read.json_file import read_object
 
 # Bits of a quantised weight; None leaves weights in the activations' type.
-PRECISIONS = {"fp32": None, "fp16": None, "bf16": None, "int8": 8, "int4": 4}
+PRECISIONS = {"fp32": None, "fp16": None, "bf16": None, "fp8": 8, "int8": 8, "int4": 4}
 PROVIDERS = ("cpu", "cuda")
 OUTPUTS = ("logits", "topk")
 # What multiplies by quantised weights: the engine's own operator, or ONNX Runtime's MatMulNBits.
@@ -73,6 +73,10 @@ def choose(
     block_size = BLOCK_SIZES[provider] if block_size is None else block_size
     if not 16 <= block_size <= 256 or block_size & (block_size - 1):
         raise ExportError(f"--block-size {block_size} is not a power of two from 16 to 256")
+    if precision == "fp8" and provider != "cuda":
+        raise ExportError(
+            "--precision fp8 is for --provider cuda: on the CPU int8 takes as much memory and is more exact"
+        )
     if PRECISIONS[precision] is None:
         if activations not in (None, precision):
             raise ExportError(
@@ -114,7 +118,7 @@ def _refuse_activations(provider: str, activations: str) -> None:
             "choose --precision fp32, int8 or int4"
         )
     raise ExportError(
-        "--provider cuda has no PagedAttention for float32: choose --precision fp16, bf16, int8 or int4"
+        "--provider cuda has no PagedAttention for float32: choose --precision fp16, bf16, fp8, int8 or int4"
     )
 
 
