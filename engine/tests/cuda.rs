@@ -289,6 +289,22 @@ fn words_are_clear(folders: &Path, fp16: &Path) {
     assert!(error.contains("does not fit the device's memory"), "{error}");
     let error = words(fp16, &OrtOptions { device_id: Some(7), ..options() });
     assert!(error.contains("driver of version 580"), "{error}");
+    for (capability, driver, expected) in [
+        ("7.0", "13000", "no code for compute capability 7.0"),
+        (
+            "10.0",
+            "13000",
+            "no code for compute capability 10.0, only for 7.5, 8.x, 9.0 and 12.0 (CUDA stub, GPU-",
+        ),
+        ("9.0", "12080", "the NVIDIA driver is for CUDA 12.8"),
+    ] {
+        set("GLMSERVE_STUB_CAPABILITY", capability);
+        set("GLMSERVE_STUB_DRIVER", driver);
+        let error = words(fp16, &options());
+        assert!(error.contains(expected), "{error}");
+    }
+    set("GLMSERVE_STUB_CAPABILITY", "9.0");
+    set("GLMSERVE_STUB_DRIVER", "");
     let negative = words(&folders.join("unique"), &with_graphs());
     assert!(negative.contains("a node of the graph has no CUDA kernel"), "{negative}");
     println!("negative control: {negative}");

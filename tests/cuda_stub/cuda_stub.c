@@ -6,7 +6,8 @@
  * on a GPU, and every number is meaningless.
  * While a stream is captured, what CUDA forbids then (waiting for a stream, memory that is taken or given back,
  * copies that wait) fails as it does on a GPU.
- * GLMSERVE_STUB_CAPABILITY (for example 8.0) is the compute capability; GLMSERVE_STUB_FAIL=launch makes
+ * GLMSERVE_STUB_CAPABILITY (for example 8.0) is the compute capability, GLMSERVE_STUB_DRIVER the version of CUDA that the
+ * driver is for (13000); GLMSERVE_STUB_FAIL=launch makes
  * launches fail, =graph those of captured graphs, =memory allocations beyond GLMSERVE_STUB_MEMORY bytes. =701 makes
  * launches of both kinds fail; any other number is a sticky error, which the next launch returns and then every
  * later call of the runtime in this process. With GLMSERVE_STUB_WHEN=PATH this is so only while a file PATH exists;
@@ -32,8 +33,9 @@ static int handle; /* What every created thing points to: nothing looks inside. 
 
 static int capability(void) {
     const char *text = getenv("GLMSERVE_STUB_CAPABILITY");
-    if (!text || strlen(text) != 3) text = "8.0";
-    return (text[0] - '0') * 10 + text[2] - '0';
+    int major, minor;
+    if (!text || sscanf(text, "%d.%d", &major, &minor) != 2) return 80;
+    return major * 10 + minor;
 }
 
 /* What is to fail now, or "". */
@@ -120,7 +122,10 @@ int cudaGetDeviceCount(int *count) { return *count = 1, unless_lost(OK); }
 int cudaGetDevice(int *device) { return *device = 0, unless_lost(OK); }
 int cudaSetDevice(int device) { return unless_lost(device == 0 ? OK : 101); }
 int cudaRuntimeGetVersion(int *version) { return *version = 13000, OK; }
-int cudaDriverGetVersion(int *version) { return *version = 13000, OK; }
+int cudaDriverGetVersion(int *version) {
+    const char *text = getenv("GLMSERVE_STUB_DRIVER");
+    return *version = text && *text ? atoi(text) : 13000, OK;
+}
 
 /* Names and words, as CUDA has them: kernels of the library report one or both without the number. */
 static const struct { int code; const char *name, *words; } ERRORS[] = {

@@ -54,12 +54,17 @@ impl Device {
             // The library loads a provider when a session is to have it, and CUDA's runtime with it.
             let provider = CUDA::default().with_device_id(id).build().error_on_failure();
             drop(Session::builder(environment)?.with_execution_providers([provider])?);
-            Ok(Self::Cuda { id, stream: CudaStream::open(id)? })
+            CudaStream::open(id)
         };
-        match provider {
-            Provider::Cpu => Ok(Self::Cpu),
-            Provider::Cuda => open(device_id(options)).map_err(|error: ort::Error| explain(&error)),
+        if provider == Provider::Cpu {
+            return Ok(Self::Cpu);
         }
+        let id = device_id(options);
+        let opened = open(id).and_then(|stream| Ok((stream.facts(id)?, stream)));
+        let (facts, stream) = opened.map_err(|error: ort::Error| explain(&error))?;
+        facts.check().map_err(LoadError::Config)?;
+        tracing::info!("the GPU is {facts}");
+        Ok(Self::Cuda { id, stream })
     }
 
     /// Memory of the caches and of whole rows of logits.

@@ -10,8 +10,13 @@ use std::sync::Arc;
 
 use libloading::os::unix::{Library, RTLD_NOW, Symbol};
 
+use super::facts::DeviceFacts;
+
 /// The runtime of the CUDA release that the wheel is built for.
 const LIBRARY: &str = "libcudart.so.13";
+/// `cudaDevAttrComputeCapabilityMajor` and its minor one.
+const CAPABILITY_MAJOR: c_int = 75;
+const CAPABILITY_MINOR: c_int = 76;
 /// `cudaStreamNonBlocking`: not in order with the legacy stream, which nothing here uses.
 const NON_BLOCKING: c_uint = 1;
 
@@ -29,6 +34,9 @@ type Stream = *mut c_void;
 struct Functions {
     set_device: Symbol<unsafe extern "C" fn(c_int) -> c_int>,
     memory: Symbol<unsafe extern "C" fn(*mut usize, *mut usize) -> c_int>,
+    properties: Symbol<unsafe extern "C" fn(*mut Properties, c_int) -> c_int>,
+    attribute: Symbol<unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int>,
+    driver_version: Symbol<unsafe extern "C" fn(*mut c_int) -> c_int>,
     create_stream: Symbol<unsafe extern "C" fn(*mut Stream, c_uint) -> c_int>,
     wait: Symbol<unsafe extern "C" fn(Stream) -> c_int>,
     copy: Symbol<unsafe extern "C" fn(*mut c_void, *const c_void, usize, Direction, Stream) -> c_int>,
@@ -36,6 +44,15 @@ struct Functions {
     free: Symbol<unsafe extern "C" fn(*mut c_void) -> c_int>,
     words: Symbol<unsafe extern "C" fn(c_int) -> *const c_char>,
     _library: Library,
+}
+
+/// What CUDA 13 writes of a device, `cudaDeviceProp`: it begins with the name and the UUID.
+#[repr(C, align(8))]
+struct Properties {
+    name: [u8; 256],
+    uuid: [u8; 16],
+    /// More than the rest has.
+    rest: [u8; 4096 - 272],
 }
 
 /// Memory of a device, in bytes.
@@ -80,6 +97,34 @@ impl CudaStream {
     /// For the provider's options.
     pub(in crate::runner::ort) fn as_ptr(&self) -> *mut () {
         self.stream.cast()
+    }
+
+    /// What is known of the device.
+    ///
+    /// # Errors
+    /// The runtime's words.
+    pub(in crate::runner::ort) fn facts(&self, device_id: i32) -> ort::Result<DeviceFacts> {
+        let functions = &self.functions;
+        let mut properties = Properties { name: [0; 256], uuid: [0; 16], rest: [0; 4096 - 272] };
+        // SAFETY: there is room for more than CUDA 13 writes.
+        functions.check(unsafe { (functions.properties)(&mut properties, device_id) })?;
+        let number = |attribute| {
+            let mut value = 0;
+            // SAFETY: the pointer is valid.
+            functions.check(unsafe { (functions.attribute)(&mut value, attribute, device_id) })?;
+            Ok::<_, ort::Error>(value)
+        };
+        let mut driver = 0;
+        // SAFETY: as above.
+        functions.check(unsafe { (functions.driver_version)(&mut driver) })?;
+        let end = properties.name.iter().position(|&byte| byte == 0).unwrap_or(properties.name.len());
+        Ok(DeviceFacts {
+            name: String::from_utf8_lossy(&properties.name[..end]).into_owned(),
+            uuid: properties.uuid,
+            capability: (number(CAPABILITY_MAJOR)?, number(CAPABILITY_MINOR)?),
+            driver,
+            memory: self.memory()?,
+        })
     }
 
     /// Memory of the thread's device, that of [`CudaStream::open`] unless another was chosen since.
@@ -173,6 +218,9 @@ fn load() -> Result<Functions, libloading::Error> {
         Ok(Functions {
             set_device: library.get(b"cudaSetDevice\0")?,
             memory: library.get(b"cudaMemGetInfo\0")?,
+            properties: library.get(b"cudaGetDeviceProperties\0")?,
+            attribute: library.get(b"cudaDeviceGetAttribute\0")?,
+            driver_version: library.get(b"cudaDriverGetVersion\0")?,
             create_stream: library.get(b"cudaStreamCreateWithFlags\0")?,
             wait: library.get(b"cudaStreamSynchronize\0")?,
             copy: library.get(b"cudaMemcpyAsync\0")?,
