@@ -39,6 +39,7 @@ NUM_GREEDY = 24
 NUM_DECODED = 140
 # Median milliseconds to the first token; tokens a second of replies once they run, and with all before.
 SPEEDS = ("first_token_ms", "decode", "output")
+SPREAD = "spread"
 
 
 class Run:
@@ -57,19 +58,24 @@ class Run:
         self.results = state.get("results", {})
 
     def steps(self):
-        """Name and function of every step, in order; later ones need what earlier ones wrote."""
-        precisions = PRECISIONS[self.options.provider]
+        """Name and function of every step, the most useful first; later ones need what earlier ones wrote.
+
+        So a lease of half an hour gives the machine's limits, and logits and speeds of the first precision.
+        """
+        is_gpu = self.options.provider == "cuda"
+        if is_gpu and not self.options.ignore_numbers:
+            yield "limits", limits
         for shape in SHAPES:
             yield f"reference/{shape}", lambda shape=shape: self.write_reference(shape)
-            for precision in precisions:
+        for rank, precision in enumerate(PRECISIONS[self.options.provider]):
+            for shape in SHAPES:
                 yield f"numbers/{shape}/{precision}", lambda s=shape, p=precision: self.numbers(s, p)
-        if self.options.provider == "cuda" and not self.options.ignore_numbers:
-            yield "limits", limits
-        yield "weights", self.write_weights
-        for precision in precisions:
+            if rank == 0:
+                yield "weights", self.write_weights
             yield f"export/{precision}", lambda p=precision: self.export(p)
             yield f"speed/{precision}", lambda p=precision: self.speed(p)
-            if self.options.provider == "cuda":
+        if is_gpu:
+            for precision in PRECISIONS[self.options.provider]:
                 yield f"speed/{precision}, eager", lambda p=precision: self.speed(p, "--enforce-eager")
 
     def run(self):
@@ -175,21 +181,24 @@ class Run:
         return {"bytes": (folder / precision / "model.onnx.data").stat().st_size}
 
     def speed(self, precision, *more):
-        """Prompts and replies a second at each number of streams, of one server."""
+        """Prompts and replies a second at each number of streams, of one server, twice."""
         model = self.work / "weights" / precision
         report = self.work / f"{precision}{''.join(more)}.json"
-        with self.server(model, self.options.kv_cache_memory, *more) as url:
+        rounds = []
+        with self.server(model, *more) as url:
             command = [self.options.glmserve, "bench", "--base-url", url]
             command += ["--streams", ",".join(map(str, self.options.rows))]
             command += ["--prompt-tokens", str(self.options.prompt_tokens), "--json", report]
             command += ["--max-tokens", str(self.options.max_tokens), "--requests-per-stream", "3"]
             # The double's replies are empty, which the bench counts as broken.
             is_real = not self.options.ignore_numbers
-            subprocess.run(command, check=is_real, timeout=STEP_SECONDS, stdout=subprocess.DEVNULL)
+            for _ in range(2 if is_real else 1):
+                subprocess.run(command, check=is_real, timeout=STEP_SECONDS, stdout=subprocess.DEVNULL)
+                rounds.append(json.loads(report.read_text())["runs"])
         if not is_real:
-            return {str(rows): dict.fromkeys(SPEEDS, "ignored") for rows in self.options.rows}
-        runs = json.loads(report.read_text())["runs"]
-        return {str(rows): speeds(rows, run) for rows, run in zip(self.options.rows, runs, strict=True)}
+            return {str(rows): dict.fromkeys([*SPEEDS, SPREAD], "ignored") for rows in self.options.rows}
+        columns = zip(self.options.rows, *rounds, strict=True)
+        return {str(rows): twice(*(speeds(rows, run) for run in runs)) for rows, *runs in columns}
 
     def share(self, precision, rows, decode):
         """Of the memory's bandwidth that decodes need if products' weights are read once a step."""
@@ -203,11 +212,13 @@ class Run:
         cli.export(checkpoint, out, precision, provider=self.options.provider, force=True)
 
     @contextlib.contextmanager
-    def server(self, model, kv_cache_memory, *more):
+    def server(self, model, *more):
         """A server on a free port, stopped afterwards; its address."""
         log = self.work / "server.log"
         command = [self.options.glmserve, "serve", "--model", model, "--port", "0", "--log-format", "json"]
-        command += ["--kv-cache-memory", str(kv_cache_memory), "--max-num-seqs", "128", *more]
+        if self.options.kv_cache_memory is not None:
+            command += ["--kv-cache-memory", str(self.options.kv_cache_memory)]
+        command += ["--max-num-seqs", str(max(128, *self.options.rows)), *more]
         # Random weights fall into loops, which are drafted: that is no speed of the GPU's.
         command += ["--speculative-tokens", "0"]
         with log.open("w") as out:
@@ -241,8 +252,10 @@ class Run:
             if kind == "numbers":
                 lines.append(f"| {' | '.join([*rest, *result.values()])} |")
         lines += ["", f"limits: {json.dumps(self.results.get('limits', 'not measured'))}", ""]
-        lines.append("| precision | streams | first token ms | decode tokens/s | output tokens/s | read |")
-        lines.append("|---|---|---|---|---|---|")
+        lines.append(
+            "| precision | streams | first token ms | decode tokens/s | output tokens/s | spread | read |"
+        )
+        lines.append("|---|---|---|---|---|---|---|")
         for name, result in self.results.items():
             kind, how = name.split("/")[0], name.split("/")[-1]
             for rows, found in result.items() if kind == "speed" else ():
@@ -259,6 +272,13 @@ def speeds(rows, run):
         run["output_tokens_per_s"],
     )
     return dict(zip(SPEEDS, (round(speed, 1) for speed in found), strict=True))
+
+
+def twice(first, second):
+    """The mean of two measurements, and by how much of it their outputs differ."""
+    found = {name: round((first[name] + second[name]) / 2, 1) for name in SPEEDS}
+    apart = abs(first["output"] - second["output"]) / max(found["output"], 1e-9)
+    return found | {SPREAD: f"{apart:.1%}"}
 
 
 def limits():
@@ -318,8 +338,8 @@ def main(arguments=None):
     parser.add_argument("--hidden-size", type=int, default=4096, help="multiple of 256 (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--kv-cache-memory", type=int, default=4096, metavar="MIB")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--kv-cache-memory", type=int, metavar="MIB", help="of the server (its own default)")
     parser.add_argument("--redo", nargs="+", default=[], metavar="STEP", help="run steps that start so again")
     parser.add_argument("--ignore-numbers", action="store_true", help="for the test double of CUDA")
     options = parser.parse_args(arguments)

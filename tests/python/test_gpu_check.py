@@ -26,6 +26,10 @@ def test_every_step_runs_once_and_again_only_when_asked(tmp_path):
     assert "200 tokens" in exact["prompt"]
     assert "140 tokens" in exact["decode"]
     assert all(results["speed/int4"][rows]["decode"] > 0 for rows in "12")
+    assert results["speed/int4"]["1"]["spread"].endswith("%")
+    # The first precision is whole before any other begins.
+    names = list(results)
+    assert names.index("speed/fp32") < names.index("numbers/small/int8")
     assert "| wide | fp32 | 200 tokens" in first.stdout
     again = gpu_check(tmp_path, "--redo", "speed/int8")
     assert [line.split(":")[0] for line in again.stdout.splitlines() if " s {" in line] == ["speed/int8"]
