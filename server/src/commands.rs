@@ -8,6 +8,7 @@ mod check;
 mod log;
 mod logits;
 mod npy;
+mod plan;
 mod serve;
 
 use crate::config::Command;
@@ -21,6 +22,7 @@ pub fn run(command: Command) -> Result<(), LoadFailure> {
     match command {
         Command::Serve(args) => serve::run(*args),
         Command::Check(args) => check::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Bench(args) => bench::run(args),
         Command::Chat(args) => chat::run(args),

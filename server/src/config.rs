@@ -21,7 +21,7 @@ use glmserve_bench::BenchArgs;
 use glmserve_client::terminal::ChatArgs;
 
 pub use self::http::{ConnectionArgs, StreamArgs};
-pub use self::scheduling::SchedulingArgs;
+pub use self::scheduling::{SchedulingArgs, StepArgs};
 use self::values::{MIB, part, port, up_to};
 use crate::memory_budget::MemoryNeed;
 use crate::origin::AllowedOrigins;
@@ -63,6 +63,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Check that a model folder is whole and that this machine computes what was exported
     Check(CheckArgs),
+    /// Say what a model folder takes of memory, and how many sequences find room
+    Plan(PlanArgs),
     /// Write the logits of every position of a sequence, for parity checks
     Logits(LogitsArgs),
     /// Measure a running server with streams in a closed loop
@@ -181,6 +183,41 @@ pub struct CheckArgs {
     /// What computes.
     #[command(flatten)]
     pub runtime: RuntimeArgs,
+}
+
+/// Options of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Folder that glm-export wrote
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Memory of the GPU, in MiB, for a graph of the CUDA provider
+    #[arg(long, value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
+    pub gpu_memory: Option<usize>,
+    /// Part of the GPU's memory that may be taken [default: 0.9]
+    #[arg(long, env = "GLMSERVE_GPU_MEMORY_UTILIZATION", value_name = "PART", value_parser = part)]
+    pub gpu_memory_utilization: Option<f64>,
+    /// Memory of the KV cache, in MiB [default: 1024; for a graph of the CUDA provider what is left of the GPU's]
+    #[arg(long, env = "GLMSERVE_KV_CACHE_MEMORY", value_name = "MIB", value_parser = up_to::<{ 1 << 24 }>)]
+    pub kv_cache_memory: Option<usize>,
+    /// How large steps may be.
+    #[command(flatten)]
+    pub steps: StepArgs,
+    /// Lengths of sequences to tell the number of, in tokens [default: 512, 2048, 8192, 32768 and the model's longest]
+    #[arg(long, value_name = "TOKENS,..", value_delimiter = ',', value_parser = up_to::<{ 1 << 24 }>)]
+    pub context: Vec<usize>,
+}
+
+impl PlanArgs {
+    /// Memory of the KV cache of a graph of the CPU provider, in MiB, where nothing else is said.
+    pub fn default_kv_cache_memory(&self) -> usize {
+        DEFAULT_KV_CACHE_MEMORY
+    }
+
+    /// Part of the GPU's memory that may be taken.
+    pub fn utilization(&self) -> f64 {
+        self.gpu_memory_utilization.unwrap_or(DEFAULT_GPU_MEMORY_UTILIZATION)
+    }
 }
 
 /// Options of `logits`.

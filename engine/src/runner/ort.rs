@@ -13,6 +13,7 @@ mod options;
 mod outputs;
 mod provider;
 mod rows;
+pub mod sizing;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

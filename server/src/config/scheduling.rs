@@ -9,9 +9,9 @@ use glm_engine::{EngineConfig, LoadError, Manifest, PrefixCaching};
 use super::values::up_to;
 use crate::api_keys::ApiKeys;
 
-/// Who is computed when.
+/// How large steps may be.
 #[derive(Debug, Args)]
-pub struct SchedulingArgs {
+pub struct StepArgs {
     /// Most sequences in one step [default: 64; 256 for a graph of the CUDA provider]
     #[arg(long, env = "GLMSERVE_MAX_NUM_SEQS", value_name = "N", value_parser = up_to::<4096>)]
     pub max_num_seqs: Option<usize>,
@@ -19,6 +19,33 @@ pub struct SchedulingArgs {
     /// provider; --max-num-seqs if that is more]
     #[arg(long, env = "GLMSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", value_parser = up_to::<{ 1 << 20 }>)]
     pub max_num_batched_tokens: Option<usize>,
+}
+
+impl StepArgs {
+    /// Most sequences and most tokens of a step.
+    ///
+    /// # Errors
+    /// [`LoadError::Config`]: fewer tokens than sequences.
+    pub fn largest_step(&self, manifest: &Manifest) -> Result<(usize, usize), LoadError> {
+        let (default_seqs, default_tokens) = default_step(manifest.graph.provider);
+        let max_num_seqs = self.max_num_seqs.unwrap_or(default_seqs);
+        let max_num_batched_tokens = self.max_num_batched_tokens.unwrap_or(default_tokens.max(max_num_seqs));
+        if max_num_seqs > max_num_batched_tokens {
+            return Err(LoadError::Config(format!(
+                "--max-num-seqs {max_num_seqs} is more than --max-num-batched-tokens {max_num_batched_tokens}: each \
+                 sequence needs a token a step"
+            )));
+        }
+        Ok((max_num_seqs, max_num_batched_tokens))
+    }
+}
+
+/// Who is computed when.
+#[derive(Debug, Args)]
+pub struct SchedulingArgs {
+    /// How large steps may be.
+    #[command(flatten)]
+    pub steps: StepArgs,
     /// Most draft tokens that are looked up in a sequence's own text and checked in one step, where that pays; 0
     /// turns it off. It changes no reply of the CPU provider with the engine's own kernels. Steps that check draft
     /// tokens are not among the captured CUDA graphs [default: 8 for a graph of the CPU provider, 0 for one of
@@ -61,15 +88,7 @@ impl SchedulingArgs {
     ) -> Result<EngineConfig, LoadError> {
         let longest = manifest.geometry.max_model_len;
         let max_model_len = self.max_model_len.unwrap_or(longest);
-        let (default_seqs, default_tokens) = default_step(manifest.graph.provider);
-        let max_num_seqs = self.max_num_seqs.unwrap_or(default_seqs);
-        let max_num_batched_tokens = self.max_num_batched_tokens.unwrap_or(default_tokens.max(max_num_seqs));
-        if max_num_seqs > max_num_batched_tokens {
-            return Err(LoadError::Config(format!(
-                "--max-num-seqs {max_num_seqs} is more than --max-num-batched-tokens {max_num_batched_tokens}: each \
-                 sequence needs a token a step"
-            )));
-        }
+        let (max_num_seqs, max_num_batched_tokens) = self.steps.largest_step(manifest)?;
         if max_model_len > longest {
             let message =
                 format!("--max-model-len {max_model_len} is more than the model's {longest} tokens");
