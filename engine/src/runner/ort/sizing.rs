@@ -2,8 +2,8 @@
 //!
 //! Invariant: the KV cache is shared out as when a server starts; only what a start measures is reckoned here.
 
+use super::cuda::facts::DeviceMemory;
 use super::cuda::profile::{self, Measured};
-use super::cuda::runtime::DeviceMemory;
 use super::{block_bytes, layout};
 use crate::error::LoadError;
 use crate::model::manifest::{Geometry, Manifest};

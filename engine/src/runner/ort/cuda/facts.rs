@@ -2,14 +2,19 @@
 
 use std::fmt;
 
-use super::runtime::DeviceMemory;
-
 const MIB: usize = 1 << 20;
 /// The runtime that the library is built for, as CUDA writes versions.
 const RUNTIME: i32 = 13_000;
 /// What onnxruntime-gpu 1.31.1 has machine code for. Code of one minor version runs on the later ones of its major
 /// version, but for what is made for one architecture alone (9.0, 12.0); there is no code that a driver could compile.
 const SUPPORTED: &str = "7.5, 8.x, 9.0 and 12.0";
+
+/// Memory of a device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::runner::ort) struct DeviceMemory {
+    pub(in crate::runner::ort) free: usize,
+    pub(in crate::runner::ort) total: usize,
+}
 
 /// A GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! Owns how a GPU's memory is shared out: what the largest steps were seen to take, and what is left for the cache.
 
-use super::runtime::DeviceMemory;
+use super::facts::DeviceMemory;
 use crate::model::manifest::{Geometry, Graph};
 use crate::request::RequestId;
 use crate::runner::ort::options::OrtOptions;

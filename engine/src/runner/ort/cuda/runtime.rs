@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use libloading::os::unix::{Library, RTLD_NOW, Symbol};
 
-use super::facts::DeviceFacts;
+use super::facts::{DeviceFacts, DeviceMemory};
 
 /// The runtime of the CUDA release that the wheel is built for.
 const LIBRARY: &str = "libcudart.so.13";
@@ -53,13 +53,6 @@ struct Properties {
     uuid: [u8; 16],
     /// More than the rest has.
     rest: [u8; 4096 - 272],
-}
-
-/// Memory of a device, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::runner::ort) struct DeviceMemory {
-    pub(in crate::runner::ort) free: usize,
-    pub(in crate::runner::ort) total: usize,
 }
 
 /// A stream of a device. Cheap to clone; it lasts as long as the process.
