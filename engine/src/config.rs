@@ -55,7 +55,7 @@ pub struct EngineConfig {
     /// Longest step the cost model may predict, reached by taking fewer prompt tokens: the longest
     /// time until the engine looks at what arrived or was aborted. One block is always taken.
     pub max_step_time: Duration,
-    /// The same while a reply goes on: the longest pause that somebody's prompt puts into it.
+    /// The same while a reply is generated: the longest pause that another request's prompt puts into it.
     pub target_inter_token_latency: Duration,
     /// Most draft tokens of a running sequence that are checked in one step; 0 turns speculation off.
     pub max_num_draft_tokens: usize,

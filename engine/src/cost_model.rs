@@ -40,7 +40,7 @@ const TRIAL_PRICE: f64 = 0.5;
 pub struct StepBounds {
     /// Longest time that may be predicted.
     pub max_step_time: Duration,
-    /// The same for a step in which somebody's reply goes on.
+    /// The same for a step that also decodes.
     pub target_inter_token_latency: Duration,
     /// Most tokens, decodes included.
     pub max_num_batched_tokens: usize,

@@ -22,7 +22,7 @@ const RATE: f64 = 0.2;
 #[derive(Debug, Default)]
 pub struct Drafter {
     /// Position of the token after the newest occurrence of an n-gram, by the n-gram's hash; 0 is none.
-    /// Where two n-grams meet, the newer one stays: whoever reads compares the tokens.
+    /// Where two n-grams have one slot, the newer one stays: a reader compares the tokens.
     followers: Vec<u32>,
     /// Tokens read.
     num_read: usize,

@@ -27,7 +27,7 @@ pub enum SubmitError {
     QueueFull {
         /// How many requests are in the engine.
         num_requests: usize,
-        /// When a place is likely to be free: when the first of those that run is expected to end, at most
+        /// When a permit is likely to be given back: when the first of those that run is expected to end, at most
         /// 1 s until a reply has ended.
         retry_after: Duration,
     },

@@ -124,7 +124,7 @@ impl WaitingQueue {
         }
     }
 
-    /// Gives detached sequences whose time to yield is over at `now` the place that they would have with a
+    /// Gives detached sequences whose time to yield is over at `now` the position that they would have with a
     /// reader. Returns whether there were any.
     pub(crate) fn promote(&mut self, now: Duration) -> bool {
         let mut any = false;
@@ -230,7 +230,7 @@ impl WaitingQueue {
         self.take(place)
     }
 
-    /// Says whether anybody reads a sequence, which may change its place. False if it is not there.
+    /// Says whether a sequence has a reader, which may change its position. False if it is not there.
     pub(crate) fn set_detached(&mut self, id: RequestId, is_detached: bool) -> bool {
         let Some(mut waiting) = self.remove(id) else { return false };
         waiting.0.is_detached = is_detached;

@@ -61,7 +61,7 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Tokens that the reply has at least, if nobody aborts it.
+    /// Fewest tokens of the reply, unless it is aborted.
     pub(crate) fn fewest_tokens(&self) -> usize {
         if self.ignore_eos { self.max_tokens } else { self.min_tokens }
     }

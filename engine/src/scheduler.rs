@@ -8,7 +8,7 @@
 //! let in, it always advances. A detached sequence can lose its blocks to younger ones, but those are
 //! let in only by a step that has budget left, in which every running sequence gains a token: it
 //! advances from one loss to the next. In the queue nothing starves ([`WaitingQueue`]). A tenant's share
-//! is kept at admission only: nobody is preempted for it.
+//! is kept at admission only: no sequence is preempted for it.
 
 mod admission;
 mod drafts;
@@ -127,7 +127,7 @@ impl Scheduler {
     }
 
     /// How many sequences could be admitted without the end of another one: none if the head of the
-    /// queue lacks blocks and yields to nobody.
+    /// queue lacks blocks and does not yield.
     pub fn num_free_slots(&self) -> usize {
         let lacks_blocks = |next: &Sequence| !next.is_yielding && !self.has_room(next, self.num_reserved());
         if self.waiting.peek().is_some_and(lacks_blocks) {
@@ -273,7 +273,7 @@ impl Scheduler {
         running.num_planned_tokens = 0;
         let RunningSequence { sequence, num_computed_tokens, block_table, .. } = running;
         block_table.publish(sequence.tokens(), *num_computed_tokens, &mut self.pool);
-        // Of a reply; the prompt was charged at its admission. What is computed again costs nobody.
+        // Of a reply; the prompt was charged at its admission. What is computed again is not charged.
         let num_output_tokens = num_computed_tokens.saturating_sub(sequence.num_charged_tokens);
         sequence.num_charged_tokens += num_output_tokens;
         if num_output_tokens > 0 && !sequence.is_probe {

@@ -34,7 +34,7 @@ pub struct Sequence {
     pub deadline: Duration,
     /// Whether it is a known-answer request, which goes before all others.
     pub is_probe: bool,
-    /// Whether nobody reads it at the moment.
+    /// Whether it has no reader at the moment.
     pub is_detached: bool,
     /// Engine time until which it lets attached sequences go before it while it waits detached.
     pub yields_until: Duration,
@@ -42,7 +42,7 @@ pub struct Sequence {
     pub is_yielding: bool,
     /// Tokens it had when it last got blocks.
     num_tokens_at_admission: usize,
-    /// Its place among all admitted sequences, from its first admission on. Preemption keeps it.
+    /// Its number among all admitted sequences, from its first admission on. Preemption keeps it.
     pub admission: Option<u64>,
     /// Prompt tokens computed at least once: recomputation does not count again.
     pub num_reported_prompt_tokens: usize,
@@ -137,7 +137,7 @@ impl Sequence {
 pub struct WaitingSequence(pub Sequence);
 
 impl WaitingSequence {
-    /// Starts it, with an empty table. `next_admission` is its place among all admitted sequences if
+    /// Starts it, with an empty table. `next_admission` is its number among all admitted sequences if
     /// it has none.
     pub fn admit(mut self, block_table: BlockTable, next_admission: u64) -> RunningSequence {
         self.0.admission.get_or_insert(next_admission);

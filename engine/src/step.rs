@@ -144,7 +144,7 @@ pub struct StepOutput<'a> {
     pub logits: Logits<'a>,
 }
 
-/// Whole rows of logits, or whoever can fetch them: `[R, padded_vocab_size]`.
+/// Whole rows of logits, or a way to fetch them: `[R, padded_vocab_size]`.
 #[derive(Debug)]
 pub enum Logits<'a> {
     /// In memory.

@@ -74,7 +74,9 @@ impl EngineThread {
             return Err(LoadError::Config(message.into()));
         }
         if config.tenant_weights.is_empty() || config.max_num_requests_per_tenant == 0 {
-            return Err(LoadError::Config("there must be a tenant, and a place for its requests".into()));
+            return Err(LoadError::Config(
+                "tenant_weights must not be empty, and max_num_requests_per_tenant must be at least 1".into(),
+            ));
         }
         if config.max_model_len < 2 {
             return Err(LoadError::Config("the KV cache is too small for a prompt and a token".into()));

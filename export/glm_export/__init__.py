@@ -5,7 +5,7 @@ folder stands for what is in it. export/tests/test_layers.py reads this list:
 
     cli
     dev default_model
-    calibration
+    calibration kv_scales
     verify
     graph
     read checkpoint_writer

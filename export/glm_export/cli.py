@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from glm_export import __version__, calibration
+from glm_export import __version__, calibration, kv_scales
 from glm_export.error import ExportError
 from glm_export.graph import manifest, onnx_graph, target
 from glm_export.graph.products import AnyScheme
@@ -88,6 +88,9 @@ def export(
         onnx_graph.write(settings, tensors, scheme, made_for, folder)
         if sequences is not None:
             calibration.refine(settings, tensors, sequences, folder)
+        if made_for.has_quantised_cache and not made_for.key_scales:
+            texts = calibration.sequences(settings, calibration.TEXT, folder)
+            kv_scales.measure(texts, made_for.kv_cache, folder)
         known_answer.write(settings.geometry, folder, onnx_graph.GRAPH_FILE, onnx_graph.NAMES)
         for notice in NOTICE_FILES:
             if (checkpoint / notice).is_file():
@@ -171,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-cache-scales",
         type=Path,
         metavar="FILE",
-        help='for a quantised cache, JSON: {"key": [one a layer], "value": [...]}',
+        help='for a quantised cache, JSON: {"key": [one a layer], "value": [...]} (measured)',
     )
     parser.add_argument(
         "--output", choices=OUTPUTS, help="what leaves the graph besides logits (cpu: nothing, cuda: topk)"

@@ -29,8 +29,11 @@ GRAPHS = {
     "fp16-logits": ("fp16", {"output": "logits"}),
     "fp16-kv-fp8": ("fp16", {"kv_cache_dtype": "float8e4m3fn"}),
     "bf16-kv-fp8": ("bf16", {"kv_cache_dtype": "float8e4m3fn"}),
-    "fp16-kv-int8": ("fp16", {"kv_cache_dtype": "int8", "kv_cache_scales": SCALES}),
+    "fp16-kv-fp8-given": ("fp16", {"kv_cache_dtype": "float8e4m3fn", "kv_cache_scales": SCALES}),
+    "fp16-kv-int8": ("fp16", {"kv_cache_dtype": "int8"}),
+    "fp16-kv-int8-given": ("fp16", {"kv_cache_dtype": "int8", "kv_cache_scales": SCALES}),
     "int4-kv-int4": ("int4", {"kv_cache_dtype": "int4", "kv_cache_scales": SCALES}),
+    "fp16-kv-int4": ("fp16", {"kv_cache_dtype": "int4"}),
     "fp16-whole-heads": ("fp16", {}),
     "fp16-vocabulary": ("fp16", {}),
 }

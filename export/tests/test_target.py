@@ -66,8 +66,6 @@ def test_cache_of_a_cpu_graph(wide_checkpoint, tmp_path, precision, options, cac
         ("fp16", {"provider": "cuda", "kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype bfloat16"),
         ("int8", {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8: on cpu"),
         ("int8", {"kv_cache_dtype": "float16"}, "or one of bfloat16"),
-        ("int8", {"provider": "cuda", "kv_cache_dtype": "int8"}, "--kv-cache-scales FILE"),
-        ("int8", {"provider": "cuda", "kv_cache_dtype": "int4"}, "--kv-cache-scales FILE"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(wide_checkpoint, tmp_path, precision, options, words):

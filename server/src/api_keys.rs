@@ -87,7 +87,7 @@ impl ApiKeys {
         self.0.iter().map(|key| key.weight).collect()
     }
 
-    /// Who holds a key. Its tenant is its place in the file.
+    /// The holder of a key. Its tenant is the key's position in the file.
     pub(crate) fn find(&self, given: &str) -> Option<Principal> {
         let owner = Owner::of(given);
         // No early end: every key is compared.

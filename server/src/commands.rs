@@ -1,6 +1,6 @@
 //! Owns what `glmserve` can be told to do, a command each.
 //!
-//! Invariant: each ends with an error for whoever called it, and never with a panic.
+//! Invariant: each ends with an error for its caller, and never with a panic.
 
 mod bench;
 mod chat;
@@ -17,7 +17,7 @@ use crate::serve_error::LoadFailure;
 /// Does what the command line says.
 ///
 /// # Errors
-/// What went wrong, in words for whoever called the command.
+/// What went wrong, in words for the person who called the command.
 pub fn run(command: Command) -> Result<(), LoadFailure> {
     match command {
         Command::Serve(args) => serve::run(*args),

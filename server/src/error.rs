@@ -107,7 +107,7 @@ impl ApiError {
         Self::parameter("unsupported_parameter", param, message)
     }
 
-    /// A field that nobody knows.
+    /// A field that is not known.
     pub fn unknown_parameter(param: impl Into<String>) -> Self {
         let param = param.into();
         let message = format!(

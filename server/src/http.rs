@@ -46,7 +46,7 @@ const NUM_BLOCKING_THREADS: usize = 1;
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
 /// How long a client may take to read on after an answer to a request that was not read to its end.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long requests that nobody waited for while draining may take to end.
+/// How long requests that the drain did not wait for may take to end.
 const STOP_TIMEOUT_S: u64 = 5;
 
 /// What the server is told of requests that reach no route, and asks before each answer.

@@ -1,7 +1,7 @@
 //! Owns who sends a request: the principal that an API key stands for, and the client whose share of memory,
 //! connections and kept replies the request takes.
 //!
-//! Invariant: what somebody may read is decided by the [`Owner`] alone; a [`Client`] decides shares only.
+//! Invariant: what a client may read is decided by the [`Owner`] alone; a [`Client`] decides shares only.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};

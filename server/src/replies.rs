@@ -1,6 +1,6 @@
 //! Owns what is done with replies: start one, join one that runs or is kept, resume one by its key.
 //!
-//! Invariant: a reply is generated once, whoever asks for it how often; what the engine refuses is never kept.
+//! Invariant: a reply is generated once, however often it is asked for; what the engine refuses is never kept.
 
 use std::sync::Arc;
 
@@ -102,7 +102,7 @@ pub(crate) fn start(state: &AppState, new: NewReply, arrival: Arrival) -> Result
         limits,
         grace: state.options.resume_grace,
     };
-    // What it logs is about the request that started it, whoever reads the reply.
+    // What it logs is about the request that started it, also when another request reads the reply.
     state.pumps.spawn(pump.run().in_current_span());
     Ok(OpenReply { stream, reader, arrival: Some(arrival) })
 }

@@ -6,7 +6,7 @@ use crate::engine_failure::EngineFailure;
 use crate::text::TextError;
 use crate::verify::VerifyError;
 
-/// Why a model could not be loaded; the words are for whoever started the server.
+/// Why a model could not be loaded, in words for the person who started the server.
 pub type LoadFailure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a server ended.

@@ -25,7 +25,7 @@ const LOOK_PERIOD: Duration = Duration::from_millis(20);
 const NUM_LOOKS: u32 = 2;
 
 /// A channel that hears SIGTERM and SIGINT. SIGHUP, which would end the process, is taken and ignored: terminals and
-/// log rotation send it, and nobody means to cut streams by it.
+/// log rotation send it, and are not meant to cut streams.
 ///
 /// # Errors
 /// The operating system refuses a handler.

@@ -34,7 +34,7 @@ struct Chunk {
     len: usize,
 }
 
-// SAFETY: memory of its own, which any thread may unmap. Who may use what of it is not the chunk's to say.
+// SAFETY: the chunk owns its mapping, which any thread may unmap. It hands out no part of it itself.
 unsafe impl Send for Chunk {}
 
 /// A copy, and the pages that it lies in.
@@ -55,7 +55,7 @@ impl Copied {
     /// None if there is no memory.
     pub(super) fn new(pages: &Arc<LargePages>, bytes: &[u8]) -> Option<Self> {
         let start = pages.0.lock().unwrap_or_else(PoisonError::into_inner).take(bytes.len())?;
-        // SAFETY: `take` found room for this much, and gives it to nobody else.
+        // SAFETY: `take` found room for this much, and gives it away once.
         unsafe { start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         drop_pages(bytes);
         Some(Self { start, len: bytes.len(), _pages: Arc::clone(pages) })
@@ -110,7 +110,7 @@ impl Chunk {
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        // SAFETY: the mapping that `new` made; whoever read it held the pages, and is gone.
+        // SAFETY: the mapping that `new` made; every reader held the pages, and there is none left.
         unsafe { libc::munmap(self.mapping, self.mapped) };
     }
 }

@@ -95,7 +95,7 @@ impl Phase {
                 break;
             }
             guard.call(|| f(i));
-            // What panicked counts too: nobody is to wait for it, and the call fails.
+            // A task that panicked counts as done: no thread waits for it, and the call fails.
             self.add_done(1);
         }
         self.wait(total);

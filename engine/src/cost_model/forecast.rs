@@ -82,7 +82,7 @@ pub(crate) struct QueueForecast<'a> {
     prefilled_at: f64,
     /// Time that those take beside the steps, not yet in `seconds`.
     prefill_s: f64,
-    /// Whether somebody had to end for the last one.
+    /// Whether the last one needs another request to end first.
     needs_end: bool,
 }
 

@@ -1,6 +1,6 @@
 //! Owns how much of prompts a step may still take.
 //!
-//! Invariant: whoever is cut short closes it, so that nobody behind gets what was refused before.
+//! Invariant: a prompt that is cut short closes the budget, so that no later one gets what was refused before.
 
 /// Tokens and time that a step has for prompts.
 #[derive(Debug, Clone, Copy, PartialEq)]

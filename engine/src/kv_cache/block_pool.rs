@@ -49,7 +49,7 @@ impl BlockPool {
         self.ref_counts.len()
     }
 
-    /// Blocks that nobody references, cached or not.
+    /// Number of blocks without a reference, cached or not.
     pub fn num_free(&self) -> usize {
         self.free.len() + self.cached.len()
     }
@@ -64,7 +64,7 @@ impl BlockPool {
         num_tokens.div_ceil(self.block_size)
     }
 
-    /// Takes a block that nobody references, with one reference. What it held is forgotten.
+    /// Takes a block that has no reference, and gives it one. What it held is forgotten.
     pub fn allocate(&mut self) -> Option<BlockId> {
         let block = match self.free.pop() {
             Some(block) => block,
@@ -106,7 +106,7 @@ impl BlockPool {
         self.ref_counts[block as usize] > 0
     }
 
-    /// Whether a block has one reference and unknown content, so that nobody else reads it or comes to.
+    /// Whether a block has one reference and unknown content, so that no other sequence reads it or will.
     pub fn is_exclusive(&self, block: BlockId) -> bool {
         self.ref_counts[block as usize] == 1 && !self.index.contains(block)
     }

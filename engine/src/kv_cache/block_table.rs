@@ -1,7 +1,7 @@
 //! Owns the list of blocks that hold one running sequence's keys and values.
 //!
 //! Invariant: a table is not `Clone`; its references go back through [`BlockTable::release`]. Blocks
-//! that others may read are full and computed, so nobody writes to them any more: sharing needs no copy.
+//! that others may read are full and computed, and are never written again: sharing needs no copy.
 
 use super::block::{BlockId, reusable};
 use super::block_pool::BlockPool;

@@ -1,7 +1,7 @@
 //! Owns what other threads may know of the prefix cache: about how much of a prompt it holds.
 //!
 //! Invariant: single atomics, written by the engine's thread alone, so reading never waits. Blocks share
-//! places and may hide one another: estimates may rest on it, and nothing that is computed.
+//! slots and may hide one another: estimates may rest on it, and nothing that is computed.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +11,11 @@ use super::block::reusable;
 /// Places for each block of the pool: with more, fewer are hidden.
 const PLACES_PER_BLOCK: usize = 4;
 
-/// A hash table that keeps one name a place.
+/// A hash table that keeps one name in each slot.
 #[derive(Debug)]
 pub struct CachedPrefixes {
     block_size: usize,
-    /// Seeded at random, so that nobody can choose prompts that fall into one place.
+    /// Seeded at random, so that a client cannot choose prompts that fall into one slot.
     hasher: RandomState,
     /// A power of two of them; 0 is none.
     places: Box<[AtomicU64]>,

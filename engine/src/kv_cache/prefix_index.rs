@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(index.find(again, &[8, 8]), None);
     }
 
-    /// One bucket: the smallest table, with every place in the chain removed once.
+    /// One bucket, the smallest table: each position of the chain is removed once.
     #[test]
     fn blocks_of_one_bucket_are_told_apart() {
         for gone in 0..4 {

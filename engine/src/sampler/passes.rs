@@ -80,7 +80,7 @@ fn prefetch(at: &[f32; 16]) {
 
 #[inline(always)]
 fn best_portable(row: &[f32]) -> Best {
-    /// Values that are searched again for the largest one's place.
+    /// Values that are searched again for the index of the largest.
     const PART: usize = 1024;
     let mut max = f32::NEG_INFINITY;
     let mut at = 0;

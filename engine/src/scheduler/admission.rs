@@ -65,7 +65,7 @@ impl Scheduler {
         let watermark = if self.running.is_empty() { 0 } else { self.watermark };
         let num_available = self.pool.num_free().saturating_sub(num_reserved + watermark);
         let num_blocks = self.pool.blocks_for(sequence.tokens().len());
-        // Cached blocks are counted as free until somebody references them.
+        // Cached blocks are counted as free until a sequence references them.
         num_blocks <= num_available
             || num_blocks
                 <= num_available + num_shared_blocks(sequence.tokens(), self.prefix(sequence), &self.pool)
@@ -104,7 +104,7 @@ impl Scheduler {
         if is_first_time {
             self.num_admissions += 1;
             let sequence = &mut running.sequence;
-            // They were computed for somebody else.
+            // They were computed for another sequence.
             sequence.num_reported_prompt_tokens = num_cached_tokens;
             sequence.num_charged_tokens = sequence.num_prompt_tokens();
             if !sequence.is_probe {

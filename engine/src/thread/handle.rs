@@ -108,7 +108,7 @@ impl EventReceiver {
         self.state.set_complete();
     }
 
-    /// Says whether somebody reads what this receives. From the next step on, a detached request is
+    /// Says whether the reply has a reader. From the next step on, a detached request is
     /// preempted before every attached one.
     pub fn set_detached(&self, is_detached: bool) {
         self.state.set_detached(is_detached);
@@ -155,7 +155,7 @@ impl EngineHandle {
     }
 
     /// Queues a known-answer request before all others, even if the queue is full. It gets blocks in
-    /// the next step, at the cost of whoever is preempted first. One at a time.
+    /// the next step, for which other sequences are preempted if need be. One at a time.
     ///
     /// # Errors
     /// [`SubmitError`] says why nothing was queued; [`SubmitError::QueueFull`] is another probe.

@@ -148,7 +148,7 @@ impl<R: ModelRunner> Worker<R> {
         self.note_progress(end);
         self.published.num_steps.fetch_add(1, Ordering::Relaxed);
         self.published.num_idle_refusals.store(0, Ordering::Relaxed);
-        // Before the events: whoever sees a failure finds the fault set.
+        // Before the events: a client that sees a failure finds the fault set.
         if let Some(fault) = report.fault {
             self.published.fault.set(fault);
         }
@@ -160,7 +160,7 @@ impl<R: ModelRunner> Worker<R> {
         }
         self.published.costs.publish(self.engine.costs());
         if self.engine.events()[num_delivered..].iter().any(|(_, event)| event.is_terminal()) {
-            // Whoever sees an end finds it in what is published.
+            // A client that sees an end finds it in what is published.
             self.publish_running();
         }
         self.deliver(num_delivered, end);
@@ -261,7 +261,7 @@ impl<R: ModelRunner> Worker<R> {
                 self.lengths.observe_end(client.num_tokens, is_early);
                 has_ended = true;
             }
-            // Whoever sees the end finds the permit given back.
+            // A client that sees the end finds the permit given back.
             self.published.release(client.permit);
             let _ = client.events.try_send(TimedEvent { at: now, event: event.clone() });
             self.clients.remove(id);

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ from threadpoolctl import threadpool_limits
 
 from glm_export import progress
 from glm_export.error import ExportError
-from glm_export.graph import fusion, product_weights
+from glm_export.graph import fusion, paged_attention, product_weights
 from glm_export.graph.initializers import Weights
+from glm_export.graph.paged_attention import Heads
 from glm_export.graph.product_weights import ReadRows
 
 # The accuracy level at which MatMulNBits rounds what enters it.
 INT8_ACTIVATIONS = 4
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+# What is kept in a quantised cache of each type; two of int4 share a byte.
+QUANTISED = {
+    np.dtype(ml_dtypes.float8_e4m3fn): "float8e4m3fn",
+    np.dtype(np.int8): "int8",
+    np.dtype(np.uint8): "int4",
+}
 # Elements of a weight that are dequantised at once: what a core's cache holds is fastest.
 CHUNK = 1 << 16
 
@@ -253,56 +261,50 @@ def _add(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
 def _paged_attention(inputs: _Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     if not attributes.get("do_rotary") or not attributes.get("rotary_interleaved") or inputs.has(1):
         raise ExportError("the graph: attention is known with packed inputs and interleaved rotary only")
-    num_sequences = len(inputs.roundings)
-    count = len(inputs[0]) // num_sequences
-    cos, sin = (inputs.weights.rows(name, 0, count).astype(np.float64) for name in inputs.names[8:10])
-    heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
-    packed = inputs[0].reshape(num_sequences, count, heads + 2 * groups, -1)
-    # What the cache keeps is rounded; a quantised one's scales are not known here.
     cache = inputs.types[inputs.names[3]]
-    exact = np.dtype(np.float64)
-    caches = [cache if is_rounded and cache in HALVES else exact for is_rounded in inputs.roundings]
-    scale = attributes["scale"]
-    return [
-        np.concatenate(
-            [
-                _attention(rows, heads, groups, cos, sin, scale, cache)
-                for rows, cache in zip(packed, caches, strict=True)
-            ]
-        )
-    ]
+    rows = []
+    for heads, is_rounded in zip(
+        _heads(inputs.names, attributes, inputs[0], inputs.weights, len(inputs.roundings)),
+        inputs.roundings,
+        strict=True,
+    ):
+        if is_rounded and cache in HALVES:
+            # What the cache keeps is rounded.
+            key, value = (part.astype(cache).astype(np.float64) for part in (heads.key, heads.value))
+            heads = replace(heads, key=key, value=value)
+        elif is_rounded and inputs.has(paged_attention.KEY_SCALE):
+            kind = QUANTISED[cache]
+            key, value = (
+                paged_attention.stored(part, kind, inputs[position])
+                for part, position in (
+                    (heads.key, paged_attention.KEY_SCALE),
+                    (heads.value, paged_attention.VALUE_SCALE),
+                )
+            )
+            heads = replace(heads, key=key, value=value)
+        rows.append(paged_attention.attend(heads, attributes["scale"]))
+    return [np.concatenate(rows)]
 
 
-def _attention(
+def keys_and_values(
+    node: NodeProto, packed: np.ndarray, weights: Weights, num_sequences: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What an attention keeps of sequences of one length, not yet rounded: [token, group, channel] each."""
+    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    parts = _heads(list(node.input), attributes, packed, weights, num_sequences)
+    return np.concatenate([part.key for part in parts]), np.concatenate([part.value for part in parts])
+
+
+def _heads(
+    names: Sequence[str],
+    attributes: dict[str, Any],
     packed: np.ndarray,
-    heads: int,
-    groups: int,
-    cos: np.ndarray,
-    sin: np.ndarray,
-    scale: float,
-    cache: np.dtype,
-) -> np.ndarray:
-    """Causal attention of one sequence over its own keys and values, rounded to the cache's type."""
-    count = len(packed)
-    rotated = _rotate(packed[:, : heads + groups], cos[:, None], sin[:, None])
-    # Query heads in groups that share a key head: [token, group, head of the group, channel].
-    query = rotated[:, :heads].reshape(count, groups, heads // groups, -1)
-    kept = (rotated[:, heads:, None], packed[:, heads + groups :, None])
-    key, value = (part.astype(cache).astype(np.float64) for part in kept)
-    # Products of [group, head, token, channel]: an einsum would not use BLAS.
-    scores = query.transpose(1, 2, 0, 3) @ key.transpose(1, 2, 3, 0) * scale
-    scores[..., ~np.tri(count, dtype=bool)] = -np.inf
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares /= shares.sum(axis=-1, keepdims=True)
-    return (shares @ value.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3).reshape(count, -1)
-
-
-def _rotate(heads: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turns the pairs of neighbours among a head's first channels as complex numbers; the others pass."""
-    width = 2 * cos.shape[-1]
-    turned = (heads[..., 0:width:2] + 1j * heads[..., 1:width:2]) * (cos + 1j * sin)
-    pairs = np.stack([turned.real, turned.imag], axis=-1).reshape(*heads.shape[:-1], width)
-    return np.concatenate([pairs, heads[..., width:]], axis=-1)
+    weights: Weights,
+    num_sequences: int,
+) -> list[Heads]:
+    count = len(packed) // num_sequences
+    cos, sin = (weights.rows(name, 0, count).astype(np.float64) for name in names[8:10])
+    return [paged_attention.heads(part, attributes, cos, sin) for part in np.split(packed, num_sequences)]
 
 
 NODES: dict[str, Callable[[_Inputs, dict[str, Any]], list[np.ndarray]]] = {

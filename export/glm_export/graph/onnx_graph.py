@@ -186,17 +186,23 @@ class _Builder:
         """Names of what a layer's keys and values are divided by, empty where they are stored as they are."""
         if not self.target.has_quantised_cache:
             return ["", ""]
+        g = self.config.geometry
+        # One for each channel, which are measured when the graph is there, or one a layer that was given.
+        measured = np.ones((g.num_kv_heads, 1, g.head_dim), np.float32)
         sides = {"key": self.target.key_scales, "value": self.target.value_scales}
         return [
-            self.nodes.data.add(f"layers.{index}.{side}_scale", np.array([scales[index]], np.float32))
-            for side, scales in sides.items()
+            self.nodes.data.add(
+                f"layers.{index}.{side}_scale", np.array([given[index]], np.float32) if given else measured
+            )
+            for side, given in sides.items()
         ]
 
     def cache_attributes(self) -> dict[str, str]:
         """What tells the kernel of a quantised cache."""
         if not self.target.has_quantised_cache:
             return {}
-        names = {f"{side}_quant_type": "PER_TENSOR" for side in "kv"}
+        granularity = "PER_TENSOR" if self.target.key_scales else "PER_CHANNEL"
+        names = {f"{side}_quant_type": granularity for side in "kv"}
         if self.target.kv_cache == "int4":
             names |= {f"{side}_cache_dtype": "int4" for side in "kv"}
         return names

@@ -44,7 +44,7 @@ class Target:
     block_size: int = BLOCK_SIZES["cpu"]
     output: str = "logits"
     kernel: str = "ort"
-    # One factor a layer for keys and one for values; none where the cache is not quantised.
+    # One factor a layer for keys and one for values, if they were given.
     key_scales: tuple[float, ...] = ()
     value_scales: tuple[float, ...] = ()
 
@@ -132,21 +132,13 @@ def _refuse_kv_cache(provider: str, kv_cache: str, activations: str) -> None:
 
 
 def with_scales(target: Target, path: Path | None, num_layers: int) -> Target:
-    """The target with the scales of its cache: the file's, or 1 where the type has exponents of its own."""
-    if not target.has_quantised_cache:
-        if path is not None:
-            raise ExportError(f"--kv-cache-scales: a cache of {target.kv_cache} has no scales")
+    """The target with the scales of its cache that a file gives; without a file they are measured later."""
+    if path is None:
         return target
-    if path is not None:
-        keys, values = (_scales(path, role, num_layers) for role in ("key", "value"))
-        return replace(target, key_scales=keys, value_scales=values)
-    if target.kv_cache != "float8e4m3fn":
-        raise ExportError(
-            f"--kv-cache-dtype {target.kv_cache} needs --kv-cache-scales FILE: whole numbers have no "
-            "range of their own, and the right one is measured on your data"
-        )
-    ones = (1.0,) * num_layers
-    return replace(target, key_scales=ones, value_scales=ones)
+    if not target.has_quantised_cache:
+        raise ExportError(f"--kv-cache-scales: a cache of {target.kv_cache} has no scales")
+    keys, values = (_scales(path, role, num_layers) for role in ("key", "value"))
+    return replace(target, key_scales=keys, value_scales=values)
 
 
 def _scales(path: Path, role: str, num_layers: int) -> tuple[float, ...]:

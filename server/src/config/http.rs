@@ -27,7 +27,7 @@ pub struct StreamArgs {
     /// How long headers wait for the first token, so that an early failure has a status, in milliseconds
     #[arg(long, env = "GLMSERVE_STATUS_HOLD", value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(0..=60_000))]
     pub status_hold: u64,
-    // A user who has waited a minute for a place has left; until then heartbeats tell the position.
+    // A user who has waited in the queue for a minute has left; until then heartbeats tell the position.
     /// Longest wait in the queue, in seconds; 0 is no limit
     #[arg(long, env = "GLMSERVE_QUEUE_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub queue_timeout: u64,

@@ -23,7 +23,7 @@ impl From<StreamError> for ApiError {
                 };
                 (StatusCode::GATEWAY_TIMEOUT, code)
             }
-            // A status that clients don't try again by themselves: somebody wanted this end.
+            // A status that clients do not retry by themselves: this end was asked for.
             StreamError::Aborted(_) => (StatusCode::GONE, "aborted"),
             StreamError::Sequence(SequenceError::Run(_)) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "model_failed")

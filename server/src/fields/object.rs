@@ -11,7 +11,7 @@ use super::read::Ignored;
 use super::reader::{Reader, Step};
 use crate::error::ApiError;
 
-/// Of a name that nobody knows.
+/// The error about a name that is not declared.
 const MAX_NAME_CHARS: usize = 200;
 
 impl Reader {
@@ -49,7 +49,7 @@ impl Reader {
 
 /// The name of a field.
 enum Found {
-    /// Its place among those that are declared.
+    /// Its index among those that are declared.
     Known(usize),
     Unknown(String),
 }

@@ -1,6 +1,6 @@
-//! Owns the place in a body that is being read, and what is wrong there.
+//! Owns the position in a body that is being read, and what is wrong there.
 //!
-//! Invariant: an error names its place by a path in JSON's terms, and holds at most a part of what a client sent.
+//! Invariant: an error names its position by a path in JSON's terms, and holds at most a part of what a client sent.
 
 use std::cell::RefCell;
 use std::fmt::Write;
@@ -20,7 +20,7 @@ type Rule = (fn(&Shape) -> bool, &'static str);
 pub(crate) enum Step {
     /// A field that is declared.
     Field(&'static Field),
-    /// A place in a list.
+    /// An index into a list.
     Index(usize),
     /// A name that the client chose.
     Key(String),

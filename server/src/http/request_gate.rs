@@ -159,7 +159,7 @@ impl RequestGate {
             MessageType::None => None,
             MessageType::Payload if request.chunked().unwrap_or(false) => Some(Coding::Chunked),
             MessageType::Payload => Some(Coding::Length),
-            // The decoder expects another protocol from here on, which nobody will speak.
+            // The decoder expects another protocol from here on, which no handler speaks.
             MessageType::Stream => {
                 self.codec = Codec::new(self.config.clone());
                 if head.method == Method::CONNECT {

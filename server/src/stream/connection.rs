@@ -23,7 +23,7 @@ const SEND_BUFFER_BYTES: usize = 64 * 1024;
 
 /// Bounds what the kernel keeps for each connection that `listener` will accept, and for how long.
 ///
-/// A stream is watched here and cut after `write_timeout`. The kernel cuts what nobody here sees: the
+/// A stream is watched here and cut after `write_timeout`. The kernel cuts what is not seen here: the
 /// last bytes of a stream, and answers in one piece.
 ///
 /// # Errors

@@ -78,7 +78,7 @@ pub enum AbortReason {
     /// Nobody came back within the grace time.
     #[error("nobody came back to read it")]
     GraceOver,
-    /// Its owner has more replies that nobody reads than are allowed, and it was the oldest.
+    /// Its owner has more detached replies than are allowed, and it was the oldest.
     #[error("too many replies of this owner have no reader")]
     TooManyDetached,
 }

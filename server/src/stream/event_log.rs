@@ -166,7 +166,7 @@ mod tests {
         Event::Finish { reason: EndReason::Stop { token_id: None }, usage: USAGE, text_sha256: String::new() }
     }
 
-    /// What is there, with each place.
+    /// The events that are there, each with its position.
     fn read(reader: &mut LogReader) -> Vec<(usize, Event)> {
         let next = || reader.next().now_or_never()?.unwrap();
         std::iter::from_fn(next).map(|logged| (logged.index, logged.event)).collect()

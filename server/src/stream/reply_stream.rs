@@ -89,14 +89,14 @@ pub struct ReplyStream {
 /// The pump's ends of a [`ReplyStream`]'s channels.
 #[derive(Debug)]
 pub struct Wishes {
-    /// Why to stop, once somebody says so.
+    /// Why to stop, once that was asked for.
     pub abort: watch::Receiver<Option<AbortReason>>,
     /// Who wants to know how far it is.
     pub questions: mpsc::Receiver<oneshot::Sender<Progress>>,
 }
 
 impl ReplyStream {
-    /// A reply that nobody works on yet.
+    /// A reply that has no pump yet.
     pub fn new(
         id: StreamId,
         owner: Owner,
@@ -132,7 +132,7 @@ impl ReplyStream {
         self.abort.send_if_modified(|abort| abort.replace(reason).is_none());
     }
 
-    /// Whether somebody ended it, though its pump may not have noticed yet.
+    /// Whether it was asked to end, though its pump may not have noticed yet.
     pub fn is_aborted(&self) -> bool {
         self.abort.borrow().is_some()
     }
@@ -164,7 +164,7 @@ impl ReplyStream {
         self.key.is_some() || self.is_promised()
     }
 
-    /// Whether `cursor` names a document that has been there for somebody to read.
+    /// Whether `cursor` names a document that a reader can have read.
     pub fn has(&self, cursor: Cursor) -> bool {
         let last = match self.log.get(cursor.event) {
             None => return false,

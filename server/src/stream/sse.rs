@@ -68,7 +68,7 @@ pub struct Session {
 struct Writer<R> {
     session: Session,
     render: R,
-    /// Whether somebody could come back after an event.
+    /// Whether a client could resume after an event.
     has_ids: bool,
     /// Grows to what the events need and is used again once the connection has taken them.
     frames: BytesMut,
@@ -146,7 +146,7 @@ impl<R: Render> Writer<R> {
                     documents.stream = self.has_ids.then_some(self.session.stream.tag);
                     self.render.render(logged.event, &mut documents);
                 }
-                // It has no place in the log, from which somebody could go on.
+                // It has no position in the log from which a client could resume.
                 Err(error) => self.render.render(Event::Error(error), &mut documents),
                 Ok(None) => {
                     self.frames.extend_from_slice(b"data: [DONE]\n\n");

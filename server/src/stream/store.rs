@@ -13,7 +13,7 @@ use crate::principal::Owner;
 /// What became of a reply that was to be registered.
 #[derive(Debug)]
 pub enum Registered {
-    /// It is new, and somebody has to start it.
+    /// It is new, and the caller has to start it.
     New(Arc<ReplyStream>),
     /// Its key names this one already.
     Existing(Arc<ReplyStream>),
@@ -25,7 +25,7 @@ pub trait StreamStore: fmt::Debug + Send + Sync {
     /// [`ReplyStream::gives_key_up`].
     fn register(&self, stream: ReplyStream) -> Registered;
 
-    /// A reply was refused before it started: nobody finds it any more, and its key is free. Who found it already
+    /// A reply was refused before it started: it can no longer be found, and its key is free. A reader that found it already
     /// hears of the refusal from its log.
     fn withdraw(&self, stream: &Arc<ReplyStream>);
 
@@ -45,6 +45,6 @@ pub trait StreamStore: fmt::Debug + Send + Sync {
     /// A reply has ended: from now on it is kept for the retention time, or not at all.
     fn ended(&self, stream: &Arc<ReplyStream>);
 
-    /// Forgets what nobody may ask for any more.
+    /// Forgets what may no longer be asked for.
     fn sweep(&self);
 }

@@ -88,12 +88,12 @@ impl TimeLimits {
         }
     }
 
-    /// The first of the limits to pass, and when, for somebody who has waited since `arrival`.
+    /// The first of the limits to pass, and when, for a client that has waited since `arrival`.
     pub fn first_to_pass(&self, arrival: Instant, reply: &Milestones) -> Option<(Instant, Limit, Duration)> {
         let since = |limit| match limit {
             Limit::Queue => (!reply.is_admitted).then_some(arrival),
             Limit::FirstToken => reply.last_token.is_none().then_some(arrival),
-            // A token that came before somebody asked is not what he waits after.
+            // A token that came before the client asked does not start its wait for the next one.
             Limit::InterToken => reply.last_token.map(|last| last.max(arrival)),
             Limit::Total => Some(arrival),
         };

@@ -1,7 +1,7 @@
 //! Owns rotary position embedding.
 //!
 //! Invariant: a channel is rotated by two products and one sum, never fused, at every level; so keys
-//! have the same bits in the cache whoever wrote them.
+//! have the same bits in the cache whichever instruction set wrote them.
 
 /// Tables of cosines and sines, `[positions, half]`, and how channels pair up.
 #[derive(Clone, Copy)]

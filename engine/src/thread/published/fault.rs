@@ -1,7 +1,7 @@
 //! Owns the published fault: what went wrong last, and how often anything went wrong.
 //!
 //! Invariant: a fault is cleared only by who has seen it. One atomic holds the fault and the number of
-//! faults so far, so that a fault between somebody's look and the clearing is not lost.
+//! faults so far, so that a fault between a look and the clearing is not lost.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -96,7 +96,7 @@ impl RequestState {
         self.is_complete.load(Ordering::Relaxed)
     }
 
-    /// Whether nobody reads the request.
+    /// Whether the request has no reader.
     pub(in crate::thread) fn is_detached(&self) -> bool {
         self.is_detached.load(Ordering::Relaxed)
     }

@@ -50,7 +50,7 @@ impl<R: ModelRunner> Worker<R> {
         let ids: Vec<RequestId> = self.clients.keys().copied().collect();
         let error = self.lost_device.clone().unwrap_or(SequenceError::EngineDied);
         ids.into_iter().for_each(|id| self.end(id, error.clone()));
-        // A bounded channel keeps what it holds while any sender is there; nobody would be told.
+        // A bounded channel keeps what it holds while any sender exists: those requests would get no end.
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(submission) = command {
                 self.refuse(*submission, error.clone());

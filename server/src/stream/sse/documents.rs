@@ -1,6 +1,6 @@
 //! Owns how one JSON document becomes a server-sent event, with an `id:` if a reader could come back to it.
 //!
-//! Invariant: a document has the same place, and so the same id, for every reader.
+//! Invariant: a document has the same position, and so the same id, for every reader.
 
 use std::fmt::Write as _;
 
@@ -14,7 +14,7 @@ use crate::stream::event::Event;
 /// Makes the JSON documents of one event.
 pub trait Render {
     /// Adds the documents for `event` to `documents`. What they are depends on the event alone, so that
-    /// each has the same place for every reader.
+    /// each has the same position for every reader.
     fn render(&mut self, event: Event, documents: &mut Documents<'_>);
 }
 
