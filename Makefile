@@ -153,7 +153,7 @@ $(ORT_GPU)/stamp: .venv/serve.stamp Makefile
 	$(PIP) --no-deps --upgrade --target $(@D) onnxruntime-gpu==1.31.1
 	touch $@
 
-$(CUDA_STUB)/stamp: tests/cuda_stub/build.sh tests/cuda_stub/cuda_stub.c tests/cuda_stub/kernels.h
+$(CUDA_STUB)/stamp: tests/cuda_stub/build.sh $(wildcard tests/cuda_stub/*.c tests/cuda_stub/*.h)
 	tests/cuda_stub/build.sh $(@D)
 	touch $@
 
@@ -173,7 +173,7 @@ test-cuda: build $(ORT_GPU)/stamp $(CUDA_STUB)/stamp $(CUDA_FOLDERS)/scales.json
 	  cargo test --release --locked -p glm-engine --test cuda -- --nocapture
 	$(WITH_CUDA_STUB) GLMSERVE_TEST_CUDA="$(abspath $(CUDA_FOLDERS))" \
 	  GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" \
-	  .venv/bin/pytest -q tests/python/test_device_lost.py
+	  .venv/bin/pytest -q tests/python/test_device_lost.py tests/python/test_gpu_metrics.py
 	$(WITH_CUDA_STUB) GLMSERVE_ORT_LIB="$$(ls $(ORT_GPU)/onnxruntime/capi/libonnxruntime.so.*)" GLMSERVE_STUB_CAPABILITY=9.0 \
 	  .venv/bin/python tests/bench/gpu_check.py --work $(CUDA_FOLDERS)/gpu-check --redo "" --ignore-numbers \
 	  --layers 1 --hidden-size 256 --prompt-tokens 16 --max-tokens 4 --rows 1 16 --kv-cache-memory 64

@@ -11,6 +11,7 @@ mod fields;
 #[cfg(test)]
 #[path = "../tests/it/support/model_dir.rs"]
 mod fixtures;
+mod gpu;
 pub mod http;
 mod json;
 mod known_answer;

@@ -3,16 +3,19 @@
 //! Invariants: names live here and nowhere else; each server has a registry of its own; the label
 //! values that alerts watch are there from the start, at 0, so that a rate sees the first event.
 
+mod gpu;
+mod register;
 mod stream_record;
 
 use glm_engine::{AdmissionReport, EngineGauges, EngineObserver, Manifest, StepReport};
-use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
 
+pub(crate) use self::gpu::{GpuMetrics, GpuSample};
+use self::register::add;
 pub use self::stream_record::{Arrival, Delivery, StreamRecord};
 use crate::error::LOAD_CODES;
 
@@ -245,6 +248,14 @@ impl Metrics {
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
+    /// Registers the metrics of a GPU.
+    ///
+    /// # Errors
+    /// They are registered already.
+    pub(crate) fn gpu(&self, uuid: &str, name: &str) -> prometheus::Result<GpuMetrics> {
+        GpuMetrics::register(&self.registry, uuid, name)
+    }
+
     /// Counts a request that was answered with an error.
     pub fn refused(&self, code: &str) {
         self.refused.with_label_values(&[code]).inc();
@@ -265,11 +276,6 @@ impl Metrics {
         self.streams_detached.set(num_detached as i64);
         self.stream_store_bytes.set(num_bytes as i64);
     }
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> prometheus::Result<C> {
-    registry.register(Box::new(collector.clone()))?;
-    Ok(collector)
 }
 
 fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntCounter> {

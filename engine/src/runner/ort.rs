@@ -223,6 +223,11 @@ impl OrtRunner {
         Ok(profile::Measured { memory: last, graph_bytes, num_graphs })
     }
 
+    /// The UUID of the GPU that computes, as NVIDIA's tools write it; none where it is the CPU.
+    pub fn gpu_uuid(&self) -> Option<&str> {
+        self.device.uuid()
+    }
+
     /// Writes a step's inputs.
     ///
     /// # Errors

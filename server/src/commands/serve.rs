@@ -16,6 +16,7 @@ use super::log;
 use crate::api_keys::ApiKeys;
 use crate::config::ServeArgs;
 use crate::engine_failure::ENGINE_FAILED_EXIT_CODE;
+use crate::gpu;
 use crate::lifecycle::{Lifecycle, Loaded};
 use crate::metrics::Metrics;
 use crate::serve::serve;
@@ -105,6 +106,9 @@ fn load(
         tracing::warn!("this is a base model without a chat format: chat completions are refused");
     }
     let mut runner = OrtRunner::load(&args.model.model, &model.manifest, options)?;
+    if let Some(uuid) = runner.gpu_uuid() {
+        gpu::watch(uuid, &metrics);
+    }
     let cache = runner.kv_cache();
     let capacity = cache.num_blocks * cache.block_size;
     if config.max_model_len > capacity {

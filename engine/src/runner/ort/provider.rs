@@ -37,7 +37,12 @@ pub(super) enum Device {
     /// In memory of the host.
     Cpu,
     /// On a GPU, whose kernels and copies are in the order of a stream.
-    Cuda { id: i32, stream: CudaStream },
+    Cuda {
+        id: i32,
+        /// As NVIDIA's tools write it.
+        uuid: String,
+        stream: CudaStream,
+    },
 }
 
 impl Device {
@@ -64,7 +69,7 @@ impl Device {
         let (facts, stream) = opened.map_err(|error: ort::Error| explain(&error))?;
         facts.check().map_err(LoadError::Config)?;
         tracing::info!("the GPU is {facts}");
-        Ok(Self::Cuda { id, stream })
+        Ok(Self::Cuda { id, uuid: facts.uuid(), stream })
     }
 
     /// Memory of the caches and of whole rows of logits.
@@ -79,6 +84,14 @@ impl Device {
     /// Of that memory.
     pub(super) fn allocator(&self, session: &Session) -> ort::Result<Allocator> {
         Allocator::new(session, self.memory()?)
+    }
+
+    /// The UUID of a GPU.
+    pub(super) fn uuid(&self) -> Option<&str> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda { uuid, .. } => Some(uuid),
+        }
     }
 
     /// The stream of a GPU, whose memory the host can't read.
@@ -165,7 +178,7 @@ pub(super) fn open(
     let builder = Session::builder(environment).map_err(runtime)?;
     match device {
         Device::Cpu => on_cpu(builder, path, options).map_err(runtime),
-        Device::Cuda { id, stream } => {
+        Device::Cuda { id, stream, .. } => {
             on_cuda(builder, path, *id, stream, options).map_err(|error| explain(&error))
         }
     }

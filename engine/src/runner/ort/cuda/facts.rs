@@ -50,17 +50,24 @@ impl DeviceFacts {
     }
 }
 
+impl DeviceFacts {
+    /// As NVIDIA's tools write it.
+    pub(in crate::runner::ort) fn uuid(&self) -> String {
+        let byte = |(index, byte): (usize, &u8)| {
+            let dash = if [4, 6, 8, 10].contains(&index) { "-" } else { "" };
+            format!("{dash}{byte:02x}")
+        };
+        format!("GPU-{}", self.uuid.iter().enumerate().map(byte).collect::<String>())
+    }
+}
+
 impl fmt::Display for DeviceFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, uuid, capability: (major, minor), driver, memory } = self;
-        write!(f, "{name}, GPU-")?;
-        for (index, byte) in uuid.iter().enumerate() {
-            let dash = if [4, 6, 8, 10].contains(&index) { "-" } else { "" };
-            write!(f, "{dash}{byte:02x}")?;
-        }
+        let Self { name, capability: (major, minor), driver, memory, .. } = self;
         write!(
             f,
-            ", compute capability {major}.{minor}, driver for CUDA {}, {} of {} MiB free",
+            "{name}, {}, compute capability {major}.{minor}, driver for CUDA {}, {} of {} MiB free",
+            self.uuid(),
             version(*driver),
             memory.free / MIB,
             memory.total / MIB
