@@ -281,7 +281,7 @@ impl ServeArgs {
     /// How to run the graph in steps of this size.
     ///
     /// # Errors
-    /// As [`ModelArgs::kv_cache_bytes`]; both ways to size the cache were given.
+    /// As [`ModelArgs::kv_cache_bytes`]; both ways to size the cache were given; an option is not for this graph.
     pub fn ort_options(&self, manifest: &Manifest, config: &EngineConfig) -> Result<OrtOptions, LoadError> {
         let is_cuda = manifest.graph.provider == Provider::Cuda;
         let kv_cache = match (self.model.kv_cache_memory, self.gpu_memory_utilization) {
@@ -296,7 +296,9 @@ impl ServeArgs {
         };
         let EngineConfig { max_num_seqs, max_num_batched_tokens, .. } = *config;
         let options = self.model.runtime.options(0);
-        Ok(OrtOptions { kv_cache, max_num_seqs, max_num_batched_tokens, ..options })
+        let options = OrtOptions { kv_cache, max_num_seqs, max_num_batched_tokens, ..options };
+        options.check(&manifest.graph)?;
+        Ok(options)
     }
 }
 

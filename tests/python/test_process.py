@@ -62,7 +62,7 @@ def test_a_folder_that_is_not_understood_is_refused(tiny_model, tmp_path, damage
     ("options", "words"),
     [
         (["--kv-cache-memory", "10000000"], "more than the machine's"),
-        (["--max-num-seqs", "600"], "--max-num-batched-tokens"),
+        (["--max-num-seqs", "600", "--max-num-batched-tokens", "512"], "--max-num-batched-tokens"),
         (["--max-num-waiting", "1000000000000"], "--max-num-waiting"),
         (["--kv-cache-memory", "4", "--max-model-len", "512"], "the KV cache holds"),
     ],
@@ -71,6 +71,20 @@ def test_options_that_cannot_work_are_one_line(options, words):
     result = run("serve", "--model", DEFAULT_MODEL, "--port", "0", *options)
     assert 0 < result.returncode < 100, result.stderr
     assert words in result.stderr and "panicked" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        (["--enforce-eager"], {}, "--enforce-eager is for graphs of the CUDA provider"),
+        (["--gpu-memory-utilization", "0.5"], {}, "--gpu-memory-utilization is for graphs of the CUDA"),
+        ([], {"GLMSERVE_SIMD": "sse2"}, "GLMSERVE_SIMD is \"sse2\", which is none of portable"),
+    ],
+)
+def test_what_is_wrong_without_the_model_is_told_before_the_port_is_bound(options, environment, words):
+    result = run("serve", "--model", DEFAULT_MODEL, "--port", "0", *options, **environment)
+    assert result.returncode == 1 and words in result.stderr, result.stderr
+    assert "listening" not in result.stderr
 
 
 def test_nothing_is_sent_or_noted_about_the_user(tiny_model, tmp_path):

@@ -23,6 +23,15 @@ use ort::session::builder::SessionBuilder;
 
 pub use isa::SIMD_VARIABLE;
 
+/// Whether this CPU has the instruction set that [`SIMD_VARIABLE`] names, if it names one.
+///
+/// # Errors
+/// It does not, or there is no such name.
+pub fn check_instruction_set() -> Result<(), String> {
+    paged_attention::check_forced()?;
+    quantized_matmul::check_forced()
+}
+
 /// The domain of ONNX Runtime's contributed operators.
 pub const DOMAIN: &str = "com.microsoft";
 

@@ -46,6 +46,14 @@ use kv_cache::KvCache;
 use simd::Simd;
 use workspace::Workspace;
 
+/// Whether the instruction set that the environment names is one that this CPU has.
+///
+/// # Errors
+/// As [`isa::choose`].
+pub(crate) fn check_forced() -> Result<(), String> {
+    Simd::choose(isa::forced().as_deref()).map(drop)
+}
+
 /// The schema's inputs in order; those that this kernel requires, and those it refuses. The caches'
 /// type is the kernel's.
 const INPUTS: [(&str, TensorElementType, Presence); 17] = {

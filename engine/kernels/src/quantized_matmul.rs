@@ -49,6 +49,14 @@ use packing::COLUMNS;
 use product::Product;
 use simd::Simd;
 
+/// Whether the instruction set that the environment names is one that this CPU has.
+///
+/// # Errors
+/// As [`isa::choose`].
+pub(crate) fn check_forced() -> Result<(), String> {
+    Simd::choose(isa::forced().as_deref()).map(drop)
+}
+
 pub(super) use post_attention::PostAttention;
 
 /// The operator. Its kernels run one after the other and share memory for quantised rows.

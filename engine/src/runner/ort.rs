@@ -108,7 +108,7 @@ impl OrtRunner {
     /// [`LoadError`]: the library, the graph, the budget or an option doesn't fit.
     pub fn load(dir: &Path, manifest: &Manifest, options: &OrtOptions) -> Result<Self, LoadError> {
         let graph = &manifest.graph;
-        provider::check_options(graph.provider, graph.kernel, options)?;
+        options.check(graph)?;
         let num_bytes = match options.kv_cache {
             KvCacheMemory::Bytes(num_bytes) => num_bytes,
             KvCacheMemory::Utilization(_) => block_bytes(&manifest.geometry, graph),

@@ -15,12 +15,11 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
-use super::cuda::buckets::MAX_ROWS;
 use super::cuda::runtime::CudaStream;
 use super::device_error::{is_permanent, runtime};
-use super::options::{KvCacheMemory, OrtOptions};
+use super::options::OrtOptions;
 use crate::error::LoadError;
-use crate::model::manifest::{Dtype, Geometry, Graph, Kernel, Provider};
+use crate::model::manifest::{Dtype, Geometry, Graph, Provider};
 use crate::runner::KvCacheLayout;
 
 /// Bytes of a cache line.
@@ -118,51 +117,6 @@ impl Device {
 /// The first GPU unless another one is named.
 fn device_id(options: &OrtOptions) -> i32 {
     options.device_id.unwrap_or(0)
-}
-
-/// Refuses options that a provider would take no notice of, and promises that its kernels do not keep.
-///
-/// # Errors
-/// [`LoadError::Config`] names the first.
-pub(super) fn check_options(
-    provider: Provider,
-    kernel: Kernel,
-    options: &OrtOptions,
-) -> Result<(), LoadError> {
-    if options.bit_exact && kernel != Kernel::Glmserve {
-        return Err(LoadError::Config(
-            "--bit-exact is for graphs with the engine's own products (exported with --precision int4 or int8 for \
-             the CPU, and --kernel glmserve); the products of this one are ONNX Runtime's, whose bits depend on the \
-             processor"
-                .into(),
-        ));
-    }
-    let of_cuda = [
-        ("--device", options.device_id.is_some()),
-        ("--gpu-memory", options.device_memory_bytes.is_some()),
-        ("--enforce-eager", options.enforce_eager),
-        ("--gpu-memory-utilization", matches!(options.kv_cache, KvCacheMemory::Utilization(_))),
-    ];
-    let is_shared_out = matches!(options.kv_cache, KvCacheMemory::Utilization(_));
-    if provider == Provider::Cuda && is_shared_out && options.device_memory_bytes.is_some() {
-        return Err(LoadError::Config(
-            "--gpu-memory needs --kv-cache-memory: without it the cache takes what the whole GPU has left, up to \
-             --gpu-memory-utilization"
-                .into(),
-        ));
-    }
-    if provider == Provider::Cuda && !options.enforce_eager && options.max_num_seqs > MAX_ROWS {
-        return Err(LoadError::Config(format!(
-            "--max-num-seqs {}: CUDA graphs hold up to {MAX_ROWS} sequences; choose no more, or --enforce-eager",
-            options.max_num_seqs
-        )));
-    }
-    match of_cuda.iter().find(|(_, is_given)| *is_given) {
-        Some((name, _)) if provider == Provider::Cpu => Err(LoadError::Config(format!(
-            "{name} is for graphs of the CUDA provider, this one is the CPU's"
-        ))),
-        _ => Ok(()),
-    }
 }
 
 /// Opens the graph at `path` for its provider.
@@ -323,49 +277,6 @@ mod tests {
             let cache = from_a_line(shape, |num| vec![0u16; num]).unwrap();
             assert_eq!(cache.as_ptr().align_offset(LINE), 0);
             assert_eq!(cache.as_slice().unwrap(), vec![0; shape.iter().product()]);
-        }
-    }
-
-    #[test]
-    fn options_that_a_graph_cannot_honour_are_refused_by_name() {
-        let none = OrtOptions::new("no/such/library".into(), 1, 1);
-        assert!(check_options(Provider::Cpu, Kernel::Ort, &none).is_ok());
-        for (name, options) in [
-            // The very device that is the default: what is given is meant.
-            ("--device ", OrtOptions { device_id: Some(0), ..none.clone() }),
-            ("--gpu-memory ", OrtOptions { device_memory_bytes: Some(1), ..none.clone() }),
-            ("--enforce-eager ", OrtOptions { enforce_eager: true, ..none.clone() }),
-            (
-                "--gpu-memory-utilization ",
-                OrtOptions { kv_cache: KvCacheMemory::Utilization(0.9), ..none.clone() },
-            ),
-        ] {
-            let error = check_options(Provider::Cpu, Kernel::Glmserve, &options).unwrap_err().to_string();
-            assert!(error.starts_with(name), "{error}");
-            assert!(check_options(Provider::Cuda, Kernel::Ort, &options).is_ok());
-        }
-        let shared_out = OrtOptions {
-            kv_cache: KvCacheMemory::Utilization(0.9),
-            device_memory_bytes: Some(1),
-            ..none.clone()
-        };
-        for (options, words) in [
-            (shared_out, "--gpu-memory needs --kv-cache-memory"),
-            (
-                OrtOptions { max_num_seqs: 513, ..none.clone() },
-                "--max-num-seqs 513: CUDA graphs hold up to 512",
-            ),
-        ] {
-            let error = check_options(Provider::Cuda, Kernel::Ort, &options).unwrap_err().to_string();
-            assert!(error.starts_with(words), "{error}");
-        }
-        let eager = OrtOptions { max_num_seqs: 513, enforce_eager: true, ..none.clone() };
-        assert!(check_options(Provider::Cuda, Kernel::Ort, &eager).is_ok());
-        let exact = OrtOptions { bit_exact: true, ..none };
-        assert!(check_options(Provider::Cpu, Kernel::Glmserve, &exact).is_ok());
-        for provider in [Provider::Cpu, Provider::Cuda] {
-            let error = check_options(provider, Kernel::Ort, &exact).unwrap_err().to_string();
-            assert!(error.starts_with("--bit-exact "), "{error}");
         }
     }
 }
