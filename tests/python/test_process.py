@@ -78,7 +78,7 @@ def test_options_that_cannot_work_are_one_line(options, words):
     [
         (["--enforce-eager"], {}, "--enforce-eager is for graphs of the CUDA provider"),
         (["--gpu-memory-utilization", "0.5"], {}, "--gpu-memory-utilization is for graphs of the CUDA"),
-        ([], {"GLMSERVE_SIMD": "sse2"}, "GLMSERVE_SIMD is \"sse2\", which is none of portable"),
+        ([], {"GLMSERVE_SIMD": "sse2"}, 'GLMSERVE_SIMD is "sse2", which is none of portable'),
     ],
 )
 def test_what_is_wrong_without_the_model_is_told_before_the_port_is_bound(options, environment, words):
