@@ -77,6 +77,31 @@ async fn a_full_queue_says_when_it_will_have_room() {
 }
 
 #[tokio::test]
+async fn a_crowd_is_told_when_its_replies_will_end_before_the_engine_has_begun_with_them() {
+    let config = EngineConfig { max_num_seqs: 8, max_num_waiting: 56, ..config() };
+    let world = start(config);
+    let handle = &world.handle;
+    teach(handle).await;
+    last(&mut handle.submit(request(PLAIN, 20, 400)).unwrap()).await;
+    // The others come while the engine is in the first one's step.
+    let _first = handle.submit(request(HANG, 20, 400)).unwrap();
+    world.hang();
+    let crowd: Vec<_> = (0..63).map(|_| handle.submit(request(PLAIN, 20, 400))).collect();
+    assert!(crowd.iter().all(Result::is_ok));
+    let refused: Vec<u128> = (0..20)
+        .map(|_| match handle.submit(request(PLAIN, 1, 1)).unwrap_err() {
+            SubmitError::QueueFull { retry_after, .. } => retry_after.as_millis(),
+            other => panic!("{other}"),
+        })
+        .collect();
+    // 400 tokens at one to three milliseconds a step, eight at a time: one ends every 50 to 150 ms.
+    let mut gaps = refused.windows(2).map(|pair| pair[1] - pair[0]);
+    assert!(gaps.all(|gap| (50..150).contains(&gap)), "{refused:?}");
+    drop(crowd);
+    world.release.send(()).unwrap();
+}
+
+#[tokio::test]
 async fn what_cannot_leave_the_queue_in_time_is_refused_and_told_when_it_could() {
     let world = start(EngineConfig { max_num_seqs: 1, max_num_waiting: 1_000, ..config() });
     let handle = &world.handle;

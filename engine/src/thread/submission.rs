@@ -12,7 +12,7 @@ use super::published::{Permit, Published};
 use crate::cost_model::{CostModel, Forecast, LengthCurve, NUM_REMEMBERED_ENDS, QueueForecast, RequestWork};
 use crate::error::SubmitError;
 use crate::queue::{INPUT_COST, OUTPUT_COST};
-use crate::request::{PRIORITIES, Request};
+use crate::request::{PRIORITIES, Request, TenantId};
 
 /// Least time after which a refused request is asked to come again.
 const MIN_RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -159,23 +159,49 @@ impl Published {
         Ok(Permit::Tenant(tenant, self.table.enter(waiting)))
     }
 
-    /// All permits are taken. Whoever is refused is told when one will be given back and, once the lengths of replies
-    /// are known, of a crowd each is told the end of another reply.
+    /// All permits are taken. A refused request is told when one will be given back and, once the lengths of replies are
+    /// known, each of a crowd is told the end of another reply.
     pub(super) fn queue_full(&self, num_requests: usize) -> SubmitError {
         let costs = self.costs.model();
-        let queue = self.queue_forecast(&costs);
+        let mut queue = self.queue_forecast(&costs);
         let first_end = queue.as_ref().and_then(QueueForecast::first_end).unwrap_or(DEFAULT_RETRY_AFTER);
         let (wait, share) = if self.costs.has_lengths() {
-            // As if those that run end evenly spread.
-            let num_output_tokens = self.running.running().map(|work| work.num_output_tokens).sum::<f64>();
-            let num_output_tokens = num_output_tokens / self.running.len().max(1) as f64;
-            let mean = RequestWork { num_output_tokens, ..RequestWork::default() };
-            (first_end, queue.map_or(Duration::ZERO, |queue| queue.share(&mean)))
+            (first_end, queue.as_mut().map_or(Duration::ZERO, |queue| self.mean_share(queue)))
         } else {
             (first_end.min(DEFAULT_RETRY_AFTER), Duration::ZERO)
         };
         let retry_after = self.retry_after(self.clock.now(), wait, share);
         SubmitError::QueueFull { num_requests, retry_after }
+    }
+
+    /// What a request takes from all others, on average over those that run and wait: as often one of them ends. The
+    /// engine may not have begun with a crowd that has just come, so those that wait are admitted to `queue` first.
+    fn mean_share(&self, queue: &mut QueueForecast<'_>) -> Duration {
+        let lengths = self.costs.lengths();
+        let last = Waiting {
+            tenant: TenantId(0),
+            priority: *PRIORITIES.end(),
+            deadline: Duration::MAX,
+            num_cached_tokens: 0,
+            num_prefill_tokens: 0,
+            min_tokens: 0,
+            max_tokens: 0,
+            num_output_tokens: 0,
+        };
+        let waiting = self.table.ahead(&last, |waiting| charge(&waiting_work(waiting, &lengths)));
+        let waiting = waiting.iter().map(|waiting| waiting_work(waiting, &lengths));
+        let (mut num_requests, mut num_output_tokens) = (0, 0.0);
+        for work in waiting {
+            queue.admit(&work);
+            (num_requests, num_output_tokens) =
+                (num_requests + 1, num_output_tokens + work.num_output_tokens);
+        }
+        for work in self.running.running() {
+            (num_requests, num_output_tokens) =
+                (num_requests + 1, num_output_tokens + work.num_output_tokens);
+        }
+        num_output_tokens /= f64::from(num_requests.max(1));
+        queue.share(&RequestWork { num_output_tokens, ..RequestWork::default() })
     }
 
     /// When a request of this share is asked to come again that would be accepted in `wait`: behind those
