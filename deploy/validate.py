@@ -8,6 +8,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,15 @@ def unknown_metrics(rules: str, metrics: str) -> Iterator[str]:
             yield f"rules.yaml: the server exports no {name}"
 
 
+def absent_members(workspace: str, ignored: str) -> Iterator[str]:
+    """Say which crates of the workspace a builder would not get: without one of them cargo builds nothing."""
+    kept = [line[1:].strip("/") for line in ignored.splitlines() if line.startswith("!")]
+    for member in tomllib.loads(workspace)["workspace"]["members"]:
+        files = (member, f"{member}/Cargo.toml")
+        if not any(file == path or file.startswith(f"{path}/") for path in kept for file in files):
+            yield f".dockerignore: the workspace's {member} is not let through"
+
+
 def main() -> int:
     """Check every file and report all errors at once."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -168,6 +178,8 @@ def main() -> int:
         errors += unknown_metrics((DEPLOY / "monitoring" / "rules.yaml").read_text(), METRICS.read_text())
     else:
         print("skipped: the names of the metrics, for there is no server/src/metrics.rs")
+    files = (DEPLOY.parent / name for name in ("Cargo.toml", ".dockerignore"))
+    errors += absent_members(*(file.read_text() for file in files))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     print(f"{num_manifests} manifests in {len(args.rendered)} overlays, {len(errors)} errors")
